@@ -1,0 +1,131 @@
+"""The decay rule against softmax attention on the CPU, side by side in one process.
+
+    python -m benchmarks.attention
+
+12 heads of 64, causal, float32, as in GPT-2: torch's scaled_dot_product_attention, the decay rule with both gates as
+vectors on the backends "cpu" and "chunked", and without gates on "cpu". Every backend is first checked against the
+reference in float64; on a failed check no timing is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+# Also as `python benchmarks/attention.py`, where the folder rather than the repository is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import environment, time_side_by_side, write_csv
+from fastweights.ops import decay_rule
+
+HEADS, DIM = 12, 64
+SHAPES = ((4, 1024), (1, 4096))
+TOLERANCE = 1e-5
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention.csv"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    for backend in ("cpu", "chunked"):
+        check(backend)
+    rows = [row for shape in SHAPES for row in measure(*shape, arguments.repeats)]
+    show(rows)
+    write_csv(arguments.output, rows, environment())
+    console.print(f"written to {arguments.output}")
+
+
+def inputs(B: int, T: int, heads: int = HEADS) -> list[torch.Tensor]:
+    """q, k, v, key_log_decay, value_log_decay; gates between e^-0.2 and 1."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, T, heads, DIM) for _ in range(3))
+    f, z = (-0.2 * torch.rand(B, T, heads, DIM) for _ in range(2))
+    return [q, k / DIM**0.5, v, f, z]
+
+
+def check(backend: str) -> None:
+    """Outputs and all gradients against the reference in float64; ends the program if one is wrong."""
+    results = {}
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs(1, 257, 2)]
+        o, state = decay_rule(*leaves, output_final_state=True, backend=name)
+        loss = (o * torch.linspace(-1, 1, DIM)).sum() + state.sum()
+        results[name] = [o, state, *torch.autograd.grad(loss, leaves)]
+    names = ("o", "state", "dq", "dk", "dv", "dkey_log_decay", "dvalue_log_decay")
+    for name, result, truth in zip(names, results[backend], results["reference"], strict=True):
+        error = ((result - truth).abs().max() / truth.abs().max()).item()
+        if not error <= TOLERANCE:
+            sys.exit(f"backend {backend!r} is wrong: relative error {error:.1e} in {name}; nothing timed")
+
+
+def measure(B: int, T: int, repeats: int) -> list[dict]:
+    """Rows of milliseconds for the forward pass alone, and with the gradients of all inputs."""
+    rule = inputs(B, T)
+    softmax = [x.transpose(1, 2).contiguous() for x in rule[:3]]
+    tasks: dict[str, tuple[Callable, list[torch.Tensor]]] = {
+        "softmax (scaled_dot_product_attention)": (
+            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True),
+            softmax,
+        ),
+        "decay, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], rule),
+        "decay, chunked": (lambda *x: decay_rule(*x, backend="chunked")[0], rule),
+        "additive, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], rule[:3]),
+    }
+    rows = []
+    for mode, wrap in (("forward", _forward), ("forward and backward", _forward_and_backward)):
+        gc.collect()
+        times = time_side_by_side({name: wrap(*task) for name, task in tasks.items()}, repeats)
+        softmax_ms = next(iter(times.values()))["p50"]
+        for name, quantiles in times.items():
+            faster = round(softmax_ms / quantiles["p50"], 2)
+            ms = {f"{p}_ms": round(value, 2) for p, value in quantiles.items()}
+            rows.append({"mode": mode, "B": B, "T": T, "what": name, **ms, "times_faster_than_softmax": faster})
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    table = Table("pass", "B", "T", "", title=f"{HEADS} heads of {DIM}, float32, causal", title_justify="left")
+    for column in ("p20 ms", "p50 ms", "p80 ms", "softmax / this"):
+        table.add_column(column, justify="right")
+    for i, row in enumerate(rows):
+        last = i + 1 == len(rows) or rows[i + 1]["mode"] != row["mode"]
+        times = [f"{row[f'{p}_ms']:.1f}" for p in ("p20", "p50", "p80")]
+        faster = f"{row['times_faster_than_softmax']:.2f}"
+        table.add_row(row["mode"], str(row["B"]), str(row["T"]), row["what"], *times, faster, end_section=last)
+    console.print(table)
+
+
+def _forward(run: Callable, tensors: list[torch.Tensor]) -> Callable[[], None]:
+    def task() -> None:
+        with torch.no_grad():
+            run(*tensors)
+
+    return task
+
+
+def _forward_and_backward(run: Callable, tensors: list[torch.Tensor]) -> Callable[[], None]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    do = torch.ones_like(run(*leaves))
+
+    def task() -> None:
+        torch.autograd.grad(run(*leaves), leaves, do)
+
+    return task
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the benchmarks share: the machine's description, timings side by side, CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def environment() -> dict[str, object]:
+    """Machine, versions and commit, to stand beside every figure."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": _version("numba"),
+        "commit": _commit(),
+    }
+
+
+def time_side_by_side(
+    tasks: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 2
+) -> dict[str, dict[str, float]]:
+    """p20, p50 and p80 in milliseconds of each task, taken in turns so that a busy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for repeat in range(warmups + repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if repeat >= warmups:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": p20, "p50": statistics.median(values), "p80": p80}
+
+
+def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -> None:
+    """One line per row, each with the whole environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{**row, **environment} for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -1,0 +1,93 @@
+"""Decoding at batch size 1 on SmolLM2-135M's shape: softmax attention against fast weights, pure and hybrid.
+
+    python -m benchmarks.decode
+
+Random weights do: time and memory do not depend on what the weights say. The promises checked: fast weights at any
+context up to 64k are no slower than softmax at 128, a token at 64k costs at most 1.05 of one at 1k, and the state
+keeps its size.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import environment, write_csv
+from fastweights.models import ConversionConfig, convert
+from fastweights.timing import decode_costs
+
+CONTEXTS = (128, 1024, 4096, 16384, 65536)
+
+
+def smollm2_shape() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.csv"))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--tokens", type=int, default=24, help="steps timed at each context")
+    parser.add_argument("--softmax-up-to", type=int, default=16384, help="longest context of the softmax model")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    softmax = smollm2_shape()
+    models = {
+        "softmax": softmax,
+        "pure": convert(softmax),
+        "hybrid (window 64)": convert(softmax, ConversionConfig(window=64)),
+    }
+    rows = []
+    for name, model in models.items():
+        limit = arguments.softmax_up_to if name == "softmax" else max(arguments.contexts)
+        contexts = [context for context in arguments.contexts if context <= limit]
+        console.print(f"{name}: {model.num_parameters():,} parameters, contexts {contexts}")
+        for cost in decode_costs(_cast(model, dtype), contexts, tokens=arguments.tokens):
+            rows.append({"model": name, "dtype": arguments.dtype, **vars(cost)})
+    _print(rows)
+    write_csv(arguments.output, rows, environment())
+    console.print(f"written to {arguments.output}")
+
+
+def _cast(model, dtype: torch.dtype):
+    """As `from_pretrained(dtype=...)` does: gates and scales stay in fp32."""
+    new = set(model.new_parameter_names()) if hasattr(model, "new_parameter_names") else set()
+    for name, parameter in model.named_parameters():
+        if name not in new:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _print(rows: list[dict]) -> None:
+    table = Table("model", title="one token at batch size 1, SmolLM2-135M's shape", title_justify="left")
+    for column in ("context", "ms", "softmax at 128 = 1", "state, MB"):
+        table.add_column(column, justify="right")
+    unit = next(row["ms_per_token"] for row in rows if row["model"] == "softmax")
+    for row in rows:
+        ratio = row["ms_per_token"] / unit
+        state = row["state_bytes"] / 1e6
+        table.add_row(row["model"], f"{row['context']:,}", f"{row['ms_per_token']:.1f}", f"{ratio:.2f}", f"{state:.2f}")
+    console.print(table)
+
+
+console = Console()
+
+if __name__ == "__main__":
+    main()

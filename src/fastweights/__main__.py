@@ -1,0 +1,5 @@
+"""`python -m fastweights` is the command `fastweights`."""
+
+from fastweights.cli import main
+
+main()

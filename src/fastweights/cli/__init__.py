@@ -1,0 +1,80 @@
+"""The command line: `fastweights COMMAND`; one file per command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.config import Toml
+from rich.console import Console
+
+from fastweights import __version__
+from fastweights.cli import convert, demo, evaluate, generate, pretrain, train
+from fastweights.errors import FastWeightsError
+
+app = App(
+    name="fastweights",
+    help="Language models that remember in fast weights: constant-memory generation from pretrained transformers.",
+    version=__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+)
+app.command(pretrain.pretrain)
+app.command(convert.convert)
+app.command(train.train)
+app.command(evaluate.evaluate, name="eval")
+app.command(generate.generate)
+app.command(demo.demo)
+app.meta.group_parameters = app.group_parameters
+
+
+@app.meta.default
+def run(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+) -> None:
+    """Run a command.
+
+    Parameters
+    ----------
+    config: TOML recipe whose keys are the command's options; options on the command line come before it.
+    """
+    if config is not None:
+        if not config.is_file():
+            raise FastWeightsError(f"{config} does not exist: give the TOML file of a recipe")
+        app.config = Toml(config, use_commands_as_keys=False)
+    app(tokens)
+
+
+def main() -> None:
+    """Entry point: an error that a user can mend is one line, without a traceback."""
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    _quiet_libraries()
+    try:
+        app.meta()
+    except FastWeightsError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; what was saved stays, and --resume goes on from there")
+        sys.exit(130)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split("\n")))
+
+
+def _quiet_libraries() -> None:
+    """Warnings and bars of the libraries below are for their callers, not for our users."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -1,0 +1,59 @@
+"""`fastweights generate`"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import load_model
+from fastweights.sources import load_tokenizer, resolve_model
+
+
+def generate(
+    model: str = "embedded",
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    beams: int = 1,
+    seed: int = 0,
+) -> None:
+    """Go on with a text; a converted model does so at constant time and memory per token.
+
+    Parameters
+    ----------
+    model: A folder, a .gguf file, a hub name or "embedded".
+    prompt: Text to go on with; "-" reads standard input.
+    max_new_tokens: Tokens to generate at most.
+    temperature: 0 takes the likeliest token; higher values sample.
+    top_k: Tokens to sample from.
+    beams: Beams of a beam search, 1 for none.
+    seed: Seed of sampling.
+    """
+    if max_new_tokens < 1 or beams < 1 or temperature < 0:
+        raise FastWeightsError(
+            f"max_new_tokens is {max_new_tokens}, beams {beams}, temperature {temperature}; "
+            "allowed are at least 1, 1 and 0"
+        )
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
+    inputs = tokenizer(prompt or tokenizer.bos_token or "", return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
+        raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
+    set_seed(seed)
+    with torch.no_grad():
+        output = loaded.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=top_k if temperature > 0 else None,
+            num_beams=beams,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if beams == 1 else None,
+        )
+    if beams > 1:
+        print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,0 +1,14 @@
+"""`fastweights pretrain`"""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fastweights.training.pretrain import PretrainConfig
+from fastweights.training.pretrain import pretrain as run
+
+
+def pretrain(config: Annotated[PretrainConfig, Parameter(name="*")] = PretrainConfig()) -> None:  # noqa: B008 (frozen)
+    """Train a byte-level GPT-2 from random weights: how the embedded model came to be."""
+    folder = run(config)
+    print(f"the trained model is in {folder}")

@@ -1,0 +1,179 @@
+"""Text -> documents -> tokens -> blocks.
+
+Where text comes from is one string: "stdlib" (embedded: Python's own library), a file (.txt, .jsonl, .parquet, also
+compressed), a folder of such files, or the name of a dataset on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from torch.utils.data import Dataset
+
+from fastweights.embedded.stdlib import stdlib_documents
+from fastweights.errors import FastWeightsError
+from fastweights.options import ADVANCED
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+STDLIB = "stdlib"
+_BUILDERS = {".txt": "text", ".text": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json"}
+_BUILDERS[".parquet"] = "parquet"
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes blocks of tokens."""
+
+    text: str = STDLIB
+    """"stdlib" (embedded), a file (.txt, .jsonl, .parquet), a folder of them, or a dataset on the Hugging Face hub."""
+    text_config: Annotated[str | None, ADVANCED] = None
+    """Configuration of a hub dataset, such as "wikitext-2-raw-v1"."""
+    text_column: Annotated[str, ADVANCED] = "text"
+    """Column that holds the text of a .jsonl or .parquet file or of a hub dataset."""
+    join_rows: Annotated[bool, ADVANCED] = False
+    """Rows are consecutive lines of one running text (as in WikiText), not documents of their own."""
+    split: str = "train"
+    """Split to read. A file or folder has the splits that its file names say, otherwise "train" alone."""
+    block_size: int = 1024
+    """Tokens in a block."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise FastWeightsError(f"block_size is {self.block_size}; a block needs at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Documents as one run of tokens, each document ended by the tokenizer's end token where it has one."""
+
+    tokens: Int[Tensor, " n_tokens"]
+    document_lengths: list[int]
+    """Tokens in each document, in order; they add up to n_tokens."""
+    n_bytes: int
+    """UTF-8 bytes of all documents, for bits per byte."""
+    n_words: int
+    """Words between white space of all documents, for word perplexity."""
+
+
+class TokenBlocks(Dataset):
+    """Consecutive blocks of `block_size` tokens; a rest shorter than that is left out."""
+
+    def __init__(self, tokens: Int[Tensor, " n_tokens"], block_size: int) -> None:
+        if len(tokens) < block_size:
+            raise FastWeightsError(
+                f"the text has {len(tokens)} tokens, fewer than one block of {block_size}: "
+                "give more text or a smaller block_size"
+            )
+        self.block_size = block_size
+        self.blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Int[Tensor, " block_size"]]:
+        block = self.blocks[index]
+        return {"input_ids": block, "labels": block}
+
+
+def load_documents(config: DataConfig) -> list[str]:
+    """The texts that `config` names, in order. Empty documents are left out; no text at all is an error."""
+    documents = stdlib_documents(config.split) if config.text == STDLIB else _load_with_datasets(config)
+    documents = [text for text in documents if text and not text.isspace()]
+    if not documents:
+        raise FastWeightsError(f"{config.text} (split {config.split!r}) holds no text: give a file that is not empty")
+    return ["".join(documents)] if config.join_rows else documents
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
+    """Token ids of all documents, without special tokens but an end token after each document."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in _ids(documents, tokenizer)]
+    return TokenizedText(
+        tokens=torch.cat(documents_ids),
+        document_lengths=[len(document) for document in documents_ids],
+        n_bytes=sum(len(text.encode()) for text in documents),
+        n_words=sum(len(text.split()) for text in documents),
+    )
+
+
+def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if tokenizer.is_fast:
+        # Without the offsets that transformers asks for, this is several times faster.
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+    return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def load_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    """Text to training blocks in one step."""
+    return TokenBlocks(tokenize(load_documents(config), tokenizer).tokens, config.block_size)
+
+
+def _load_with_datasets(config: DataConfig) -> list[str]:
+    import datasets
+
+    path = Path(config.text)
+    if path.is_file():
+        loaded = _load_file(path, config)
+    elif path.is_dir():
+        loaded = _load_folder(path, config)
+    elif _looks_like_a_path(config.text):
+        raise FastWeightsError(f"{config.text} does not exist: give an existing file or folder, or {STDLIB!r}")
+    else:
+        loaded = _load_named(config.text, config, name=config.text_config)
+    if config.text_column not in loaded.column_names:
+        columns = ", ".join(loaded.column_names)
+        raise FastWeightsError(f"{config.text} has no column {config.text_column!r}; its columns are {columns}")
+    assert isinstance(loaded, datasets.Dataset)
+    return [text or "" for text in loaded[config.text_column]]
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Hub names are `name` or `owner/name`, without a suffix that we read."""
+    suffixes = set(Path(text).suffixes)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or bool(suffixes & (_BUILDERS.keys() | _COMPRESSED))
+
+
+def _builder_of(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _load_file(path: Path, config: DataConfig):
+    builder = _builder_of(path)
+    if builder is None:
+        allowed = ", ".join(sorted(_BUILDERS))
+        raise FastWeightsError(f"{path} has a suffix that is not read; allowed are {allowed} (also compressed)")
+    if path.stat().st_size == 0:
+        raise FastWeightsError(f"{path} is empty: give a file with text in it")
+    # A file of its own has no splits; datasets calls its one split "train".
+    return _load_named(builder, config, data_files=str(path), split="train")
+
+
+def _load_folder(path: Path, config: DataConfig):
+    builders = {_builder_of(file) for file in path.rglob("*") if file.is_file()} - {None}
+    if len(builders) != 1:
+        found = "no file" if not builders else f"files of several formats ({', '.join(sorted(map(str, builders)))})"
+        raise FastWeightsError(f"{path} holds {found} that can be read as text; give files of one format")
+    return _load_named(builders.pop(), config, data_dir=str(path))
+
+
+def _load_named(builder: str, config: DataConfig, split: str | None = None, **arguments):
+    """`datasets.load_dataset`, whose many kinds of failure become one line."""
+    import datasets
+
+    if builder == "text":
+        arguments["sample_by"] = "document"
+    try:
+        return datasets.load_dataset(builder, split=split or config.split, **arguments)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}") from error

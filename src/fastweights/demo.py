@@ -1,0 +1,133 @@
+"""The demo: the embedded transformer becomes a recurrent model twice, in minutes, and shows what that gives.
+
+Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
+a state of constant size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastweights.evaluation import EvaluationConfig
+from fastweights.models import ConversionConfig, load_model
+from fastweights.plots import plot_decoding, plot_training
+from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.timing import DecodeCost, decode_costs
+from fastweights.training.config import FinetuneConfig, StageConfig
+from fastweights.training.pipeline import StageResult, TrainConfig, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+CONTEXTS = (256, 1024, 4096, 16384, 65536)
+PROMPT = 'def read_lines(path):\n    """'
+MODELS = ("teacher", "pure", "hybrid")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo's size; the defaults take about five minutes on two cores."""
+
+    output: Path = Path("demo")
+    """Folder for models, pictures and results.json."""
+    window: int = 64
+    """Exact window of the hybrid model."""
+    transfer_steps: int = 100
+    """Steps of 4,096 tokens in which layers imitate the teacher's attention."""
+    finetune_steps: int = 30
+    """Steps of 4,096 tokens in which all weights are trained."""
+    held_out_tokens: int = 32768
+    """Tokens of unseen text on which each stage is evaluated."""
+    contexts: tuple[int, ...] = CONTEXTS
+    """Contexts after which a token is timed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All that the demo measured."""
+
+    stages: dict[str, list[StageResult]]
+    decode: dict[str, list[DecodeCost]]
+    samples: dict[str, str]
+    files: list[Path] = field(default_factory=list)
+
+
+def train_config(name: str, config: DemoConfig) -> TrainConfig:
+    """The demo's training run of "pure" or "hybrid"."""
+    return TrainConfig(
+        output=config.output / name,
+        held_out="test",
+        convert=ConversionConfig(window=config.window if name == "hybrid" else 0, positions="drop"),
+        transfer=StageConfig(steps=config.transfer_steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2),
+        finetune=FinetuneConfig(
+            steps=config.finetune_steps, learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=2
+        ),
+        evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
+    )
+
+
+def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
+    """Run everything and write results.json and the pictures.
+
+    Args:
+        say: called with a line about each part before it begins.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    stages = {}
+    for name in ("pure", "hybrid"):
+        window = f" and an exact window of {config.window}" if name == "hybrid" else " alone"
+        say(f"{name}: fast weights{window}, from the embedded transformer")
+        stages[name] = train(train_config(name, config))
+
+    source = resolve_model(TrainConfig().model)
+    models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in ("pure", "hybrid")}
+    models = {"teacher": load_model(source), **models}
+    say("the same prompt, by all three")
+    samples = {name: sample(model, source) for name, model in models.items()}
+    decode = {}
+    for name, model in models.items():
+        say(f"time and memory per token at contexts up to {config.contexts[-1]:,}: {name}")
+        decode[name] = decode_costs(model, config.contexts)
+
+    folders = {name: config.output / name for name in stages}
+    per_step = {
+        stage: getattr(train_config("pure", config), stage).batch_size * TrainConfig().data.block_size
+        for stage in ("transfer", "finetune")
+    }
+    files = [config.output / "training.png", config.output / "decoding.png", config.output / "results.json"]
+    plot_training(folders, per_step, files[0])
+    plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
+    files[2].write_text(json.dumps(results(stages, decode, samples), indent=2) + "\n")
+    return DemoResult(stages, decode, samples, files)
+
+
+def results(
+    stages: dict[str, list[StageResult]], decode: dict[str, list[DecodeCost]], samples: dict[str, str]
+) -> dict[str, object]:
+    """What results.json holds."""
+    return {
+        "retention": {name: run[-1].retention for name, run in stages.items()},
+        "tokens": {name: run[-1].tokens for name, run in stages.items()},
+        "loss": {name: {result.stage: result.evaluation.loss for result in run} for name, run in stages.items()},
+        "decode": {name: [asdict(cost) for cost in costs] for name, costs in decode.items()},
+        "samples": samples,
+    }
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, source: str, new_tokens: int = 120) -> str:
+    """What a model makes of the demo's prompt, greedily."""
+    tokenizer = load_tokenizer(source)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)  # type: ignore[union-attr]

@@ -1,0 +1,5 @@
+"""Modules on top of the recurrences."""
+
+from fastweights.layers.attention import FastWeightAttention, FastWeightSettings
+
+__all__ = ["FastWeightAttention", "FastWeightSettings"]

@@ -1,0 +1,91 @@
+"""Exact softmax attention over the last few tokens, in time and memory linear in the length.
+
+Notation: B batch, T queries, P keys from before the first query (at most W - 1), W window, N blocks, H query heads,
+G key/value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+def window_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B P+T G D"],
+    v: Float[Tensor, "B P+T G D"],
+    *,
+    window: int,
+    scale: float,
+    bias: Float[Tensor, "H W"] | None = None,
+    key_mask: Bool[Tensor, "B P+T"] | None = None,
+) -> Float[Tensor, "B T H D"]:
+    """Causal softmax attention in which each query sees its own token and the `window` - 1 before it.
+
+    Args:
+        q: queries of the last T tokens.
+        k: keys of the same tokens, after those of P earlier ones.
+        v: values, like `k`.
+        window: tokens that a query sees, at least 1.
+        scale: factor on q·k.
+        bias: added to the scaled q·k of each head and distance, 0 being the query's own token.
+        key_mask: False where a key is padding. A query that sees no key at all gets zeros.
+    """
+    length = q.shape[1]
+    if length == 1:
+        visible = k.shape[1]
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return _attend(q, k, v, scale, mask, None if bias is None else bias[:, :visible].flip(-1)[None, :, None])
+
+    # Queries in blocks of W; block n sees its own W keys and the W before them. Front padding makes P equal to W.
+    blocks = -(-length // window)
+    back = blocks * window - length
+    front = window - (k.shape[1] - length)
+    rows = _blocks(pad(q, (0, 0, 0, 0, 0, back)), window)
+    keys = _blocks_with_predecessor(pad(k, (0, 0, 0, 0, front, back)), window)
+    values = _blocks_with_predecessor(pad(v, (0, 0, 0, 0, front, back)), window)
+
+    i = torch.arange(window, device=q.device)[:, None]
+    j = torch.arange(2 * window, device=q.device)[None, :]
+    distance = i + window - j  # in these coordinates query i's own key is at i + W
+    band = (distance >= 0) & (distance < window)
+    real = q.new_ones(1, k.shape[1], dtype=torch.bool) if key_mask is None else key_mask
+    real = pad(real, (front, back)).unfold(1, 2 * window, window).flatten(0, 1)  # (B or 1)*N, 2W
+    mask = (band & real[:, None, :])[:, None]
+    if key_mask is None:
+        mask = mask.repeat(q.shape[0], 1, 1, 1)
+    o = _attend(rows, keys, values, scale, mask, None if bias is None else bias[None, :, distance.clamp(0, window - 1)])
+    return o.unflatten(0, (q.shape[0], blocks)).flatten(1, 2)[:, :length]
+
+
+def _blocks(x: Float[Tensor, "B N*W H D"], window: int) -> Float[Tensor, "B*N W H D"]:
+    return x.unflatten(1, (-1, window)).flatten(0, 1)
+
+
+def _blocks_with_predecessor(x: Float[Tensor, "B (N+1)*W G D"], window: int) -> Float[Tensor, "B*N 2*W G D"]:
+    blocks = x.unflatten(1, (-1, window))
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
+
+
+def _attend(q, k, v, scale, mask, bias):
+    """scaled_dot_product_attention in our layout; rows that see nothing give 0, not NaN."""
+    added = mask
+    if bias is not None:
+        added = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+    o = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=added,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+    if mask is not None:
+        o = o.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0.0)
+    return o

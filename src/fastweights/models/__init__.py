@@ -1,0 +1,12 @@
+"""Hugging Face models with fast weights: config, model and conversion."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.conversion import ConversionConfig, convert, load_model
+from fastweights.models.modeling import FastWeightsForCausalLM
+
+AutoConfig.register(FastWeightsConfig.model_type, FastWeightsConfig)
+AutoModelForCausalLM.register(FastWeightsConfig, FastWeightsForCausalLM)
+
+__all__ = ["ConversionConfig", "FastWeightsConfig", "FastWeightsForCausalLM", "convert", "load_model"]

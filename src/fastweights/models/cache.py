@@ -1,0 +1,125 @@
+"""Cache layers for transformers' `DynamicCache` that hold fast weights and know how many tokens made them.
+
+transformers' own linear layers cannot tell their length, which GPT-2 and Llama ask for to number their positions, and
+they mark a state as present only when a convolution is there too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache
+
+
+class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """The state of a pure layer, (B, G, K, V) in fp32."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self)
+        self.cumulative_length = 0
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
+        self.cumulative_length += tokens
+        return _keep(self, recurrent_states, state_idx)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+        self.device = next(state.device for state in self.recurrent_states.values() if state is not None)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError("a layer of pure fast weights keeps no keys and values")
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for i, state in self.recurrent_states.items():
+            self.recurrent_states[i] = None if state is None else state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices) -> None:
+        for i, state in self.recurrent_states.items():
+            self.recurrent_states[i] = None if state is None else state[indices, ...]
+
+
+class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
+    """The state of a hybrid layer: fast weights, and the keys and values of the window's last tokens."""
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
+        return _keep(self, recurrent_states, state_idx)  # the window counts the tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        visible = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[-2] > 1:
+            # What is kept is a view, and would keep all the keys of a long text alive.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return visible
+
+    batch_repeat = FastWeightsCacheLayer.batch_repeat_interleave
+    batch_select = FastWeightsCacheLayer.batch_select_indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.batch_repeat(repeats)
+
+    def batch_select_indices(self, indices) -> None:
+        super().batch_select_indices(indices)
+        self.batch_select(indices)
+
+
+def _keep(layer: LinearAttentionLayer, state: Tensor, state_idx: int) -> Tensor:
+    kept = LinearAttentionLayer.update_recurrent_state(layer, state, state_idx)
+    layer.has_previous_state[state_idx] = True
+    return kept
+
+
+def adopt_cache(cache: Cache, layer_types: list[str], window: int) -> Cache:
+    """Put our layers where `cache` has transformers' own, not yet used ones."""
+    for i, layer_type in enumerate(layer_types[: len(cache.layers)]):
+        layer = cache.layers[i]
+        if layer_type == "linear_attention" and not isinstance(layer, FastWeightsCacheLayer):
+            cache.layers[i] = FastWeightsCacheLayer()
+        elif layer_type == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
+            cache.layers[i] = HybridCacheLayer(sliding_window=window)
+    return cache
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds between two tokens: states, keys and values."""
+    tensors: list[Tensor | None] = []
+    for layer in cache.layers:
+        tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        tensors += getattr(layer, "recurrent_states", {}).values()
+    # A view keeps alive all that it views.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())

@@ -1,0 +1,236 @@
+"""FastWeightsForCausalLM: a pretrained causal language model whose attention is fast weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
+from fastweights.models.architectures import architecture_of, attention_modules
+from fastweights.models.cache import adopt_cache
+from fastweights.models.configuration import FastWeightsConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+class AttentionRecord(NamedTuple):
+    """What went into and came out of one layer's attention in the teacher."""
+
+    inputs: Float[Tensor, "B T d"]
+    """What the student's layer is given: the teacher's input, less its absolute positions if the student has none."""
+    output: Float[Tensor, "B T d"]
+    teacher_inputs: Float[Tensor, "B T d"]
+    position_embeddings: tuple[Tensor, Tensor] | None
+
+
+class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
+    """One class for every architecture: `model` is the base model with its attention replaced.
+
+    Args:
+        config: names the base model and its fast weights.
+        base: a model to take over, whose attention is replaced in place; by default a new one with random weights.
+    """
+
+    config_class = FastWeightsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = list(NEW_PARAMETERS)  # noqa: RUF012
+
+    config: FastWeightsConfig
+
+    def __init__(self, config: FastWeightsConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.architecture = architecture_of(config.base)
+        self.model = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        self._no_split_modules = self.model._no_split_modules
+        self.fast_layers = _replace_attention(self.model, config)
+        if config.positions == "drop" and self.architecture.positions is not None:
+            _drop_positions(self.model, self.architecture.positions)
+        self.max_positions = _max_positions(config)
+        self.post_init()
+        for layer in self.fast_weight_layers():
+            layer.reset_new_parameters()
+
+    def fast_weight_layers(self) -> list[FastWeightAttention]:
+        """The converted layers, in order."""
+        modules = attention_modules(self.model, self.architecture)
+        return [module for module in modules if isinstance(module, FastWeightAttention)]
+
+    def new_parameter_names(self) -> list[str]:
+        """Names of the parameters that conversion added: gates and scales."""
+        return [
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, FastWeightAttention)
+            for parameter in module.new_parameter_names()
+        ]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T d"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        attention_records: list[AttentionRecord] | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Like any causal LM's.
+
+        Args:
+            attention_mask: 0 where a token is padding, for the new tokens (L = T) or for all so far (L > T).
+            position_ids: by default the number of real tokens before each token.
+            past_key_values: state to start from; it is updated in place. Without one the state is zero.
+            use_cache: whether to return the state; by default when not training.
+            attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
+        """
+        if attention_records is not None:
+            return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
+        use_cache = not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config.layer_types or [], self.config.window)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise FastWeightsError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
+            )
+
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None and attention_mask is not None:
+            position_ids = _positions(attention_mask, given.shape[1], past)
+        self._check_positions(position_ids, past + given.shape[1])
+        padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+        if len(self.fast_layers) == self.config.num_hidden_layers:
+            # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
+            attention_mask = given.new_zeros(1, 1, 1, 1)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            padding_mask=padding_mask,
+            **kwargs,
+        )
+
+    def reproduction_errors(self, records: list[AttentionRecord]) -> Float[Tensor, " layers"]:
+        """How far each converted layer, given the teacher's own input, is from the teacher's attention output.
+
+        Mean squared error relative to the output's variance: 1 is as good as saying its mean, 0 is perfect.
+
+        Args:
+            records: one for each layer of the model, converted or not.
+        """
+        errors = []
+        for layer in self.fast_weight_layers():
+            record = records[layer.layer_idx]
+            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings)
+            errors.append((output - record.output).square().mean() / record.output.var(correction=0))
+        return torch.stack(errors)
+
+    def _check_positions(self, position_ids: Tensor | None, length: int) -> None:
+        limit = self.max_positions
+        if limit is None or length <= limit:
+            return
+        if position_ids is None or int(position_ids.max()) >= limit:
+            raise FastWeightsError(
+                f"the text is {length} tokens long and this model's absolute positions end at {limit}; "
+                'convert with positions="drop" for text of any length'
+            )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            adopt_cache(model_kwargs["past_key_values"], self.config.layer_types or [], self.config.window)
+        return result
+
+
+def _replace_attention(model: PreTrainedModel, config: FastWeightsConfig) -> list[int]:
+    """Put fast weights where `config.layer_types` asks for them; returns the indices of those layers."""
+    architecture = architecture_of(config.base)
+    replaced = []
+    for i, layer in enumerate(model.get_submodule(architecture.layers)):  # type: ignore[arg-type]
+        assert config.layer_types is not None
+        if config.layer_types[i] == "full_attention":
+            continue
+        attention = layer.get_submodule(architecture.attention)
+        fast = FastWeightAttention(
+            attention,
+            architecture.projections,
+            config.settings_of(i),
+            layer_idx=i,
+            hidden_size=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        layer.set_submodule(architecture.attention, fast)
+        replaced.append(i)
+    return replaced
+
+
+class ConstantPosition(nn.Module):
+    """Stands where absolute positions were: the same vector everywhere."""
+
+    def __init__(self, positions: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(positions.weight.detach().mean(0, keepdim=True))
+
+    def forward(self, position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
+        return self.weight.expand(*position_ids.shape, -1)
+
+
+def _drop_positions(model: nn.Module, name: str) -> None:
+    positions = model.get_submodule(name)
+    if isinstance(positions, nn.Embedding):
+        model.set_submodule(name, ConstantPosition(positions))
+
+
+def _max_positions(config: FastWeightsConfig) -> int | None:
+    """Where learned positions end; None for models that have none or dropped them."""
+    if architecture_of(config.base).positions is None or config.positions == "drop":
+        return None
+    return config.base.max_position_embeddings
+
+
+def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:
+    """How many real tokens come before each new one, so that padding on the left shifts nothing."""
+    seen = attention_mask.long().cumsum(-1) - 1
+    if attention_mask.shape[1] == length:
+        seen = seen + past
+    return seen[:, -length:].clamp(min=0)

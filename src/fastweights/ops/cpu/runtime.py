@@ -1,0 +1,99 @@
+"""Compiling the CPU kernels on first use, and sharing their work out among threads.
+
+The threads are a small pool of Python threads that run kernels without the GIL. Numba's own
+parallel loops would either crash when two Python threads enter them (workqueue) or add a second
+pool of spinning OpenMP threads beside torch's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("fastweights")
+
+_WORTH_A_THREAD = 1_000_000
+"""State updates per thread; fewer are done before another thread has woken up."""
+_SHARES_PER_THREAD = 4
+"""Units are handed out in this many portions per thread, so that a thread that is held up gets fewer."""
+
+
+@cache
+def load_kernels() -> ModuleType:
+    """The module of compiled kernels; compiles them (once, then cached on disk) when first called."""
+    try:
+        import numba.core  # noqa: F401
+    except ImportError as error:
+        raise ImportError("backend='cpu' needs numba, which is not installed: pip install numba") from error
+    with announced():
+        from . import kernels
+    return kernels
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Tell the user, on standard error, if Numba compiles something: it takes seconds without a sign of life."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        started = 0.0
+
+        def on_start(self, event) -> None:
+            if not self.started:
+                self.started = time.perf_counter()
+                _say("fastweights: compiling CPU kernels (once, cached on disk) ...")
+
+        def on_end(self, event) -> None:
+            pass
+
+    listener = Listener()
+    with event.install_listener("numba:compile", listener):
+        yield
+    if listener.started:
+        _say(f"fastweights: done in {time.perf_counter() - listener.started:.0f} s")
+
+
+def thread_count(updates: int) -> int:
+    """How many threads a call with so many updates of numbers of the state is worth."""
+    return max(1, min(torch.get_num_threads(), updates // _WORTH_A_THREAD))
+
+
+def share_out(work: Callable[[int, int], None], units: int, threads: int) -> None:
+    """Call work(first, end) until all units are done, on this thread and up to `threads` - 1 others."""
+    if threads == 1 or units < 2:
+        work(0, units)
+        return
+    portion = max(1, units // (_SHARES_PER_THREAD * threads))
+    starts = itertools.count(0, portion)
+
+    def take_shares() -> None:
+        while (first := next(starts)) < units:
+            work(first, min(first + portion, units))
+
+    helpers = [_pool(threads - 1, os.getpid()).submit(take_shares) for _ in range(threads - 1)]
+    take_shares()
+    for helper in helpers:
+        # One that has not started is busy elsewhere, and nothing is left for it to do.
+        if not helper.cancel():
+            helper.result()
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    # A fork copies the pool without its threads; the process's id makes the child start its own.
+    return ThreadPoolExecutor(threads, thread_name_prefix="fastweights")
+
+
+def _say(line: str) -> None:
+    logger.info(line)
+    print(line, file=sys.stderr, flush=True)

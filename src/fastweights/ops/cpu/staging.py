@@ -1,0 +1,198 @@
+"""What the kernels are given, and copies between tensors and scratch.
+
+Scratch rows are padded with zeros to whole vectors, so the kernels have no remainders to handle and
+see neither strides nor logs.
+
+Notation
+    G, R     key/value heads, query heads per key/value head
+    K, V     key and value width, in scratch padded to Kp and Vp
+    f, z     key-side and value-side gates; in tensors their logs. A scalar value gate is folded into f
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numba import float32, njit
+
+from .vectors import (
+    LANES,
+    exp,
+    fill,
+    integer_at,
+    load,
+    load_first,
+    pointer,
+    prefetch_to_read,
+    prefetch_to_write,
+    shift,
+    splat,
+    store,
+    store_first,
+)
+
+COLUMNS = 2 * LANES
+"""Value columns of a register tile; Vp is a multiple of it."""
+SEGMENT = 64
+"""Tokens between checkpoints of the state."""
+
+
+class Problem(NamedTuple):
+    """Sizes and float32 tensors: each an address, 0 if there is none, and its strides.
+
+    Strides are those of batch, token and head, in numbers; the last dimension is contiguous.
+    """
+
+    T: int
+    G: int
+    R: int
+    K: int
+    V: int
+    parts: int
+    """Into how many parts a head's value columns are split."""
+    inclusive: int
+    Kf: int
+    """Width of the key gate: K, 1 for one gate per head, 0 for none."""
+    Vz: int
+    """Likewise of the value gate."""
+    cu_seqlens: int
+    """Address of the int64 bounds of packed sequences, or 0."""
+    q: int
+    q_strides: tuple[int, int, int]
+    k: int
+    k_strides: tuple[int, int, int]
+    v: int
+    v_strides: tuple[int, int, int]
+    f: int
+    f_strides: tuple[int, int, int]
+    z: int
+    z_strides: tuple[int, int, int]
+    initial_state: int
+    checkpoints: int
+
+
+@njit(nogil=True)
+def round_up(width, multiple):
+    """The next multiple."""
+    return (width + multiple - 1) // multiple * multiple
+
+
+@njit(nogil=True)
+def part_width(V, parts):
+    """Value columns of each part but the last; rounding up may leave fewer parts than asked for."""
+    width = (V + parts - 1) // parts
+    return (width + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+@njit(nogil=True)
+def offset(strides, batch, token, head):
+    """Where a row starts in its tensor."""
+    return batch * strides[0] + token * strides[1] + head * strides[2]
+
+
+@njit(nogil=True)
+def sequence(p, n):
+    """(batch row, first token, end, index of the first checkpoint) of sequence n."""
+    if p.cu_seqlens == 0:
+        return n, 0, p.T, n * ((p.T + SEGMENT - 1) // SEGMENT)
+    start, end = integer_at(p.cu_seqlens, n), integer_at(p.cu_seqlens, n + 1)
+    # A packed sequence has one checkpoint more than full segments begin in it, at most.
+    return 0, start, end, start // SEGMENT + n
+
+
+@njit(nogil=True)
+def clear(out, size):
+    """out = 0"""
+    zero = fill(float32(0.0))
+    for i in range(0, size, LANES):
+        store(out, i, zero)
+
+
+@njit(nogil=True)
+def stage(out, out_stride, padded, x, stride, width, rows, scale):
+    """Copy rows of a tensor to scratch, scaled; zeros from `width` to `padded`."""
+    s = fill(scale)
+    zero = fill(float32(0.0))
+    whole = width // LANES * LANES
+    for t in range(rows):
+        to, source = shift(out, t * out_stride), shift(x, t * stride)
+        for i in range(0, whole, LANES):
+            store(to, i, load(source, i) * s)
+        for i in range(whole, padded, LANES):
+            store(to, i, zero)
+        if whole < width:
+            store(to, whole, load_first(source, whole, width - whole) * s)
+
+
+@njit(nogil=True)
+def fetch_inputs(p, batch, head, token, column, columns, rows):
+    """Bring a few tokens into the cache while others are worked on.
+
+    One head's rows lie far apart, beyond the reach of the hardware's own prefetching.
+    """
+    for t in range(token, token + rows):
+        x = shift(pointer(p.k), offset(p.k_strides, batch, t, head))
+        for i in range(0, p.K, COLUMNS):
+            prefetch_to_read(x, i)
+        if p.Kf == p.K:
+            x = shift(pointer(p.f), offset(p.f_strides, batch, t, head))
+            for i in range(0, p.K, COLUMNS):
+                prefetch_to_read(x, i)
+        x = shift(pointer(p.v), offset(p.v_strides, batch, t, head) + column)
+        for i in range(0, columns, COLUMNS):
+            prefetch_to_read(x, i)
+        if p.Vz == p.V:
+            x = shift(pointer(p.z), offset(p.z_strides, batch, t, head) + column)
+            for i in range(0, columns, COLUMNS):
+                prefetch_to_read(x, i)
+        for r in range(p.R):
+            x = shift(pointer(p.q), offset(p.q_strides, batch, t, head * p.R + r))
+            for i in range(0, p.K, COLUMNS):
+                prefetch_to_read(x, i)
+
+
+@njit(nogil=True)
+def fetch_rows_to_write(x, stride, width, rows):
+    """Bring rows into the cache that will soon be written."""
+    for t in range(rows):
+        for i in range(0, width, COLUMNS):
+            prefetch_to_write(x, t * stride + i)
+
+
+@njit(nogil=True)
+def unstage(x, stride, width, rows, out, out_stride):
+    """Copy scratch rows back to a tensor."""
+    whole = width // LANES * LANES
+    for t in range(rows):
+        to, source = shift(x, t * stride), shift(out, t * out_stride)
+        for i in range(0, whole, LANES):
+            store(to, i, load(source, i))
+        if whole < width:
+            store_first(to, whole, load(source, whole), width - whole)
+
+
+@njit(nogil=True)
+def stage_gate(out, padded, x, stride, width, rows):
+    """Like `stage`, but the exponential; 1 in the padding."""
+    stage(out, padded, padded, x, stride, width, rows, float32(1.0))
+    for i in range(0, rows * padded, LANES):
+        store(out, i, exp(load(out, i)))
+
+
+@njit(nogil=True)
+def stage_key_gate(out, padded, p, batch, head, token, rows):
+    """f of `rows` tokens, times z where that is a scalar: logs are added, and ones are made up for no gate."""
+    if p.Kf == p.K:
+        x = shift(pointer(p.f), offset(p.f_strides, batch, token, head))
+        stage(out, padded, padded, x, p.f_strides[1], p.K, rows, float32(1.0))
+    else:
+        clear(out, rows * padded)
+    for t in range(rows):
+        scalar = fill(float32(0.0))
+        if p.Kf == 1 and p.K != 1:
+            scalar = splat(pointer(p.f), offset(p.f_strides, batch, token + t, head))
+        if p.Vz == 1 and p.V != 1:
+            scalar = scalar + splat(pointer(p.z), offset(p.z_strides, batch, token + t, head))
+        row = shift(out, t * padded)
+        for i in range(0, padded, LANES):
+            store(row, i, exp(load(row, i) + scalar))

@@ -1,0 +1,350 @@
+"""Eight float32 numbers at a time in Numba: a vector type, loads and stores, and exp.
+
+Numba has no vector type. Left to itself, LLVM guards each inner loop with tests for overlapping
+arrays and forgets a tile of the state between two tokens; written with this type, the tile stays in
+registers. LLVM turns a vector of eight into whatever the machine has (AVX, two SSE or NEON halves).
+
+Memory is plain pointers to float32: an array in Numba is a struct of seven fields with a reference
+count, and passing it around costs compile time and keeps LLVM from inlining. Nothing checks bounds.
+
+Notation
+    x[i : i + 8]   what `load(x, i)` reads and `store(x, i, vector)` writes at the pointer x
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import models
+
+LANES = 8
+
+_extending: Any = extending  # its decorators have no types
+
+_float = ir.FloatType()
+_int = ir.IntType(32)
+_floats = ir.VectorType(_float, LANES)
+_ints = ir.VectorType(_int, LANES)
+_masks = ir.VectorType(ir.IntType(1), LANES)
+
+
+def intrinsic(function: Callable) -> Any:
+    """Numba's `intrinsic`, for type checkers a function of anything: the first parameter is the compiler's."""
+    return _extending.intrinsic(function)
+
+
+class VectorType(types.Type):
+    """Numba's type of eight float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x8")
+
+
+vector = VectorType()
+_pointer_type = types.CPointer(types.float32)
+_numbers = types.UniTuple(types.int64, 3)
+
+
+@_extending.register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    """A vector is one LLVM value, so it lives in a register."""
+
+    def __init__(self, dmm, fe_type) -> None:
+        super().__init__(dmm, fe_type, _floats)
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """An int64 address as a pointer to float32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], ir.PointerType(_float))
+
+    return _pointer_type(types.int64), codegen
+
+
+@intrinsic
+def shift(typingctx, x, i):
+    """The pointer to x[i]."""
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return _pointer_type(_pointer_type, types.intp), codegen
+
+
+@intrinsic
+def integer_at(typingctx, address, i):
+    """The i-th of the int64 numbers at an address."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], ir.PointerType(ir.IntType(64))), [args[1]]))
+
+    return types.int64(types.int64, types.intp), codegen
+
+
+@intrinsic
+def record_at(typingctx, address, kind):
+    """The named tuple of int64 numbers at an address; fields called ..._strides are tuples of three."""
+    cls = kind.instance_class
+    parts = [_numbers if name.endswith("_strides") else types.int64 for name in cls._fields]
+    record: Any = types.BaseTuple.from_types(parts, cls)
+
+    def codegen(context, builder, sig, args):
+        numbers = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+        position = itertools.count()
+
+        def read():
+            return builder.load(builder.gep(numbers, [context.get_constant(types.intp, next(position))]))
+
+        values = [
+            read() if part is types.int64 else context.make_tuple(builder, part, [read() for _ in range(3)])
+            for part in parts
+        ]
+        return context.make_tuple(builder, record, values)
+
+    return record(types.int64, kind), codegen
+
+
+@intrinsic
+def load(typingctx, x, i):
+    """The vector x[i : i + 8]."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_at(builder, args, _floats), align=4)
+
+    return vector(_pointer_type, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, x, i, value):
+    """x[i : i + 8] = value."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], _at(builder, args, _floats), align=4)
+        return context.get_dummy_value()
+
+    return types.void(_pointer_type, types.intp, vector), codegen
+
+
+@intrinsic
+def load_first(typingctx, x, i, n):
+    """x[i : i + n] and zeros; n < 8. Numbers beyond are not touched."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(_floats, [ir.PointerType(_floats), _int, _masks, _floats])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v8f32.p0")
+        zeros = ir.Constant(_floats, [0.0] * LANES)
+        return builder.call(function, [_at(builder, args, _floats), _int(4), _mask(builder, args[2]), zeros])
+
+    return vector(_pointer_type, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_first(typingctx, x, i, value, n):
+    """x[i : i + n] = the first n numbers of value; n < 8."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [_floats, ir.PointerType(_floats), _int, _masks])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v8f32.p0")
+        builder.call(function, [args[2], _at(builder, args, _floats), _int(4), _mask(builder, args[3])])
+        return context.get_dummy_value()
+
+    return types.void(_pointer_type, types.intp, vector, types.intp), codegen
+
+
+@intrinsic
+def store_halves(typingctx, x, i, j, value):
+    """x[i : i + 4] and x[j : j + 4] = the first and the second half of value."""
+
+    def codegen(context, builder, sig, args):
+        x, *places, value = args
+        for half, place in enumerate(places):
+            lanes = ir.Constant(
+                ir.VectorType(_int, LANES // 2), [half * LANES // 2 + lane for lane in range(LANES // 2)]
+            )
+            part = builder.shuffle_vector(value, value, lanes)
+            builder.store(part, _at(builder, [x, place], part.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(_pointer_type, types.intp, types.intp, vector), codegen
+
+
+def _make_prefetch(write: int):
+    @intrinsic
+    def prefetch(typingctx, x, i):
+        """Ask for x[i] to be brought into the cache; any address will do."""
+
+        def codegen(context, builder, sig, args):
+            kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_float), _int, _int, _int])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [builder.gep(args[0], [args[1]]), _int(write), _int(2), _int(1)])
+            return context.get_dummy_value()
+
+        return types.void(_pointer_type, types.intp), codegen
+
+    return prefetch
+
+
+prefetch_to_read = _make_prefetch(0)
+prefetch_to_write = _make_prefetch(1)
+
+
+@intrinsic
+def splat(typingctx, x, i):
+    """x[i], eight times."""
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, builder.load(_at(builder, args, _float)))
+
+    return vector(_pointer_type, types.intp), codegen
+
+
+@intrinsic
+def fill(typingctx, x):
+    """One number, eight times."""
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, args[0])
+
+    return vector(types.float32), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c, rounded once where the machine can."""
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, "llvm.fmuladd.v8f32", *args)
+
+    return vector(vector, vector, vector), codegen
+
+
+@intrinsic
+def total(typingctx, a):
+    """The sum of the eight numbers."""
+
+    def codegen(context, builder, sig, args):
+        x, half = args[0], LANES // 2
+        while half:
+            mask = ir.Constant(_ints, [(i + half) % LANES for i in range(LANES)])
+            x = builder.fadd(x, builder.shuffle_vector(x, ir.Constant(_floats, ir.Undefined), mask))
+            half //= 2
+        return builder.extract_element(x, ir.Constant(_int, 0))
+
+    return types.float32(vector), codegen
+
+
+@intrinsic
+def totals(typingctx, a, b, c, d, e, f, g, h):
+    """The sums of eight vectors, as one vector."""
+
+    def codegen(context, builder, sig, args):
+        rows = list(args)
+        # Add neighbours of two vectors at a time: lanes at distance 1, then 2, then 4.
+        for distance in (1, 2, 4):
+            even = [i if not i & distance else i - distance + LANES for i in range(LANES)]
+            odd = [i + distance for i in even]
+            rows = [
+                builder.fadd(
+                    builder.shuffle_vector(x, y, ir.Constant(_ints, even)),
+                    builder.shuffle_vector(x, y, ir.Constant(_ints, odd)),
+                )
+                for x, y in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        return rows[0]
+
+    return vector(*[vector] * LANES), codegen
+
+
+@intrinsic
+def _round(typingctx, a):
+    def codegen(context, builder, sig, args):
+        return _call(builder, "llvm.rint.v8f32", args[0])
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def _power_of_two(typingctx, n):
+    """2**n for whole n in [-126, 127], made of its exponent bits."""
+
+    def codegen(context, builder, sig, args):
+        biased = builder.add(builder.fptosi(args[0], _ints), ir.Constant(_ints, [127] * LANES))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_ints, [23] * LANES)), _floats)
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def _choose_below(typingctx, a, b, low, high):
+    """low where a < b, high elsewhere, NaN included."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return vector(vector, vector, vector, vector), codegen
+
+
+def _arithmetic(symbol, method: str) -> None:
+    @infer_global(symbol)  # pyright: ignore[reportOptionalCall]
+    class Typing(AbstractTemplate):
+        def generic(self, args, kws):
+            return signature(vector, vector, vector) if args == (vector, vector) else None
+
+    @_extending.lower_builtin(symbol, vector, vector)
+    def lower(context, builder, sig, args):
+        return getattr(builder, method)(*args)
+
+
+for _symbol, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _arithmetic(_symbol, _method)
+
+
+@njit(nogil=True, forceinline=True)
+def exp(x):
+    """e**x for x <= 0, to about one unit in the last place: 1 at 0, 0 at -inf, NaN at NaN.
+
+    x = n log 2 + r with |r| <= log(2) / 2; e**r by the polynomial of Cephes' expf.
+    """
+    n = _round(x * fill(types.float32(1.44269504088896341)))
+    r = fma(n, fill(types.float32(-0.693359375)), x)
+    r = fma(n, fill(types.float32(2.12194440e-4)), r)
+    p = fma(fill(types.float32(1.9875691500e-4)), r, fill(types.float32(1.3981999507e-3)))
+    p = fma(p, r, fill(types.float32(8.3334519073e-3)))
+    p = fma(p, r, fill(types.float32(4.1665795894e-2)))
+    p = fma(p, r, fill(types.float32(1.6666665459e-1)))
+    p = fma(p, r, fill(types.float32(5.0000001201e-1)))
+    p = fma(p, r * r, r) + fill(types.float32(1.0))
+    # Below, 2**n is no normal number any more, and n and r are garbage at -inf.
+    smallest = fill(types.float32(-87.0))
+    return _choose_below(x, smallest, fill(types.float32(0.0)), p * _power_of_two(n))
+
+
+def _at(builder, args, pointee):
+    return builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(pointee))
+
+
+def _mask(builder, n):
+    lanes = ir.Constant(_ints, list(range(LANES)))
+    first = builder.insert_element(ir.Constant(_ints, ir.Undefined), builder.trunc(n, _int), _int(0))
+    n = builder.shuffle_vector(first, first, ir.Constant(_ints, [0] * LANES))
+    return builder.icmp_signed("<", lanes, n)
+
+
+def _splat(builder, scalar):
+    undefined = ir.Constant(_floats, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_int, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_ints, [0] * LANES))
+
+
+def _call(builder, name: str, *args):
+    kind = ir.FunctionType(_floats, [_floats] * len(args))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)

@@ -1,0 +1,7 @@
+"""Training on transformers' Trainer: pretrain, transfer, finetune, and the road through them."""
+
+from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.pipeline import TrainConfig, train
+from fastweights.training.pretrain import PretrainConfig, pretrain
+
+__all__ = ["FinetuneConfig", "PretrainConfig", "RunConfig", "StageConfig", "TrainConfig", "pretrain", "train"]

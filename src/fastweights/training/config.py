@@ -1,0 +1,78 @@
+"""What a training stage, and a run of stages, can be told."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastweights.errors import FastWeightsError
+from fastweights.options import ADVANCED
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Steps, batches and learning rates of one training stage."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Blocks per device and forward pass."""
+    gradient_accumulation: Annotated[int, ADVANCED] = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of pretrained parameters."""
+    new_learning_rate: float | None = None
+    """Peak learning rate of gates and scales; by default `learning_rate`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule: Annotated[Literal["linear", "cosine", "constant_with_warmup"], ADVANCED] = "linear"
+    """Learning rate after the warm-up; linear and cosine end at 0."""
+    weight_decay: Annotated[float, ADVANCED] = 0.0
+    """AdamW's weight decay of the matrices."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "new_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FastWeightsError(f"{name} is {value}; it must be positive")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Training of all weights."""
+
+    kl_weight: float = 1.0
+    """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.kl_weight <= 1:
+            raise FastWeightsError(f"kl_weight is {self.kl_weight}; allowed are 0 (text alone) to 1 (teacher alone)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all stages of a run share."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the forward pass under autocast; weights, states and gates stay fp32."""
+    seed: Annotated[int, ADVANCED] = 0
+    """Seed of the data order."""
+    adam_beta2: Annotated[float, ADVANCED] = 0.99
+    """AdamW's second-moment decay."""
+    max_grad_norm: Annotated[float, ADVANCED] = 1.0
+    """Gradients are scaled down to this norm."""
+    save_every: Annotated[int, ADVANCED] = 500
+    """Steps between checkpoints; the last two are kept."""
+    log_every: Annotated[int, ADVANCED] = 10
+    """Steps between entries of the loss history."""
+    report_to: Annotated[str, ADVANCED] = "none"
+    """Where transformers' Trainer reports to: none, tensorboard, trackio, wandb and others."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")

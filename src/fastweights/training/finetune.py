@@ -1,0 +1,59 @@
+"""Finetune: the whole model learns from text, and from the teacher's distribution over next tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from fastweights.training.trainer import StageTrainer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastweights.models.modeling import FastWeightsForCausalLM
+    from fastweights.training.config import FinetuneConfig
+
+
+class FinetuneTrainer(StageTrainer):
+    """Trains all weights; the teacher is asked only where it counts."""
+
+    config: FinetuneConfig
+
+    def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel | None, *args, **kwargs) -> None:
+        self.teacher = teacher
+        super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
+        if teacher is not None:
+            teacher.to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        input_ids = inputs["input_ids"]
+        outputs = model(input_ids=input_ids, use_cache=False)
+        loss = outputs.logits.new_zeros((), dtype=torch.float32)
+        weight = self.config.kl_weight
+        if weight < 1:
+            loss = loss + (1 - weight) * next_token_loss(outputs.logits, input_ids)
+        if weight > 0:
+            assert self.teacher is not None
+            with torch.no_grad():
+                teacher_logits = self.teacher(input_ids=input_ids, use_cache=False).logits
+            loss = loss + weight * divergence(outputs.logits, teacher_logits)
+        self.loss_is_scaled_for_ga = False
+        return (loss, outputs) if return_outputs else loss
+
+
+def next_token_loss(logits: Float[Tensor, "B T vocabulary"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each token but the first, in nats."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+def divergence(
+    student_logits: Float[Tensor, "B T vocabulary"], teacher_logits: Float[Tensor, "B T vocabulary"]
+) -> Float[Tensor, ""]:
+    """Mean KL(teacher || student) over all positions, in nats."""
+    student = log_softmax(student_logits.float(), -1).flatten(0, 1)
+    teacher = log_softmax(teacher_logits.float(), -1).flatten(0, 1)
+    return kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -1,0 +1,156 @@
+"""The whole road in one call: convert, transfer, finetune, with an evaluation on held-out text after each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import transformers
+
+from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
+from fastweights.errors import FastWeightsError
+from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
+from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
+from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.finetune import FinetuneTrainer
+from fastweights.training.teacher import load_teacher
+from fastweights.training.trainer import is_finished, save_run
+from fastweights.training.transfer import TransferTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESULTS_FILE = "results.json"
+TRAINERS = {"transfer": TransferTrainer, "finetune": FinetuneTrainer}
+STAGES = ("all", *TRAINERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Convert a model and train it until it speaks like the original."""
+
+    model: str = "embedded"
+    """Model to start from: a folder, a .gguf file, a hub name or "embedded"; converted already, or still to convert."""
+    output: Path = Path("runs/train")
+    """Folder for the trained model, its checkpoints, the run's resolved config and results.json."""
+    stage: Literal["all", "transfer", "finetune"] = "all"
+    """One stage, or all: transfer (layers imitate the teacher's attention), then finetune (all weights)."""
+    teacher: str | None = None
+    """The model that was converted, where `model` is converted already and does not name it."""
+    resume: bool = False
+    """Go on where a killed run of the same config stopped."""
+    held_out: str = "validation"
+    """Split of the same text to evaluate on; a text without such a split gives up its last twentieth."""
+    convert: ConversionConfig = field(default_factory=ConversionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    transfer: StageConfig = field(
+        default_factory=lambda: StageConfig(learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=20)
+    )
+    finetune: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=20)
+    )
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_tokens=131072))
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        if self.stage not in STAGES:
+            raise FastWeightsError(f"stage {self.stage!r} is unknown; known are {', '.join(STAGES)}")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Held-out quality at one point of the road."""
+
+    stage: str
+    """teacher, converted, transfer or finetune."""
+    tokens: int
+    """Tokens trained on up to here."""
+    evaluation: Evaluation
+    retention: float
+    """Teacher's perplexity over this model's."""
+
+
+def train(config: TrainConfig) -> list[StageResult]:
+    """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
+    tokenizer = load_tokenizer(config.model)
+    train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
+    student, teacher = _load_models(config)
+    save_run(config, config.output)
+
+    results = _Results(config, held_out)
+    results.add("teacher", 0, teacher)
+    if config.stage != "finetune":
+        results.add("converted", 0, student)
+    tokens = 0
+    for name in ("transfer", "finetune") if config.stage == "all" else (config.stage,):
+        stage: StageConfig = getattr(config, name)
+        folder = config.output / name
+        if not (config.resume and is_finished(folder)):
+            trainer = TRAINERS[name](student, teacher, stage, config.run, folder, train_blocks, tokenizer, title=name)
+            trainer.run(resume=config.resume)
+        student = load_model(folder)
+        tokens += stage.steps * stage.batch_size * stage.gradient_accumulation * config.data.block_size
+        results.add(name, tokens, student)
+
+    student.save_pretrained(config.output)
+    tokenizer.save_pretrained(config.output)
+    return results.list
+
+
+class _Results:
+    """Evaluates as the road goes on, and keeps results.json up to date."""
+
+    def __init__(self, config: TrainConfig, held_out: TokenizedText) -> None:
+        self.config = config
+        self.held_out = held_out
+        self.list: list[StageResult] = []
+
+    def add(self, stage: str, tokens: int, model: PreTrainedModel) -> None:
+        evaluation = evaluate(
+            model, self.held_out, block_size=self.config.data.block_size, config=self.config.evaluation
+        )
+        teacher = self.list[0].evaluation if self.list else evaluation
+        result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
+        self.list.append(result)
+        text = json.dumps([asdict(result) for result in self.list], indent=2)
+        (self.config.output / RESULTS_FILE).write_text(text + "\n")
+
+
+@lru_cache(maxsize=1)
+def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks, TokenizedText]:
+    """Training blocks and held-out text, which never overlap; kept, as runs that are compared share them."""
+    tokenizer = load_tokenizer(model)
+    documents = load_documents(data)
+    try:
+        rest = load_documents(replace(data, split=held_out))
+    except FastWeightsError:
+        if data.text == STDLIB:
+            raise
+        documents, rest = _without_the_end(documents)
+    return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
+
+
+def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
+    """The text, and its last twentieth: of its documents, or of its characters if it is one."""
+    if len(documents) == 1:
+        cut = len(documents[0]) - max(1, len(documents[0]) // 20)
+        return [documents[0][:cut]], [documents[0][cut:]]
+    cut = len(documents) - max(1, len(documents) // 20)
+    return documents[:cut], documents[cut:]
+
+
+def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
+    model = load_model(resolve_model(config.model))
+    if isinstance(model, FastWeightsForCausalLM):
+        return model, load_teacher(model, config.teacher)
+    if config.stage == "finetune":
+        raise FastWeightsError(f"{config.model} has no fast weights to finetune: convert it first, or use --stage all")
+    transformers.set_seed(config.run.seed)
+    student = convert(model, config.convert)
+    return student, model.requires_grad_(False)

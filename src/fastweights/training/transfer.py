@@ -1,0 +1,123 @@
+"""Transfer: each layer learns to reproduce the teacher's attention from the teacher's own input, all layers at once.
+
+The loss is layer by layer, so it needs no pass through the student's other parts, and errors do not add up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastweights.training.teacher import record_attention
+from fastweights.training.trainer import StageTrainer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastweights.layers.attention import FastWeightAttention
+    from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
+
+# Tokens that fix the factors of a layer, of which there are one or two a head.
+_CALIBRATION_TOKENS = 1024
+
+
+class TransferTrainer(StageTrainer):
+    """Trains the converted layers alone; everything else in the model stays as it is."""
+
+    def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
+        self.teacher = teacher
+        self.positions = student.config.positions
+        student.requires_grad_(False)
+        for layer in student.fast_weight_layers():
+            layer.requires_grad_(True)
+        super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
+        self.teacher.to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        records = record_attention(self.teacher, inputs["input_ids"], positions=self.positions)
+        outputs = model(attention_records=records)
+        # A mean over this batch: the Trainer divides by accumulation steps itself only if told that nobody did.
+        self.loss_is_scaled_for_ga = False
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def run(self, *, resume: bool) -> None:
+        if not resume:
+            first = torch.stack([self.train_dataset[i]["input_ids"] for i in range(self._first_blocks())])
+            records = record_attention(self.teacher, first.to(self.args.device), positions=self.positions)
+            calibrate(self.model, records)  # type: ignore[arg-type]
+        super().run(resume=resume)
+        self.model.requires_grad_(True)  # type: ignore[union-attr]
+
+    def _first_blocks(self) -> int:
+        return min(len(self.train_dataset), self.config.batch_size)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -> None:
+    """Give each head the factors that bring its layer nearest to the teacher's output, in the least-squares sense.
+
+    Un-normalised fast weights are sums over all that was read: without this their output is orders of magnitude off.
+
+    Args:
+        records: what the teacher's attention did with some text, one for each layer of the model.
+    """
+    for layer in student.fast_weight_layers():
+        record = records[layer.layer_idx]
+        if layer.window_bias is not None:
+            layer.window_bias.copy_(_lost_logits(layer, record))
+        factors = _least_squares(_contributions(layer, record), _targets(layer, record))
+        layer.fast_scale.copy_(factors[: layer.heads])
+        if layer.window_scale is not None:
+            layer.window_scale.copy_(factors[layer.heads :])
+
+
+def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H W"]:
+    """What absolute positions added to q·k on average, per head and distance, and the student's q·k now lack."""
+    with_positions, without = (
+        layer.projections.project(layer, x, record.position_embeddings)[:2]
+        for x in (record.teacher_inputs, record.inputs)
+    )
+    length, group = record.inputs.shape[1], layer.heads // layer.kv_heads
+    lost = torch.zeros(layer.heads, layer.settings.window, device=record.inputs.device)
+    for distance in range(min(layer.settings.window, length)):
+        for sign, (q, k) in ((1, with_positions), (-1, without)):
+            keys = k[:, : length - distance].repeat_interleave(group, dim=2)
+            lost[:, distance] += sign * layer.scaling * (q[:, distance:] * keys).sum(-1).mean((0, 1))
+    return lost
+
+
+def _contributions(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "factors N d"]:
+    """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
+    fast, window = layer.read(record.inputs, position_embeddings=record.position_embeddings)
+    parts = []
+    for y in (fast, window):
+        for head in range(layer.heads if y is not None else 0):
+            alone = torch.zeros_like(y)
+            alone[:, :, head] = y[:, :, head]  # type: ignore[index]
+            parts.append(_sample(layer.projections.output(layer, alone.flatten(-2)) - _bias(layer, record)))
+    return torch.stack(parts)
+
+
+def _targets(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "N d"]:
+    return _sample(record.output - _bias(layer, record))
+
+
+def _bias(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, " d"]:
+    nothing = record.inputs.new_zeros(1, 1, layer.heads * layer.head_dim)
+    return layer.projections.output(layer, nothing)[0, 0]
+
+
+def _sample(x: Float[Tensor, "B T d"]) -> Float[Tensor, "N d"]:
+    x = x.flatten(0, 1)
+    return x[:: max(1, len(x) // _CALIBRATION_TOKENS)]
+
+
+def _least_squares(parts: Float[Tensor, "n N d"], target: Float[Tensor, "N d"]) -> Float[Tensor, " n"]:
+    a = parts.flatten(1).double()
+    gram = a @ a.T
+    # A little ridge, as heads may say nearly the same.
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge, a @ target.flatten().double()).float()

@@ -1,0 +1,119 @@
+import json
+import sys
+
+import pytest
+
+from fastweights.cli import main
+
+COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "demo")
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["fastweights", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_each_option_is(monkeypatch, capsys, command):
+    code, out, _ = run(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert "Usage: fastweights" in out
+    assert "--config" in out
+
+
+def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):
+    """Convert, train both stages from a recipe, evaluate, generate."""
+    converted, trained = tmp_path / "converted", tmp_path / "trained"
+    code, out, err = run(monkeypatch, capsys, "convert", model_folder, converted, "--window", "8")
+    assert (code, err) == (0, "")
+    assert "3 of 3 layers converted" in out
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"""
+        model = "{converted}"
+        output = "{trained}"
+        [data]
+        text = "{text_file}"
+        block_size = 32
+        [transfer]
+        steps = 6
+        warmup_steps = 1
+        [finetune]
+        steps = 6
+        warmup_steps = 1
+        [evaluation]
+        max_tokens = 256
+    """)
+    code, out, _ = run(monkeypatch, capsys, "--config", recipe, "train")
+    assert code == 0
+    for stage in ("teacher", "converted", "transfer", "finetune"):
+        assert stage in out
+    results = {row["stage"]: row for row in json.loads((trained / "results.json").read_text())}
+    assert results["finetune"]["tokens"] == 12 * 4 * 32
+    assert results["teacher"]["retention"] == 1.0
+    assert results["transfer"]["retention"] > results["converted"]["retention"]
+
+    arguments = (
+        "--text",
+        text_file,
+        "--split",
+        "train",
+        "--block-size",
+        "64",
+        "--evaluation.max-tokens",
+        "256",
+        "--json",
+    )
+    code, out, _ = run(monkeypatch, capsys, "eval", model_folder, trained, *arguments)
+    assert code == 0
+    assert set(json.loads(out)) == {str(model_folder), str(trained)}
+
+    code, out, _ = run(monkeypatch, capsys, "generate", trained, "--prompt", "99 bottles", "--max-new-tokens", "8")
+    assert code == 0
+    assert out.startswith("99 bottles")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("convert", "./nowhere", "out"), "is no folder"),
+        (("convert", "MODEL", "out", "--rule", "delta"), "rule 'delta' is unknown; known are decay"),
+        (("convert", "MODEL", "out", "--window", "1"), "window is 1"),
+        (("train", "--model", "./nowhere"), "cannot load a tokenizer"),
+        (("train", "--model", "MODEL", "--data.text", "./nothing.txt"), "does not exist"),
+        (
+            ("train", "--model", "MODEL", "--stage", "finetune", "--data.text", "TEXT", "--data.block-size", "32"),
+            "convert it first",
+        ),
+        (("train", "--model", "MODEL", "--data.text", "TEXT", "--data.block-size", "100000"), "fewer than one block"),
+        (("train", "--transfer.steps", "0"), "steps is 0"),
+        (("eval", "MODEL", "--text", "TEXT", "--split", "test"), "cannot read text|Unknown split"),
+        (("eval", "MODEL", "--evaluation.context", "stream"), "stream"),
+        (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
+        (("--config", "missing.toml", "train"), "missing.toml does not exist"),
+        (("train", "--no-such-option", "1"), "no-such-option"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_file, tmp_path, arguments, expected):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    known = {"MODEL": str(model_folder), "TEXT": str(text_file)}
+    code, _, err = run(monkeypatch, capsys, *[known.get(argument, argument) for argument in arguments])
+    assert code == 1
+    assert "Traceback" not in err
+    assert re.search(expected, err), err
+
+
+def test_nothing_is_overwritten_by_an_error(monkeypatch, capsys, model_folder, tmp_path):
+    output = tmp_path / "file"
+    output.write_text("mine")
+    code, _, err = run(monkeypatch, capsys, "convert", model_folder, output)
+    assert (code, output.read_text()) == (1, "mine")
+    assert "is a file" in err

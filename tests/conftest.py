@@ -1,0 +1,89 @@
+"""Small models and texts that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# The hub is never asked: what is not on disk is an error at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fastweights.embedded import byte_tokenizer
+
+VOCABULARY = 257
+_SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def make_gpt2(**changes) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    settings = {"n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 2, "initializer_range": 0.2, **changes}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **settings, **dropout, **_tokens())).eval()
+
+
+def make_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "max_position_embeddings": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+
+
+def _tokens() -> dict[str, int]:
+    return {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+
+
+MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def base(request) -> PreTrainedModel:
+    """A small random model of each family."""
+    return MAKERS[request.param]()
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A small random GPT-2 with its tokenizer, as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_gpt2().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Some 20 kB of text with something to learn in it."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(400)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real models and corpora beside the repository."""
+    if not _SHARED.is_dir():
+        pytest.skip("there is no folder of real models and corpora beside this repository")
+    return _SHARED
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers import FastWeightAttention, FastWeightSettings
+from fastweights.models import ConversionConfig, convert
+from fastweights.ops import decay_rule
+from tests.conftest import make_gpt2, make_llama
+
+
+@pytest.mark.parametrize("value_gate", [True, False])
+def test_output_is_the_papers_formula(value_gate):
+    layer = convert(make_gpt2(), ConversionConfig(value_gate=value_gate)).fast_weight_layers()[1]
+    assert isinstance(layer, FastWeightAttention)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+        x = torch.randn(2, 11, 32)
+        q, k, v = (y.unflatten(-1, (2, 16)) for y in layer.c_attn(x).chunk(3, -1))
+        f = torch.sigmoid(layer.key_gate(x)).unflatten(-1, (2, 16))
+        z = torch.sigmoid(layer.value_gate(x)).unflatten(-1, (2, 16)) if value_gate else torch.ones_like(v)
+        state, outputs = torch.zeros(2, 2, 16, 16), []
+        for t in range(11):
+            decay = f[:, t, :, :, None] * z[:, t, :, None, :]
+            state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * 16**-0.5)
+        y = torch.stack(outputs, 1) * layer.fast_scale[:, None]
+        expected = layer.c_proj(y.flatten(-2))
+        torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_heads_read_the_state_they_share():
+    model = make_llama()
+    layer = convert(model).fast_weight_layers()[0]
+    x = torch.randn(1, 9, 32)
+    positions = model.model.rotary_emb(x, torch.arange(9)[None])
+    with torch.no_grad():
+        q, k, v = layer.projections.project(layer, x, positions)
+        assert (q.shape[2], k.shape[2]) == (4, 2)
+        gates = [gate.repeat_interleave(2, 2) for gate in layer.log_decays(x)]
+        k, v = (y.repeat_interleave(2, 2) for y in (k, v))
+        expected, _ = decay_rule(q, k, v, *gates, scale=layer.scaling, backend="reference")
+        fast, window = layer.read(x, position_embeddings=positions)
+    assert window is None
+    torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_rotary_can_be_left_out(rotary):
+    model = make_llama()
+    layer = convert(model, ConversionConfig(rotary=rotary)).fast_weight_layers()[0]
+    x = torch.randn(1, 9, 32)
+    with torch.no_grad():
+        first, second = (
+            layer(x, position_embeddings=model.model.rotary_emb(x, torch.arange(9)[None] * step))[0] for step in (1, 7)
+        )
+    assert torch.equal(first, second) == (not rotary)
+
+
+def test_gates_ignore_autocast():
+    layer = convert(make_gpt2()).fast_weight_layers()[0]
+    x = torch.randn(1, 5, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = layer.log_decays(x)
+    outside = layer.log_decays(x)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(inside, outside, strict=True))
+
+
+def test_settings_name_what_is_known():
+    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay"):
+        FastWeightSettings(rule="gated")

@@ -1,0 +1,182 @@
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
+from tests.conftest import VOCABULARY, make_gpt2, make_llama, random_ids
+
+
+@torch.no_grad()
+def test_a_model_whose_layers_all_stay_has_the_logits_it_had(base):
+    ids = random_ids(2, 30)
+    before = base(ids).logits
+    converted = convert(base, ConversionConfig(layer_types=["full_attention"] * 3))
+    torch.testing.assert_close(converted(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_given_is_not_touched(base):
+    ids = random_ids(1, 20)
+    before, weights = base(ids).logits, {name: p.clone() for name, p in base.named_parameters()}
+    converted = convert(base, ConversionConfig(positions="drop"))
+    for parameter in converted.parameters():
+        parameter.add_(1.0)
+    assert torch.equal(base(ids).logits, before)
+    assert all(torch.equal(p, weights[name]) for name, p in base.named_parameters())
+
+
+def test_every_pretrained_weight_is_kept(base):
+    converted = dict(convert(base).named_parameters())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(converted.pop(f"model.{name}"), parameter)
+    new = convert(base).new_parameter_names()
+    assert sorted(converted) == sorted(new)
+    assert len(new) == 3 * 5  # two gates with a bias each, and one scale, in three layers
+
+
+def test_gates_start_with_a_spread_of_time_constants(base):
+    layer = convert(base, ConversionConfig(gate_bias=(1.0, 4.0))).fast_weight_layers()[0]
+    key, value = layer.log_decays(torch.randn(1, 5, 32))
+    expected = torch.sigmoid(torch.linspace(1.0, 4.0, layer.head_dim))
+    torch.testing.assert_close(key.exp(), expected.expand_as(key))
+    torch.testing.assert_close(value.exp(), expected.expand_as(value))
+
+
+def test_a_window_as_long_as_the_text_and_nothing_else_is_softmax_attention(base):
+    ids = random_ids(1, 30)
+    model = convert(base, ConversionConfig(window=30))
+    with torch.no_grad():
+        for layer in model.fast_weight_layers():
+            layer.fast_scale.zero_()
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_from_and_to_a_folder(model_folder, tmp_path):
+    model = convert(model_folder, ConversionConfig(window=8))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, FastWeightsForCausalLM)
+    assert loaded.config.base_model == str(model_folder)
+    assert loaded.config.layer_types == ["hybrid_sliding"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"rule": "delta"}, "known are decay"),
+        ({"feature_map": "elu"}, "known are identity"),
+        ({"window": 1}, "2 or more"),
+        ({"window": -3}, "2 or more"),
+        ({"layer_types": ["linear_attention"]}, "has 3 layers"),
+        ({"layer_types": ["softmax"] * 3}, "known are linear_attention, hybrid_sliding, full_attention"),
+        ({"layer_types": ["hybrid_sliding"] * 3}, "give a window"),
+    ],
+)
+def test_bad_settings(arguments, expected):
+    with pytest.raises(FastWeightsError, match=expected):
+        convert(make_gpt2(), ConversionConfig(**arguments))
+
+
+def test_unknown_family_names_the_known_ones(tmp_path):
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    config.is_decoder = True
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gpt2, llama"):
+        convert(tmp_path)
+
+
+def test_a_converted_model_is_not_converted_again(tmp_path):
+    convert(make_llama()).save_pretrained(tmp_path)
+    with pytest.raises(FastWeightsError, match="has fast weights already"):
+        convert(tmp_path)
+
+
+def _truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _foreign(folder):
+    make_llama().save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "model.safetensors")
+
+
+def _pickle(folder):
+    torch.save(make_gpt2().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _no_config(folder):
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _foreign, _pickle, _no_config])
+def test_damaged_checkpoints_get_one_line(tmp_path, damage):
+    make_gpt2().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(FastWeightsError, match=r"cannot load a model|not those of its config") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder():
+    with pytest.raises(FastWeightsError, match="is no folder"):
+        load_model("./nowhere")
+
+
+@torch.no_grad()
+def test_gguf_checkpoint(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    original = make_llama(hidden_size=32, num_key_value_heads=4, tie_word_embeddings=False)
+    write_gguf(gguf, original, tmp_path / "model.gguf")
+    loaded = load_model(tmp_path / "model.gguf")
+    ids = random_ids(1, 20)
+    torch.testing.assert_close(loaded(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+    assert convert(tmp_path / "model.gguf")(ids).logits.isfinite().all()
+
+
+def write_gguf(gguf, model, path) -> None:
+    """A Llama as llama.cpp would write it: other names, and q and k in its interleaved rotary order."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+        "model.layers.": "blk.",
+    }
+    for name, weight in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads
+            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

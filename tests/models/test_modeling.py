@@ -1,0 +1,209 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import ConversionConfig, convert
+from fastweights.models.cache import state_bytes
+from tests.conftest import make_gpt2, make_llama, random_ids
+
+KINDS = {
+    "pure": ConversionConfig(),
+    "hybrid": ConversionConfig(window=8),
+    "mixed": ConversionConfig(window=8, layer_types=["linear_attention", "full_attention", "hybrid_sliding"]),
+    "dropped positions": ConversionConfig(positions="drop"),
+    "key gate only": ConversionConfig(value_gate=False),
+}
+
+
+@pytest.fixture(params=sorted(KINDS))
+def model(base, request):
+    return convert(base, KINDS[request.param]).eval()
+
+
+@torch.no_grad()
+def test_pieces_of_any_size_equal_one_pass(model):
+    ids = random_ids(2, 40)
+    whole = model(ids).logits
+    cache, pieces = None, []
+    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 25), (25, 40)):
+        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    assert cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_gives_each_row_what_it_has_alone(model, side):
+    ids = random_ids(1, 30)
+    other = random_ids(1, 39, seed=1)
+    pad = torch.full((1, 9), 256)
+    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
+    mask = torch.ones(2, 39, dtype=torch.long)
+    mask[0, slice(0, 9) if side == "left" else slice(30, 39)] = 0
+    logits = model(torch.cat([padded, other]), attention_mask=mask).logits
+    row = logits[0, 9:] if side == "left" else logits[0, :30]
+    torch.testing.assert_close(row, model(ids).logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[1], model(other).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padded_batch_generates_what_each_row_does_alone(model):
+    rows = [random_ids(1, 12), random_ids(1, 20, seed=1)]
+    pad = torch.full((1, 8), 256)
+    batch = torch.cat([torch.cat([pad, rows[0]], 1), rows[1]])
+    mask = torch.ones_like(batch)
+    mask[0, :8] = 0
+    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    together = model.generate(batch, attention_mask=mask, **arguments)
+    for row, ids in enumerate(rows):
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+        assert together[row, 20:].tolist() == alone[0, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_beams_and_sampling(model):
+    ids = random_ids(2, 10)
+    arguments = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "pad_token_id": 256,
+    }
+    beams = model.generate(ids, num_beams=3, do_sample=False, **arguments)
+    assert beams.tolist() == model.generate(ids, num_beams=3, do_sample=False, use_cache=False, **arguments).tolist()
+    assert beams.tolist() != model.generate(ids, do_sample=False, **arguments).tolist()
+    assert model.generate(ids, do_sample=True, top_k=5, **arguments).shape == (2, 22)
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_a_warm_cache(model):
+    ids = random_ids(1, 30)
+    arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    cold = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :17], past_key_values=cache)
+    warm = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
+    assert warm.tolist() == cold.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pure", "hybrid"])
+def test_state_does_not_grow(base, kind):
+    model = convert(base, KINDS[kind])
+    cache = DynamicCache(config=model.config)
+    sizes = []
+    for _ in range(4):
+        model(random_ids(1, 20), past_key_values=cache)
+        sizes.append(state_bytes(cache))
+    assert sizes[1:] == sizes[:1] * 3
+
+
+@torch.no_grad()
+def test_a_masked_token_leaves_the_state_bit_for_bit(base):
+    model = convert(base, KINDS["pure"])
+    cache = DynamicCache(config=model.config)
+    model(random_ids(2, 10), past_key_values=cache)
+    before = [layer.recurrent_states[0].clone() for layer in cache.layers]
+    mask = torch.tensor([[1] * 10 + [0, 0, 0], [1] * 13])
+    model(random_ids(2, 3, seed=3), past_key_values=cache, attention_mask=mask)
+    for old, layer in zip(before, cache.layers, strict=True):
+        assert torch.equal(old[0], layer.recurrent_states[0][0])
+        assert not torch.equal(old[1], layer.recurrent_states[0][1])
+
+
+def test_saved_and_loaded_and_saved_again_is_bit_equal(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@torch.no_grad()
+def test_bf16_keeps_gates_and_states_in_fp32(base, tmp_path):
+    convert(base, KINDS["hybrid"]).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    new = set(model.new_parameter_names())
+    assert {p.dtype for n, p in model.named_parameters() if n in new} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in new} == {torch.bfloat16}
+    cache = DynamicCache(config=model.config)
+    logits = model(random_ids(1, 20), past_key_values=cache).logits
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+    full = AutoModelForCausalLM.from_pretrained(tmp_path)(random_ids(1, 20)).logits
+    assert (logits.float() - full).abs().max() / full.abs().max() < 0.1
+
+
+def test_gradient_checkpointing_changes_no_gradient(base):
+    model = convert(base, KINDS["hybrid"]).train()
+    ids = random_ids(2, 20)
+    model(ids, labels=ids).loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_lora_trains_and_merges(base):
+    peft = pytest.importorskip("peft")
+    model = convert(base, KINDS["hybrid"])
+    ids = random_ids(1, 20)
+    target = ["c_attn"] if base.config.model_type == "gpt2" else ["q_proj", "v_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora" in name for name in trained)
+    with torch.no_grad():
+        before = adapted(input_ids=ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_positions_end_with_a_clear_line():
+    model = convert(make_gpt2(), KINDS["pure"]).eval()
+    with pytest.raises(FastWeightsError, match="absolute positions end at 128"):
+        model(random_ids(1, 129))
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 128), past_key_values=cache)
+    with pytest.raises(FastWeightsError, match='positions="drop"'):
+        model(random_ids(1, 1), past_key_values=cache)
+    with pytest.raises(FastWeightsError, match="absolute positions"):
+        model.generate(random_ids(1, 120), max_new_tokens=20, do_sample=False, eos_token_id=None)
+
+
+@torch.no_grad()
+def test_no_positions_no_end():
+    dropped = convert(make_gpt2(), KINDS["dropped positions"])
+    rotary = convert(make_llama(), KINDS["hybrid"])
+    for model in (dropped, rotary):
+        assert model(random_ids(1, 400)).logits.isfinite().all()
+
+
+def test_padding_on_the_left_does_not_count_as_position():
+    model = convert(make_gpt2(), KINDS["pure"]).eval()
+    ids, mask = random_ids(1, 160), torch.ones(1, 160, dtype=torch.long)
+    mask[0, :40] = 0
+    assert model(ids, attention_mask=mask).logits.shape == (1, 160, 257)
+
+
+def test_assisted_decoding_is_refused_with_a_reason(model):
+    ids = random_ids(1, 8)
+    with pytest.raises(ValueError, match=r"(?i)stateful"):
+        model.generate(ids, assistant_model=make_gpt2(), max_new_tokens=4, do_sample=False)
+
+
+def test_forward_without_input(base):
+    with pytest.raises(FastWeightsError, match="input_ids or inputs_embeds"):
+        convert(base)()
+
+
+def test_compiled_model_agrees():
+    model = convert(make_gpt2(), KINDS["hybrid"]).eval()
+    ids = random_ids(2, 24)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)

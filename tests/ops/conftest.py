@@ -1,0 +1,13 @@
+"""One torch thread: these tensors are too small to share out, and torch's threads spin while they wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ops.problems import one_thread
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield

@@ -1,0 +1,67 @@
+"""Compiling, announcing it, and sharing work out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastweights.ops.cpu import runtime
+
+
+def test_importing_the_ops_imports_no_numba():
+    script = "import sys, fastweights.ops; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_missing_numba_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba.core", None)
+    with pytest.raises(ImportError, match="backend='cpu' needs numba, which is not installed: pip install numba"):
+        runtime.load_kernels.__wrapped__()
+
+
+def test_compiling_is_announced_once(capsys):
+    from numba import njit
+
+    with runtime.announced():
+        njit("int64(int64)")(lambda x: x + 1)
+        njit("int64(int64)")(lambda x: x + 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fastweights: compiling CPU kernels (once, cached on disk) ..."
+    assert lines[1].startswith("fastweights: done in ")
+    assert len(lines) == 2
+
+
+def test_kernels_from_the_disk_are_not_announced(capsys):
+    runtime.load_kernels.__wrapped__()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("units", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_unit_is_done_once(units, threads):
+    done, lock = [], threading.Lock()
+
+    def work(first, end):
+        with lock:
+            done.extend(range(first, end))
+
+    runtime.share_out(work, units, threads)
+    assert sorted(done) == list(range(units))
+
+
+def test_an_error_in_another_thread_is_raised():
+    def work(first, end):
+        if first >= 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        runtime.share_out(work, 2, 2)
+
+
+def test_small_problems_take_one_thread(monkeypatch):
+    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 8)
+    assert runtime.thread_count(12 * 64 * 64) == 1
+    assert runtime.thread_count(10**9) == 8

@@ -1,0 +1,72 @@
+"""The vector type, against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import tolerances
+
+numba = pytest.importorskip("numba")
+
+from fastweights.ops.cpu import vectors  # noqa: E402
+
+
+@numba.njit
+def _exp(out, x, n):
+    for i in range(0, n, 8):
+        vectors.store(vectors.pointer(out), i, vectors.exp(vectors.load(vectors.pointer(x), i)))
+
+
+@numba.njit
+def _sums(out, x):
+    p = vectors.pointer(x)
+    rows = vectors.totals(
+        vectors.load(p, 0),
+        vectors.load(p, 8),
+        vectors.load(p, 16),
+        vectors.load(p, 24),
+        vectors.load(p, 32),
+        vectors.load(p, 40),
+        vectors.load(p, 48),
+        vectors.load(p, 56),
+    )
+    vectors.store(vectors.pointer(out), 0, rows)
+    return vectors.total(vectors.load(p, 0))
+
+
+@numba.njit
+def _copy_first(out, x, n):
+    vectors.store_first(vectors.pointer(out), 0, vectors.load_first(vectors.pointer(x), 0, n), n)
+
+
+def _exp_of(x):
+    out = np.empty_like(x)
+    _exp(out.ctypes.data, x.ctypes.data, x.size)
+    return out
+
+
+def test_exp_of_decays():
+    x = -np.concatenate([np.linspace(0, 86, 4000), np.logspace(-9, 0, 4000)]).astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    assert np.abs(_exp_of(x) / expected - 1).max() < tolerances.FLOAT32_EXP
+
+
+def test_exp_of_special_values():
+    x = np.array([0.0, -0.0, -np.inf, np.nan, -87.5, -1e30, -100.0, -5e-324], dtype=np.float32)
+    np.testing.assert_array_equal(_exp_of(x), np.array([1, 1, 0, np.nan, 0, 0, 0, 1], dtype=np.float32))
+
+
+def test_sums():
+    x = np.arange(64, dtype=np.float32)
+    out = np.empty(8, dtype=np.float32)
+    first = _sums(out.ctypes.data, x.ctypes.data)
+    np.testing.assert_array_equal(out, x.reshape(8, 8).sum(1))
+    assert first == out[0]
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_numbers_beyond_the_first_are_not_touched(n):
+    x, out = np.arange(1, 9, dtype=np.float32), np.full(8, -1, dtype=np.float32)
+    _copy_first(out.ctypes.data, x.ctypes.data, n)
+    np.testing.assert_array_equal(out, np.where(np.arange(8) < n, x, -1))

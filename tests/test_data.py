@@ -1,0 +1,104 @@
+import gzip
+import json
+
+import datasets
+import pytest
+
+from fastweights.data import DataConfig, TokenBlocks, load_blocks, load_documents, tokenize
+from fastweights.embedded import SPLITS, stdlib_documents
+from fastweights.errors import FastWeightsError
+
+
+def test_splits_of_the_standard_library_share_no_document():
+    documents = {split: set(stdlib_documents(split)) for split in SPLITS}
+    assert all(documents.values())
+    assert not documents["train"] & documents["validation"]
+    assert not documents["train"] & documents["test"]
+    assert sum(map(len, documents["train"])) > 5_000_000
+
+
+def test_byte_tokenizer_gives_bytes_back(tokenizer):
+    text = "naïve café \n\t\x00 — 漢字 🙂"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_documents_end_with_the_end_token(tokenizer):
+    text = tokenize(["ab", "c"], tokenizer)
+    assert text.tokens.tolist() == [97, 98, 256, 99, 256]
+    assert text.document_lengths == [3, 2]
+    assert (text.n_bytes, text.n_words) == (3, 2)
+
+
+def test_blocks_leave_out_the_rest():
+    blocks = TokenBlocks(tokenize_range(11), 4)
+    assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def tokenize_range(n):
+    import torch
+
+    return torch.arange(n)
+
+
+ROWS = ["first text\nof two lines", "second"]
+
+
+def test_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert load_documents(DataConfig(text=str(tmp_path / "a.txt"))) == ["one\n\ntwo\n"]
+
+
+def test_compressed_text(tmp_path):
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("packed\n")
+    assert load_documents(DataConfig(text=str(tmp_path / "a.txt.gz"))) == ["packed\n"]
+
+
+def test_jsonl_and_parquet(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in ROWS))
+    datasets.Dataset.from_dict({"body": ROWS}).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert load_documents(DataConfig(text=str(tmp_path / name), text_column="body")) == ROWS
+
+
+def test_folder_with_splits(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"{split} text")
+    assert load_documents(DataConfig(text=str(tmp_path), split="test")) == ["test text"]
+
+
+def test_rows_that_are_lines_of_one_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row + "\n"}) + "\n" for row in ROWS))
+    assert load_documents(DataConfig(text=str(tmp_path / "a.jsonl"), join_rows=True)) == ["\n".join(ROWS) + "\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", "", "is empty"),
+        ("blank.txt", " \n ", "holds no text"),
+        ("a.exe", "x", "suffix that is not read"),
+        ("broken.jsonl", "{", "cannot read text"),
+        ("a.jsonl", '{"other": "x"}', "no column 'text'"),
+    ],
+)
+def test_bad_files_get_one_line(tmp_path, name, content, expected):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(FastWeightsError, match=expected) as caught:
+        load_documents(DataConfig(text=str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_shorter_than_a_block(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(FastWeightsError, match="fewer than one block of 1024"):
+        load_blocks(DataConfig(text=str(tmp_path / "a.txt")), tokenizer)
+
+
+def test_unknown_split_names_the_known_ones():
+    with pytest.raises(FastWeightsError, match="train, validation, test"):
+        load_documents(DataConfig(split="dev"))

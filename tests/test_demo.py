@@ -1,0 +1,31 @@
+import json
+
+import pytest
+
+from fastweights.demo import DemoConfig, run_demo
+
+
+@pytest.mark.timeout(300)
+def test_a_small_demo_writes_all_it_promises(tmp_path):
+    said = []
+    config = DemoConfig(
+        output=tmp_path / "demo", window=8, transfer_steps=4, finetune_steps=2, contexts=(16, 64), held_out_tokens=2048
+    )
+    result = run_demo(config, said.append)
+    assert said
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(written["retention"]) == {"pure", "hybrid"}
+    for name in ("pure", "hybrid"):
+        losses = written["loss"][name]
+        assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
+        assert losses["transfer"] < losses["converted"]
+        assert written["tokens"][name] == 6 * 4 * 1024
+        costs = written["decode"][name]
+        assert [cost["context"] for cost in costs] == [16, 64]
+        assert costs[0]["state_bytes"] == costs[1]["state_bytes"]
+        assert all(cost["ms_per_token"] > 0 for cost in costs)
+    teacher = written["decode"]["teacher"]
+    assert teacher[1]["state_bytes"] > 3 * teacher[0]["state_bytes"]
+    for file in result.files:
+        assert file.stat().st_size > 0
+    assert {file.suffix for file in result.files} == {".png", ".json"}

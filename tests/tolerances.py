@@ -1,0 +1,13 @@
+"""All tolerances of the tests: the largest difference over the largest absolute value of the truth."""
+
+FLOAT32 = 1e-5
+"""Sums in float32, against the same in float64."""
+
+BFLOAT16 = 2.0**-8
+"""Results rounded to bfloat16, which has 8 significant bits: half a unit, and room for a tie."""
+
+FLOAT16 = 2.0**-10
+"""Results rounded to float16, which has 11 significant bits: half a unit, and room for its subnormal numbers."""
+
+FLOAT32_EXP = 2e-7
+"""The vectorised exponential: about one unit in the last place of float32."""

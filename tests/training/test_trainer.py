@@ -1,0 +1,184 @@
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastweights.data import TokenBlocks
+from fastweights.embedded import byte_tokenizer
+from fastweights.errors import FastWeightsError
+from fastweights.models import convert
+from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.finetune import FinetuneTrainer, divergence
+from fastweights.training.trainer import last_checkpoint
+from tests.conftest import make_gpt2, random_ids
+
+
+def trainer(folder, steps=4, run=None, kl_weight=0.0, **settings):
+    teacher = make_gpt2()
+    stage = FinetuneConfig(steps=steps, batch_size=2, kl_weight=kl_weight, **settings)
+    blocks = TokenBlocks(random_ids(1, 640)[0], 32)
+    return FinetuneTrainer(
+        convert(teacher),
+        teacher,
+        stage,
+        run or RunConfig(save_every=2, log_every=1),
+        folder,
+        blocks,
+        byte_tokenizer(),
+        title="t",
+    )
+
+
+def test_new_and_pretrained_parameters_have_their_own_learning_rates(tmp_path):
+    stage = trainer(tmp_path, learning_rate=1e-4, new_learning_rate=1e-2, weight_decay=0.1)
+    optimizer = stage.create_optimizer()
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    new = set(stage.model.new_parameter_names())
+    for name, parameter in stage.model.named_parameters():
+        rate, decay = rates[id(parameter)]
+        assert rate == (1e-2 if name in new else 1e-4)
+        assert decay == (0.1 if parameter.ndim > 1 and "ln_" not in name else 0.0)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    stage = trainer(tmp_path, steps=30, learning_rate=3e-3)
+    stage.run(resume=False)
+    losses = [entry["loss"] for entry in stage.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    stage = trainer(tmp_path, steps=10)
+    compute = stage.compute_loss
+
+    def poisoned(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        return loss * float("nan") if stage.state.global_step == 5 else loss
+
+    stage.compute_loss = poisoned
+    with pytest.raises(FastWeightsError, match=r"stopped at step 6: the loss is nan; .*checkpoint-4"):
+        stage.run(resume=False)
+    weights = load_file(last_checkpoint(tmp_path) / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    stage = trainer(tmp_path, steps=4)
+    compute = stage.compute_loss
+
+    def poisoned(model, *args, **kwargs):
+        loss = compute(model, *args, **kwargs)
+        if stage.state.global_step == 3:  # the last step before the second checkpoint
+            with torch.no_grad():
+                stage.model.fast_weight_layers()[0].fast_scale.fill_(float("inf"))
+        return loss
+
+    stage.compute_loss = poisoned
+    with pytest.raises(FastWeightsError, match=r"no longer finite; the last good checkpoint is .*checkpoint-2"):
+        stage.run(resume=False)
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_cut_off_while_writing_is_passed_over(tmp_path):
+    trainer(tmp_path, steps=4).run(resume=False)
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    weights.write_bytes(whole)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 0.')
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
+    teacher, student = torch.randn(2, 2, 5, 7)
+    assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    assert divergence(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: StageConfig(steps=0), "steps is 0"),
+        (lambda: StageConfig(learning_rate=0), "learning_rate is 0"),
+        (lambda: StageConfig(steps=5, warmup_steps=6), "warmup_steps is 6"),
+        (lambda: FinetuneConfig(kl_weight=1.5), "kl_weight is 1.5"),
+        (lambda: RunConfig(save_every=0), "save_every is 0"),
+    ],
+)
+def test_bad_settings(make, expected):
+    with pytest.raises(FastWeightsError, match=expected):
+        make()
+
+
+def command(folder, model_folder, text_file, *options):
+    """A finetune run of 24 steps as a process of its own."""
+    return [
+        *(sys.executable, "-m", "fastweights", "train", "--stage", "all", "--model", str(model_folder)),
+        *("--output", str(folder), "--data.text", str(text_file), "--data.block-size", "32"),
+        *("--transfer.steps", "2", "--transfer.batch-size", "2", "--transfer.warmup-steps", "0"),
+        *("--finetune.steps", "24", "--finetune.batch-size", "2", "--finetune.warmup-steps", "0"),
+        *("--run.save-every", "4", "--run.log-every", "1", "--evaluation.max-tokens", "64"),
+        *options,
+    ]
+
+
+def losses(folder):
+    history = json.loads((folder / "finetune" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_killed_run_resumes_on_the_same_loss_curve(tmp_path, model_folder, text_file):
+    subprocess.run(command(tmp_path / "whole", model_folder, text_file), check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(killed, model_folder, text_file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "finetune" / "checkpoint-8" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "finetune" / "finished").exists()
+    subprocess.run(command(killed, model_folder, text_file, "--resume"), check=True, capture_output=True)
+    assert losses(killed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file):
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = command(two, model_folder, text_file)[3:]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    halves = ["--transfer.batch-size", "1", "--finetune.batch-size", "1"]
+    subprocess.run(command(one, model_folder, text_file), check=True, capture_output=True)
+    subprocess.run([*launch, "-m", "fastweights", *shared, *halves], check=True, capture_output=True)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=1e-3)
+
+
+def test_configs_are_plain_data():
+    assert dataclasses.asdict(RunConfig())["seed"] == 0

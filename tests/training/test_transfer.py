@@ -1,0 +1,48 @@
+import torch
+
+from fastweights.models import ConversionConfig, convert
+from fastweights.training.teacher import record_attention
+from fastweights.training.transfer import calibrate
+from tests.conftest import random_ids
+
+
+@torch.no_grad()
+def test_records_are_what_the_layers_see(base):
+    """Fed with its own records, a layer that kept its attention repeats its output."""
+    ids = random_ids(2, 20)
+    records = record_attention(base, ids)
+    assert len(records) == 3
+    model = convert(base, ConversionConfig(window=20))
+    for layer in model.fast_weight_layers():
+        layer.fast_scale.zero_()
+    assert (model.reproduction_errors(records) < 1e-8).all()
+
+
+@torch.no_grad()
+def test_calibration_finds_the_best_scales(base):
+    """No small change of any scale brings a layer nearer to the teacher's output."""
+    records = record_attention(base, random_ids(2, 40))
+    for settings in (ConversionConfig(), ConversionConfig(window=8)):
+        model = convert(base, settings)
+        before = model.reproduction_errors(records)
+        calibrate(model, records)
+        best = model.reproduction_errors(records)
+        assert (best < before).all()
+        assert (best < 1.01).all()  # at worst as good as saying nothing
+        for layer in model.fast_weight_layers():
+            for scale in filter(lambda x: x is not None, (layer.fast_scale, layer.window_scale)):
+                for step in (-0.05, 0.05):
+                    kept = scale[0].clone()
+                    scale[0] *= 1 + step
+                    assert model.reproduction_errors(records)[layer.layer_idx] >= best[layer.layer_idx] - 1e-4
+                    scale[0] = kept
+
+
+def test_loss_trains_the_converted_layers_alone(base):
+    model = convert(base)
+    records = record_attention(base, random_ids(2, 20))
+    model(attention_records=records).loss.backward()
+    inside = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert inside
+    assert all(".attn." in name or ".self_attn." in name for name in inside)
+    assert {name for name in inside if "gate." in name or "scale" in name} == set(model.new_parameter_names())
