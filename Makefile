@@ -43,7 +43,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.decode
 
 docs: setup
-	$(BIN)/python -m docs.cli
+	$(BIN)/python -m fastweights.cli.reference docs/cli.md
 
 recipes: setup
 	$(BIN)/fastweights --config recipes/pure.toml train

@@ -17,6 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fastweights.embedded import byte_tokenizer
 
 VOCABULARY = 257
+
+# The models are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -99,6 +99,11 @@ def test_text_shorter_than_a_block(tmp_path, tokenizer):
         load_blocks(DataConfig(text=str(tmp_path / "a.txt")), tokenizer)
 
 
+def test_a_file_has_one_split(text_file):
+    with pytest.raises(FastWeightsError, match="the split 'train' alone"):
+        load_documents(DataConfig(text=str(text_file), split="validation"))
+
+
 def test_unknown_split_names_the_known_ones():
     with pytest.raises(FastWeightsError, match="train, validation, test"):
         load_documents(DataConfig(split="dev"))

@@ -67,6 +67,6 @@ def test_bad_settings(arguments, expected):
 def test_too_little_text(tokenizer):
     text = tokenize(["abc"], tokenizer)
     with pytest.raises(FastWeightsError, match="at least 2"):
-        evaluate(make_gpt2(), text, config=EvaluationConfig(max_tokens=1))
+        evaluate(make_gpt2(), text, block_size=64, config=EvaluationConfig(max_tokens=1))
     with pytest.raises(FastWeightsError, match="smaller than block_size"):
         evaluate(make_gpt2(), text, block_size=4, config=EvaluationConfig(context="sliding", stride=4))

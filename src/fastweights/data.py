@@ -154,8 +154,9 @@ def _load_file(path: Path, config: DataConfig):
         raise FastWeightsError(f"{path} has a suffix that is not read; allowed are {allowed} (also compressed)")
     if path.stat().st_size == 0:
         raise FastWeightsError(f"{path} is empty: give a file with text in it")
-    # A file of its own has no splits; datasets calls its one split "train".
-    return _load_named(builder, config, data_files=str(path), split="train")
+    if config.split != "train":
+        raise FastWeightsError(f"{path} is one file and has the split 'train' alone; {config.split!r} was asked for")
+    return _load_named(builder, config, data_files=str(path))
 
 
 def _load_folder(path: Path, config: DataConfig):
@@ -166,14 +167,14 @@ def _load_folder(path: Path, config: DataConfig):
     return _load_named(builders.pop(), config, data_dir=str(path))
 
 
-def _load_named(builder: str, config: DataConfig, split: str | None = None, **arguments):
+def _load_named(builder: str, config: DataConfig, **arguments):
     """`datasets.load_dataset`, whose many kinds of failure become one line."""
     import datasets
 
     if builder == "text":
         arguments["sample_by"] = "document"
     try:
-        return datasets.load_dataset(builder, split=split or config.split, **arguments)
+        return datasets.load_dataset(builder, split=config.split, **arguments)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}") from error

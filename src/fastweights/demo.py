@@ -39,10 +39,10 @@ class DemoConfig:
     """Folder for models, pictures and results.json."""
     window: int = 64
     """Exact window of the hybrid model."""
-    transfer_steps: int = 100
-    """Steps of 4,096 tokens in which layers imitate the teacher's attention."""
-    finetune_steps: int = 30
-    """Steps of 4,096 tokens in which all weights are trained."""
+    transfer_steps: int = 200
+    """Steps of 1,024 tokens in which layers imitate the teacher's attention."""
+    finetune_steps: int = 200
+    """Steps of 1,024 tokens in which all weights are trained."""
     held_out_tokens: int = 32768
     """Tokens of unseen text on which each stage is evaluated."""
     contexts: tuple[int, ...] = CONTEXTS
@@ -67,10 +67,15 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
     return TrainConfig(
         output=config.output / name,
         held_out="test",
-        convert=ConversionConfig(window=config.window if name == "hybrid" else 0, positions="drop"),
-        transfer=StageConfig(steps=config.transfer_steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2),
+        convert=ConversionConfig(
+            window=config.window if name == "hybrid" else 0, positions="drop", gate_bias=(-2.0, 6.0)
+        ),
+        # Many small steps: gates have far to go, and each step is cheap.
+        transfer=StageConfig(
+            steps=config.transfer_steps, batch_size=1, learning_rate=2e-3, new_learning_rate=2e-2, warmup_steps=2
+        ),
         finetune=FinetuneConfig(
-            steps=config.finetune_steps, learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=2
+            steps=config.finetune_steps, batch_size=1, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2
         ),
         evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
     )
@@ -100,10 +105,9 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         decode[name] = decode_costs(model, config.contexts)
 
     folders = {name: config.output / name for name in stages}
-    per_step = {
-        stage: getattr(train_config("pure", config), stage).batch_size * TrainConfig().data.block_size
-        for stage in ("transfer", "finetune")
-    }
+    block_size = TrainConfig().data.block_size
+    shown = train_config("pure", config)
+    per_step = {name: getattr(shown, name).tokens_per_step(block_size) for name in ("transfer", "finetune")}
     files = [config.output / "training.png", config.output / "decoding.png", config.output / "results.json"]
     plot_training(folders, per_step, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])

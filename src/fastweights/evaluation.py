@@ -17,6 +17,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastweights.errors import FastWeightsError
+from fastweights.models.architectures import position_limit
+from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.options import ADVANCED
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def evaluate(
     config = config or EvaluationConfig()
     if block_size < 2:
         raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
+    check_block_size(model, block_size)
     if config.stride is not None and config.stride >= block_size:
         raise FastWeightsError(f"stride is {config.stride}; it must be smaller than block_size ({block_size})")
     tokens = text.tokens[: config.max_tokens].to(model.device)
@@ -96,6 +99,16 @@ def evaluate(
         bits_per_byte=mean / math.log(2) * tokens_per_byte,
         tokens=count,
     )
+
+
+def check_block_size(model: PreTrainedModel, block_size: int) -> None:
+    """Refuse blocks that reach beyond a model's absolute positions."""
+    ours = isinstance(model, FastWeightsForCausalLM)
+    limit = model.max_positions if ours else position_limit(model.config)
+    if limit is not None and block_size > limit:
+        raise FastWeightsError(
+            f"block_size is {block_size}; this model's absolute positions end at {limit}: give a block_size up to that"
+        )
 
 
 def token_losses(model: PreTrainedModel, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:

@@ -1,6 +1,11 @@
 """How the fields of a config show as options on the command line."""
 
+import os
+
 from cyclopts import Parameter
 
-# Taken like any option, listed in docs/cli.md, left out of a command's help so that this fits on one screen.
-ADVANCED = Parameter(show=False)
+# Set to anything, it makes help list every option.
+SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
+
+# Taken like any option and listed in docs/cli.md, but left out of a command's help so that this fits on one screen.
+ADVANCED = Parameter(show=SHOW_ALL in os.environ)

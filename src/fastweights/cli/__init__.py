@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.config import Toml
 from rich.console import Console
+from rich.text import Text
 
 from fastweights import __version__
 from fastweights.cli import convert, demo, evaluate, generate, pretrain, train
@@ -18,8 +19,11 @@ from fastweights.errors import FastWeightsError
 app = App(
     name="fastweights",
     help="Language models that remember in fast weights: constant-memory generation from pretrained transformers.",
+    help_epilogue="Less common options: docs/cli.md, or FASTWEIGHTS_ALL_OPTIONS=1 fastweights COMMAND --help.",
     version=__version__,
     help_format="plaintext",
+    error_formatter=lambda error: _error_line(error),
+    error_console=Console(stderr=True, soft_wrap=True),
     default_parameter=Parameter(negative=()),
 )
 app.command(pretrain.pretrain)
@@ -40,12 +44,12 @@ def run(
 
     Parameters
     ----------
-    config: TOML recipe whose keys are the command's options; options on the command line come before it.
+    config
+        TOML recipe whose keys are the command's options; options on the command line come before it.
     """
-    if config is not None:
-        if not config.is_file():
-            raise FastWeightsError(f"{config} does not exist: give the TOML file of a recipe")
-        app.config = Toml(config, use_commands_as_keys=False)
+    if config is not None and not config.is_file():
+        raise FastWeightsError(f"{config} does not exist: give the TOML file of a recipe")
+    app.config = () if config is None else Toml(config, use_commands_as_keys=False)
     app(tokens)
 
 
@@ -56,17 +60,15 @@ def main() -> None:
     try:
         app.meta()
     except FastWeightsError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; what was saved stays, and --resume goes on from there")
         sys.exit(130)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split("\n")))
+def _error_line(error: Exception) -> Text:
+    return Text("error: ", style="bold red", end="").append(" ".join(str(error).split()), style="not bold default")
 
 
 def _quiet_libraries() -> None:

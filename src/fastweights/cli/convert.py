@@ -20,8 +20,10 @@ def convert(
 
     Parameters
     ----------
-    source: Model to convert: a folder, a .gguf file, a hub name or "embedded".
-    output: Folder for the converted model.
+    source
+        Model to convert: a folder, a .gguf file, a hub name or "embedded".
+    output
+        Folder for the converted model.
     """
     if output.exists() and not output.is_dir():
         raise FastWeightsError(f"{output} is a file: give a folder for the converted model")

@@ -1,6 +1,7 @@
 """`fastweights eval`"""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated
 
 import rich
@@ -24,9 +25,13 @@ def evaluate(
 
     Parameters
     ----------
-    models: Models to compare: folders, .gguf files, hub names or "embedded".
-    json: Print JSON instead of a table.
+    models
+        Models to compare: folders, .gguf files, hub names or "embedded".
+    json
+        Print JSON instead of a table.
     """
+    if Path(text.text).is_file():
+        text = replace(text, split="train")  # a file has no other
     results = {}
     for source in models or ("embedded",):
         held_out = tokenize(load_documents(text), load_tokenizer(source))

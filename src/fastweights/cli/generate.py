@@ -26,13 +26,20 @@ def generate(
 
     Parameters
     ----------
-    model: A folder, a .gguf file, a hub name or "embedded".
-    prompt: Text to go on with; "-" reads standard input.
-    max_new_tokens: Tokens to generate at most.
-    temperature: 0 takes the likeliest token; higher values sample.
-    top_k: Tokens to sample from.
-    beams: Beams of a beam search, 1 for none.
-    seed: Seed of sampling.
+    model
+        A folder, a .gguf file, a hub name or "embedded".
+    prompt
+        Text to go on with; "-" reads standard input.
+    max_new_tokens
+        Tokens to generate at most.
+    temperature
+        0 takes the likeliest token; higher values sample.
+    top_k
+        Tokens to sample from.
+    beams
+        Beams of a beam search, 1 for none.
+    seed
+        Seed of sampling.
     """
     if max_new_tokens < 1 or beams < 1 or temperature < 0:
         raise FastWeightsError(

@@ -90,6 +90,12 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Where a base model's absolute positions end; None for one whose positions are relative, or of another family."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    return None if architecture is None or architecture.positions is None else config.max_position_embeddings
+
+
 def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The attention of each layer of a `ForCausalLM` model, in order."""
     return [layer.get_submodule(architecture.attention) for layer in model.get_submodule(architecture.layers)]  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
-from fastweights.models.architectures import architecture_of, attention_modules
+from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import adopt_cache
 from fastweights.models.configuration import FastWeightsConfig
 
@@ -26,6 +26,8 @@ class AttentionRecord(NamedTuple):
     inputs: Float[Tensor, "B T d"]
     """What the student's layer is given: the teacher's input, less its absolute positions if the student has none."""
     output: Float[Tensor, "B T d"]
+    variance: Float[Tensor, ""]
+    """Of the output: the unit in which the student's error is measured."""
     teacher_inputs: Float[Tensor, "B T d"]
     position_embeddings: tuple[Tensor, Tensor] | None
 
@@ -55,11 +57,12 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.architecture = architecture_of(config.base)
         self.model = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        config.dtype = config.base.dtype = self.model.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.model._no_split_modules
         self.fast_layers = _replace_attention(self.model, config)
         if config.positions == "drop" and self.architecture.positions is not None:
             _drop_positions(self.model, self.architecture.positions)
-        self.max_positions = _max_positions(config)
+        self.max_positions = None if config.positions == "drop" else position_limit(config.base)
         self.post_init()
         for layer in self.fast_weight_layers():
             layer.reset_new_parameters()
@@ -160,7 +163,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in self.fast_weight_layers():
             record = records[layer.layer_idx]
             output, _ = layer(record.inputs, position_embeddings=record.position_embeddings)
-            errors.append((output - record.output).square().mean() / record.output.var(correction=0))
+            errors.append((output - record.output).square().mean() / record.variance)
         return torch.stack(errors)
 
     def _check_positions(self, position_ids: Tensor | None, length: int) -> None:
@@ -219,13 +222,6 @@ def _drop_positions(model: nn.Module, name: str) -> None:
     positions = model.get_submodule(name)
     if isinstance(positions, nn.Embedding):
         model.set_submodule(name, ConstantPosition(positions))
-
-
-def _max_positions(config: FastWeightsConfig) -> int | None:
-    """Where learned positions end; None for models that have none or dropped them."""
-    if architecture_of(config.base).positions is None or config.positions == "drop":
-        return None
-    return config.base.max_position_embeddings
 
 
 def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:

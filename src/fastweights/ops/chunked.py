@@ -73,7 +73,7 @@ def _run(
         if recompute:
             o, S = checkpoint(_chunk, *tokens, S, use_reentrant=False, preserve_rng_state=False)
         else:
-            o, S = _chunk(*tokens, S)
+            o, S = _chunk(*tokens, S)  # pyright: ignore[reportCallIssue]
         outputs.append(o)
     o = torch.cat(outputs, dim=-2) if outputs else v.new_zeros(*q.shape[:4], v.shape[-1])
     return o[..., :T, :].permute(0, 3, 1, 2, 4).flatten(2, 3), S

@@ -39,6 +39,10 @@ class StageConfig:
         if not 0 <= self.warmup_steps <= self.steps:
             raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
 
+    def tokens_per_step(self, block_size: int) -> int:
+        """Tokens of one optimizer step in one process."""
+        return block_size * self.batch_size * self.gradient_accumulation
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(StageConfig):

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import transformers
+from accelerate import PartialState
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
+from fastweights.evaluation import Evaluation, EvaluationConfig, check_block_size, evaluate
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
@@ -79,9 +80,12 @@ class StageResult:
 def train(config: TrainConfig) -> list[StageResult]:
     """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
     tokenizer = load_tokenizer(config.model)
+    process = PartialState()
+    student, teacher = (model.to(process.device) for model in _load_models(config))
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
-    student, teacher = _load_models(config)
-    save_run(config, config.output)
+    check_block_size(teacher, config.data.block_size)
+    if process.is_main_process:
+        save_run(config, config.output)
 
     results = _Results(config, held_out)
     results.add("teacher", 0, teacher)
@@ -94,12 +98,14 @@ def train(config: TrainConfig) -> list[StageResult]:
         if not (config.resume and is_finished(folder)):
             trainer = TRAINERS[name](student, teacher, stage, config.run, folder, train_blocks, tokenizer, title=name)
             trainer.run(resume=config.resume)
-        student = load_model(folder)
-        tokens += stage.steps * stage.batch_size * stage.gradient_accumulation * config.data.block_size
+        student = load_model(folder).to(process.device)
+        tokens += stage.tokens_per_step(config.data.block_size) * process.num_processes * stage.steps
         results.add(name, tokens, student)
 
-    student.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+    if process.is_main_process:
+        student.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+    process.wait_for_everyone()
     return results.list
 
 
@@ -118,8 +124,9 @@ class _Results:
         teacher = self.list[0].evaluation if self.list else evaluation
         result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
         self.list.append(result)
-        text = json.dumps([asdict(result) for result in self.list], indent=2)
-        (self.config.output / RESULTS_FILE).write_text(text + "\n")
+        if PartialState().is_main_process:
+            text = json.dumps([asdict(result) for result in self.list], indent=2)
+            (self.config.output / RESULTS_FILE).write_text(text + "\n")
 
 
 @lru_cache(maxsize=1)

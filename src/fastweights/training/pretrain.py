@@ -53,7 +53,7 @@ class PretrainConfig:
     """Tokens in a block of the first stage; each block lies at a random place among the positions."""
     short: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=2400,
+            steps=1800,
             batch_size=8,
             learning_rate=2e-3,
             warmup_steps=50,
@@ -63,7 +63,7 @@ class PretrainConfig:
     )
     long: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=400, batch_size=4, learning_rate=2e-3, warmup_steps=20, weight_decay=0.1
+            steps=300, batch_size=4, learning_rate=2e-3, warmup_steps=20, weight_decay=0.1
         )
     )
     run: RunConfig = field(default_factory=RunConfig)

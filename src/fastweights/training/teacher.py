@@ -57,7 +57,8 @@ def record_attention(
     records = []
     for layer, stream, (inputs, output, rotary) in zip(_layers(teacher), streams, calls, strict=True):
         norm = layer.get_submodule(architecture.norm)
-        records.append(AttentionRecord(inputs if without is None else norm(stream + without), output, inputs, rotary))
+        given = inputs if without is None else norm(stream + without)
+        records.append(AttentionRecord(given, output, output.var(correction=0), inputs, rotary))
     return records
 
 

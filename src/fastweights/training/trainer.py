@@ -58,7 +58,7 @@ class StageTrainer(Trainer):
         self.config = config
         self.output = output
         self.new_parameters = frozenset(new_parameters)
-        tokens_per_step = blocks.block_size * config.batch_size * config.gradient_accumulation * self.args.world_size
+        tokens_per_step = config.tokens_per_step(blocks.block_size) * self.args.world_size
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar(title, tokens_per_step))
 
@@ -69,7 +69,7 @@ class StageTrainer(Trainer):
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():  # type: ignore[union-attr]
                 if parameter.requires_grad:
-                    key = (name in self.new_parameters, name in decayed)
+                    key = (name in self.new_parameters, name in decayed and parameter.ndim > 1)
                     groups.setdefault(key, []).append(parameter)
             new_rate = self.config.new_learning_rate or self.config.learning_rate
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -115,6 +115,7 @@ class StageTrainer(Trainer):
         self.save_state()
         if self.is_world_process_zero():
             (self.output / _FINISHED_FILE).touch()
+        self.accelerator.wait_for_everyone()
 
 
 def is_finished(folder: Path) -> bool:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
 
-# Tokens that fix the factors of a layer, of which there are one or two a head.
+_CALIBRATION_BLOCKS = 4
+# Tokens of these that fix a layer's factors, of which there are one or two a head.
 _CALIBRATION_TOKENS = 1024
 
 
@@ -38,21 +39,21 @@ class TransferTrainer(StageTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         records = record_attention(self.teacher, inputs["input_ids"], positions=self.positions)
+        # One unit for the whole run: that of each batch alone would weigh batches of dull text far too much.
+        records = [record._replace(variance=unit) for record, unit in zip(records, self.variances, strict=True)]
         outputs = model(attention_records=records)
         # A mean over this batch: the Trainer divides by accumulation steps itself only if told that nobody did.
         self.loss_is_scaled_for_ga = False
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def run(self, *, resume: bool) -> None:
-        if not resume:
-            first = torch.stack([self.train_dataset[i]["input_ids"] for i in range(self._first_blocks())])
-            records = record_attention(self.teacher, first.to(self.args.device), positions=self.positions)
-            calibrate(self.model, records)  # type: ignore[arg-type]
+        blocks = [self.train_dataset[i]["input_ids"] for i in range(min(_CALIBRATION_BLOCKS, len(self.train_dataset)))]  # type: ignore[arg-type,index]
+        first = torch.stack(blocks).to(self.args.device)
+        records = record_attention(self.teacher, first, positions=self.positions)
+        self.variances = [record.variance for record in records]
+        calibrate(self.model, records)  # type: ignore[arg-type]
         super().run(resume=resume)
         self.model.requires_grad_(True)  # type: ignore[union-attr]
-
-    def _first_blocks(self) -> int:
-        return min(len(self.train_dataset), self.config.batch_size)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -65,3 +65,10 @@ def test_small_problems_take_one_thread(monkeypatch):
     monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 8)
     assert runtime.thread_count(12 * 64 * 64) == 1
     assert runtime.thread_count(10**9) == 8
+
+
+def test_the_disk_cache_watches_every_file_of_the_kernels():
+    kernels = runtime.load_kernels()
+    for kernel in (kernels.decay_forward.forward, kernels.decay_backward.backward):
+        (version,) = [cell.cell_contents for cell in kernel.py_func.__closure__]
+        assert version == kernels.staging.sources_version()

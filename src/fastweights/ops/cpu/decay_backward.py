@@ -35,12 +35,11 @@ from .staging import (
     SEGMENT,
     Problem,
     clear,
-    fetch_inputs,
-    fetch_rows_to_write,
     offset,
     part_width,
     round_up,
     sequence,
+    sources_version,
     stage,
     stage_gate,
     stage_key_gate,
@@ -76,7 +75,7 @@ def scratch_size(K: int, V: int, R: int) -> int:
     staged = SEGMENT * ((2 + 2 * R) * Kp + (2 + R) * Vp)
     states = (SEGMENT // CHUNK + 1) * Kp * Vp
     rows = (CHUNK * CHUNK + CHUNK + 1 + (R + 4) * CHUNK + 2) * (Kp + Vp)
-    return staged + states + rows
+    return staged + states + rows + 2 * CHUNK
 
 
 # --- matrix products --------------------------------------------------------------------------------
@@ -183,11 +182,29 @@ def _dot(x, y, size):
 
 
 @njit(nogil=True)
-def _add_scaled(out, a, x, size):
-    """out += a * x"""
-    s = fill(a)
+def _add(out, x, size):
+    """out += x"""
     for i in range(0, size, LANES):
-        store(out, i, fma(s, load(x, i), load(out, i)))
+        store(out, i, load(x, i) + load(out, i))
+
+
+@njit(nogil=True)
+def _spread(out, weights, x, rows, size):
+    """out_u += weight_u * x"""
+    for i in range(0, size, LANES):
+        xi = load(x, i)
+        for u in range(rows):
+            store(out, u * size + i, fma(splat(weights, u), xi, load(out, u * size + i)))
+
+
+@njit(nogil=True)
+def _gather(out, weights, x, rows, size):
+    """out += sum of weight_u * x_u"""
+    for i in range(0, size, LANES):
+        sum_ = load(out, i)
+        for u in range(rows):
+            sum_ = fma(splat(weights, u), load(x, u * size + i), sum_)
+        store(out, i, sum_)
 
 
 @njit(nogil=True)
@@ -292,13 +309,8 @@ def _step_back(dgate, later, xt, dx, gate, t, width):
         store(dgate, c, w)
 
 
-@njit(
-    types.void(int64, int64, int64, float64, int64, int64),
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-)
-def backward(problem, gradients, scratch, scale, first_unit, end_unit):
+@njit(nogil=True, error_model="numpy")
+def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
     """All gradients for some units, from the last segment of each sequence to its first; takes addresses."""
     p, d = record_at(problem, Problem), record_at(gradients, Gradients)
     K, V, R = p.K, p.V, p.R
@@ -338,6 +350,8 @@ def backward(problem, gradients, scratch, scale, first_unit, end_unit):
     later_v = shift(later_k, Kp)
     row_k = shift(later_v, Vp)
     row_v = shift(row_k, Kp)
+    weights = shift(row_v, Vp)
+    dweights = shift(weights, CHUNK)
 
     for unit in range(first_unit, end_unit):
         part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G
@@ -397,23 +411,6 @@ def backward(problem, gradients, scratch, scale, first_unit, end_unit):
                 i0, j0 = chunk * CHUNK * Kp, chunk * CHUNK * Vp
                 S = shift(states, chunk * Kp * Vp)
                 fc, zc = shift(f, i0), shift(z, j0)
-                # Fetch the same tokens of the segment before, and room for this chunk's results.
-                token = row + t0 + chunk * CHUNK
-                if segment > 0:
-                    fetch_inputs(p, batch, head, t0 - SEGMENT + chunk * CHUNK, column, columns, here)
-                    at = offset(d.do_strides, batch, t0 - SEGMENT + chunk * CHUNK, head * R) + column
-                    fetch_rows_to_write(shift(pointer(d.do), at), d.do_strides[1], columns, here)
-                at = (part * d.tokens + token) * p.G + head
-                fetch_rows_to_write(shift(pointer(d.dk), at * K), p.G * K, K, here)
-                if p.Kf == K:
-                    fetch_rows_to_write(shift(pointer(d.df), at * K), p.G * K, K, here)
-                at = (token * p.G + head) * V + column
-                fetch_rows_to_write(shift(pointer(d.dv), at), p.G * V, columns, here)
-                if value_gate:
-                    fetch_rows_to_write(shift(pointer(d.dz), at), p.G * V, columns, here)
-                for r in range(R):
-                    at = ((part * d.tokens + token + late) * H + head * R + r) * K
-                    fetch_rows_to_write(shift(pointer(d.dq), at), H * K, K, here - late)
                 # Without a gate, pair (t, i) is token i itself for every t.
                 pair_k, step_k, pair_v, step_v = shift(k, i0), 0, shift(v, j0), 0
                 if key_gate:
@@ -454,14 +451,14 @@ def backward(problem, gradients, scratch, scale, first_unit, end_unit):
                         i, j = r * SEGMENT * Kp + i0 + t * Kp, r * SEGMENT * Vp + j0 + t * Vp
                         qt, gt, dqt = shift(q, i), shift(g, j), shift(dq, i)
                         for u in range(t + 1):
-                            ku, vu = shift(kr, u * Kp), shift(vr, u * Vp)
-                            weight, dweight = _dot(qt, ku, Kp), _dot(gt, vu, Vp)
-                            _add_scaled(shift(dk, u * Kp), dweight, qt, Kp)
-                            _add_scaled(shift(dv, u * Vp), weight, gt, Vp)
-                            _add_scaled(dqt, dweight, ku, Kp)
+                            weights[u] = _dot(qt, shift(kr, u * Kp), Kp)
+                            dweights[u] = _dot(gt, shift(vr, u * Vp), Vp)
+                        _spread(dv, weights, gt, t + 1, Vp)
+                        _spread(dk, dweights, qt, t + 1, Kp)
+                        _gather(dqt, dweights, kr, t + 1, Kp)
                     token = row + t0 + chunk * CHUNK + t
                     if key_gate:
-                        _add_scaled(later_k, one, shift(read_k, t * Kp), Kp)
+                        _add(later_k, shift(read_k, t * Kp), Kp)
                         _step_back(row_k, later_k, kr, dk, shift(fc, t * Kp), t, Kp)
                         at = (part * d.tokens + token) * p.G + head
                         if p.Kf == K:
@@ -470,7 +467,7 @@ def backward(problem, gradients, scratch, scale, first_unit, end_unit):
                             df = pointer(d.df)
                             df[at] = _sum(row_k, Kp)
                     if value_gate:
-                        _add_scaled(later_v, one, shift(read_v, t * Vp), Vp)
+                        _add(later_v, shift(read_v, t * Vp), Vp)
                         _step_back(row_v, later_v, vr, dv, shift(zc, t * Vp), t, Vp)
                         at = (token * p.G + head) * V + column
                         unstage(shift(pointer(d.dz), at), V, columns, single, row_v, Vp)
@@ -502,7 +499,19 @@ def backward(problem, gradients, scratch, scale, first_unit, end_unit):
                     stage(row_v, Vp, Vp, x_, d.do_strides[1], columns, late, factor)
                 for key in range(K):
                     x[key] = _dot(shift(states, key * Vp), row_v, Vp)
-                    _add_scaled(shift(dS, key * Vp), row_k[key], row_v, Vp)
+                    _spread(shift(dS, key * Vp), shift(row_k, key), row_v, late, Vp)
                 at = ((part * d.tokens + row + start) * H + head * R + r) * K
                 unstage(shift(pointer(d.dq), at), H * K, K, late, x, Kp)
         unstage(shift(pointer(d.dinitial), state), V, columns, K, dS, Vp)
+
+
+def _compile(version: int):
+    @njit(types.void(int64, int64, int64, float64, int64, int64), nogil=True, cache=True)
+    def backward(problem, gradients, scratch, scale, first_unit, end_unit):
+        _ = version
+        _backward(problem, gradients, scratch, scale, first_unit, end_unit)
+
+    return backward
+
+
+backward = _compile(sources_version())

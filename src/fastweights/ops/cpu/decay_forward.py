@@ -24,12 +24,11 @@ from .staging import (
     SEGMENT,
     Problem,
     clear,
-    fetch_inputs,
-    fetch_rows_to_write,
     offset,
     part_width,
     round_up,
     sequence,
+    sources_version,
     stage,
     stage_gate,
     stage_key_gate,
@@ -134,13 +133,8 @@ def _read(o, S, width, q, K, Vp):
         store(o, value, total)
 
 
-@njit(
-    types.void(int64, int64, int64, float64, int64, int64),
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-)
-def forward(problem, outputs, scratch, scale, first_unit, end_unit):
+@njit(nogil=True, error_model="numpy")
+def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
     """o, the final state and, unless their address is 0, the checkpoints, for some units; takes addresses."""
     p, out = record_at(problem, Problem), record_at(outputs, Outputs)
     K, V, R = p.K, p.V, p.R
@@ -211,10 +205,6 @@ def forward(problem, outputs, scratch, scale, first_unit, end_unit):
                 stage(x, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, reads, factor)
                 clear(shift(x, reads * Kp), (rows - reads) * Kp)
                 clear(y, rows * Vp)
-            fetch_inputs(p, batch, head, t + BLOCK, column, columns, min(BLOCK, end - t - rows))
-            for r in range(R):
-                at = ((batch * p.T + t + late) * H + head * R + r) * V + column
-                fetch_rows_to_write(shift(pointer(out.o), at), H * V, columns, reads)
             if R == 1:
                 if value_gate:
                     _both_gates(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
@@ -231,3 +221,15 @@ def forward(problem, outputs, scratch, scale, first_unit, end_unit):
                 unstage(shift(pointer(out.o), at), H * V, columns, reads, shift(o, r * BLOCK * Vp), Vp)
         if not in_place:
             unstage(shift(pointer(out.final_state), state), V, columns, K, S, width)
+
+
+def _compile(version: int):
+    @njit(types.void(int64, int64, int64, float64, int64, int64), nogil=True, cache=True)
+    def forward(problem, outputs, scratch, scale, first_unit, end_unit):
+        _ = version
+        _forward(problem, outputs, scratch, scale, first_unit, end_unit)
+
+    return forward
+
+
+forward = _compile(sources_version())

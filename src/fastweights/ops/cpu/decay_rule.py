@@ -26,7 +26,7 @@ from .runtime import load_kernels, share_out, thread_count
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_SEGMENT = 64  # tokens between checkpoints, as in staging.py, which imports Numba
+_SEGMENT = 128  # tokens between checkpoints, as in staging.py, which imports Numba
 
 
 def decay_rule_cpu(

@@ -11,6 +11,8 @@ Notation
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, njit
@@ -23,8 +25,6 @@ from .vectors import (
     load,
     load_first,
     pointer,
-    prefetch_to_read,
-    prefetch_to_write,
     shift,
     splat,
     store,
@@ -33,7 +33,7 @@ from .vectors import (
 
 COLUMNS = 2 * LANES
 """Value columns of a register tile; Vp is a multiple of it."""
-SEGMENT = 64
+SEGMENT = 128
 """Tokens between checkpoints of the state."""
 
 
@@ -69,6 +69,18 @@ class Problem(NamedTuple):
     z_strides: tuple[int, int, int]
     initial_state: int
     checkpoints: int
+
+
+def sources_version() -> int:
+    """A number that changes with any file of this folder.
+
+    Numba's disk cache watches only the file of the cached function. As a closure variable of that function, this
+    number is part of the cache's key, so a kernel never meets helpers or records other than those it was compiled with.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int(digest.hexdigest()[:15], 16)
 
 
 @njit(nogil=True)
@@ -122,41 +134,6 @@ def stage(out, out_stride, padded, x, stride, width, rows, scale):
             store(to, i, zero)
         if whole < width:
             store(to, whole, load_first(source, whole, width - whole) * s)
-
-
-@njit(nogil=True)
-def fetch_inputs(p, batch, head, token, column, columns, rows):
-    """Bring a few tokens into the cache while others are worked on.
-
-    One head's rows lie far apart, beyond the reach of the hardware's own prefetching.
-    """
-    for t in range(token, token + rows):
-        x = shift(pointer(p.k), offset(p.k_strides, batch, t, head))
-        for i in range(0, p.K, COLUMNS):
-            prefetch_to_read(x, i)
-        if p.Kf == p.K:
-            x = shift(pointer(p.f), offset(p.f_strides, batch, t, head))
-            for i in range(0, p.K, COLUMNS):
-                prefetch_to_read(x, i)
-        x = shift(pointer(p.v), offset(p.v_strides, batch, t, head) + column)
-        for i in range(0, columns, COLUMNS):
-            prefetch_to_read(x, i)
-        if p.Vz == p.V:
-            x = shift(pointer(p.z), offset(p.z_strides, batch, t, head) + column)
-            for i in range(0, columns, COLUMNS):
-                prefetch_to_read(x, i)
-        for r in range(p.R):
-            x = shift(pointer(p.q), offset(p.q_strides, batch, t, head * p.R + r))
-            for i in range(0, p.K, COLUMNS):
-                prefetch_to_read(x, i)
-
-
-@njit(nogil=True)
-def fetch_rows_to_write(x, stride, width, rows):
-    """Bring rows into the cache that will soon be written."""
-    for t in range(rows):
-        for i in range(0, width, COLUMNS):
-            prefetch_to_write(x, t * stride + i)
 
 
 @njit(nogil=True)

@@ -177,26 +177,6 @@ def store_halves(typingctx, x, i, j, value):
     return types.void(_pointer_type, types.intp, types.intp, vector), codegen
 
 
-def _make_prefetch(write: int):
-    @intrinsic
-    def prefetch(typingctx, x, i):
-        """Ask for x[i] to be brought into the cache; any address will do."""
-
-        def codegen(context, builder, sig, args):
-            kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_float), _int, _int, _int])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [builder.gep(args[0], [args[1]]), _int(write), _int(2), _int(1)])
-            return context.get_dummy_value()
-
-        return types.void(_pointer_type, types.intp), codegen
-
-    return prefetch
-
-
-prefetch_to_read = _make_prefetch(0)
-prefetch_to_write = _make_prefetch(1)
-
-
 @intrinsic
 def splat(typingctx, x, i):
     """x[i], eight times."""
