@@ -125,17 +125,8 @@ def command(folder, model_folder, text_file, *options, batch_size=2):
     """A finetune run of 24 steps as a process of its own."""
     return [
         *(sys.executable, "-m", "fastweights", "train", "--stage", "all", "--model", str(model_folder)),
-        *("--output", str(folder), "--data.text", str(text_file)),
-        *(
-            "--data.block-size",
-            "32",
-            "--transfer.steps",
-            "2",
-            "--transfer.batch-size",
-            "2",
-            "--transfer.warmup-steps",
-            "0",
-        ),
+        *("--output", str(folder), "--data.text", str(text_file), "--data.block-size", "32"),
+        *("--transfer.steps", "2", "--transfer.batch-size", str(batch_size), "--transfer.warmup-steps", "0"),
         *("--finetune.steps", "24", "--finetune.batch-size", str(batch_size), "--finetune.warmup-steps", "0"),
         *("--run.save-every", "4", "--run.log-every", "1", "--evaluation.max-tokens", "64"),
         *options,
@@ -168,17 +159,9 @@ def test_a_killed_run_resumes_on_the_same_loss_curve(tmp_path, model_folder, tex
 def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file):
     one, two = tmp_path / "one", tmp_path / "two"
     half = command(two, model_folder, text_file, batch_size=1)[3:]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    # On a machine without GPUs --multi_gpu is accelerate's word for several processes, which then use gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     subprocess.run(command(one, model_folder, text_file), check=True, capture_output=True)
     subprocess.run([*launch, "-m", "fastweights", *half], check=True, capture_output=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import transformers
-from accelerate import PartialState
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -20,7 +19,7 @@ from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
 from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.teacher import load_teacher
-from fastweights.training.trainer import is_finished, save_run
+from fastweights.training.trainer import is_finished, process_state, save_run
 from fastweights.training.transfer import TransferTrainer
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class StageResult:
 def train(config: TrainConfig) -> list[StageResult]:
     """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
     tokenizer = load_tokenizer(config.model)
-    process = PartialState()
+    process = process_state()
     student, teacher = (model.to(process.device) for model in _load_models(config))
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
     check_block_size(teacher, config.data.block_size)
@@ -124,7 +123,7 @@ class _Results:
         teacher = self.list[0].evaluation if self.list else evaluation
         result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
         self.list.append(result)
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             text = json.dumps([asdict(result) for result in self.list], indent=2)
             (self.config.output / RESULTS_FILE).write_text(text + "\n")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
@@ -118,6 +119,11 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+def process_state() -> PartialState:
+    """This process among those that accelerate or torchrun launched; on a machine without accelerator they use gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the stage that trains in `folder` came to its end."""
     return (folder / _FINISHED_FILE).exists()
@@ -174,7 +180,9 @@ def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArg
         adam_beta2=run.adam_beta2,
         max_grad_norm=run.max_grad_norm,
         bf16=run.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=run.seed,
+        data_seed=run.seed,
         save_steps=run.save_every,
         save_total_limit=2,
         logging_steps=run.log_every,
