@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -107,7 +107,8 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
 def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if tokenizer.is_fast:
         # Without the offsets that transformers asks for, this is several times faster.
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+        backend: Any = tokenizer.backend_tokenizer
+        encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
@@ -164,7 +165,7 @@ def _load_folder(path: Path, config: DataConfig):
     if len(builders) != 1:
         found = "no file" if not builders else f"files of several formats ({', '.join(sorted(map(str, builders)))})"
         raise FastWeightsError(f"{path} holds {found} that can be read as text; give files of one format")
-    return _load_named(builders.pop(), config, data_dir=str(path))
+    return _load_named(str(builders.pop()), config, data_dir=str(path))
 
 
 def _load_named(builder: str, config: DataConfig, **arguments):

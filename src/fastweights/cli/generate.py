@@ -48,7 +48,7 @@ def generate(
         )
     prompt = sys.stdin.read() if prompt == "-" else prompt
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
-    inputs = tokenizer(prompt or tokenizer.bos_token or "", return_tensors="pt")
+    inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
         raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
     set_seed(seed)

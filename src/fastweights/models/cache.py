@@ -82,7 +82,7 @@ class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
         visible = super().update(key_states, value_states, *args, **kwargs)
         if key_states.shape[-2] > 1:
             # What is kept is a view, and would keep all the keys of a long text alive.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.keys, self.values = (kept.clone() for kept in (self.keys, self.values) if kept is not None)
         return visible
 
     batch_repeat = FastWeightsCacheLayer.batch_repeat_interleave

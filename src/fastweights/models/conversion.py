@@ -92,7 +92,7 @@ def load_model(
         config = AutoConfig.from_pretrained(str(source), **arguments)
         if config.model_type != FastWeightsConfig.model_type:
             architecture_of(config)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             str(source), dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
         )
     except FastWeightsError:

@@ -177,7 +177,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             adopt_cache(model_kwargs["past_key_values"], self.config.layer_types or [], self.config.window)
         return result

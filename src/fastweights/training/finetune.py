@@ -27,7 +27,7 @@ class FinetuneTrainer(StageTrainer):
         self.teacher = teacher
         super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
         if teacher is not None:
-            teacher.to(self.args.device)
+            teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]

@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> list[StageResult]:
     """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
     tokenizer = load_tokenizer(config.model)
     process = process_state()
-    student, teacher = (model.to(process.device) for model in _load_models(config))
+    student, teacher = (model.to(process.device) for model in _load_models(config))  # type: ignore[arg-type]
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
     check_block_size(teacher, config.data.block_size)
     if process.is_main_process:
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> list[StageResult]:
         if not (config.resume and is_finished(folder)):
             trainer = TRAINERS[name](student, teacher, stage, config.run, folder, train_blocks, tokenizer, title=name)
             trainer.run(resume=config.resume)
-        student = load_model(folder).to(process.device)
+        student = load_model(folder).to(process.device)  # type: ignore[arg-type]
         tokens += stage.tokens_per_step(config.data.block_size) * process.num_processes * stage.steps
         results.add(name, tokens, student)
 

@@ -82,7 +82,7 @@ class PretrainTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        room = self.model.config.max_position_embeddings - len(positions)  # type: ignore[union-attr]
+        room: int = self.model.config.max_position_embeddings - len(positions)  # type: ignore
         starts = torch.randint(0, room + 1, (len(input_ids), 1), device=input_ids.device)
         outputs = model(input_ids=input_ids, position_ids=starts + positions, use_cache=False)
         self.loss_is_scaled_for_ga = False
@@ -127,8 +127,8 @@ def _new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> GP
             attn_pdrop=0.0,
             # About 1 / sqrt(width), as GPT-2's 0.02 is for a width of 1,600.
             initializer_range=0.06,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
         )
     )
     with torch.no_grad():

@@ -5,7 +5,7 @@ The loss is layer by layer, so it needs no pass through the student's other part
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,12 +30,12 @@ class TransferTrainer(StageTrainer):
 
     def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
         self.teacher = teacher
-        self.positions = student.config.positions
+        self.positions: Any = student.config.positions
         student.requires_grad_(False)
         for layer in student.fast_weight_layers():
             layer.requires_grad_(True)
         super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
-        self.teacher.to(self.args.device)
+        self.teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         records = record_attention(self.teacher, inputs["input_ids"], positions=self.positions)
@@ -94,10 +94,10 @@ def _contributions(layer: FastWeightAttention, record: AttentionRecord) -> Float
     """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
     fast, window = layer.read(record.inputs, position_embeddings=record.position_embeddings)
     parts = []
-    for y in (fast, window):
-        for head in range(layer.heads if y is not None else 0):
+    for y in (fast,) if window is None else (fast, window):
+        for head in range(layer.heads):
             alone = torch.zeros_like(y)
-            alone[:, :, head] = y[:, :, head]  # type: ignore[index]
+            alone[:, :, head] = y[:, :, head]
             parts.append(_sample(layer.projections.output(layer, alone.flatten(-2)) - _bias(layer, record)))
     return torch.stack(parts)
 
