@@ -8,9 +8,7 @@ from fastweights.demo import DemoConfig, run_demo
 @pytest.mark.timeout(300)
 def test_a_small_demo_writes_all_it_promises(tmp_path):
     said = []
-    config = DemoConfig(
-        output=tmp_path / "demo", window=8, transfer_steps=4, finetune_steps=2, contexts=(16, 64), held_out_tokens=2048
-    )
+    config = DemoConfig(output=tmp_path / "demo", window=8, tokens=12_288, contexts=(16, 64), held_out_tokens=2048)
     result = run_demo(config, said.append)
     assert said
     written = json.loads((tmp_path / "demo" / "results.json").read_text())
@@ -19,7 +17,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
         losses = written["loss"][name]
         assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
         assert losses["transfer"] < losses["converted"]
-        assert written["tokens"][name] == 6 * 1024
+        assert written["tokens"][name] == 12 * 1024 if name == "pure" else 4 * 4096
         costs = written["decode"][name]
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]

@@ -24,15 +24,16 @@ def plot_training(folders: dict[str, Path], tokens_per_step: dict[str, int], out
 
     Args:
         folders: a training run's output folder per model name.
-        tokens_per_step: of each stage.
+        tokens_per_step: of each model.
         output: PNG file to write.
     """
     figure, panels = _figure(2, width=10)
     for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
         for name, folder in folders.items():
             history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
-            points = [(entry["step"] * tokens_per_step[stage], entry["loss"]) for entry in history if "loss" in entry]
-            panel.plot(*zip(*points, strict=True), color=_COLORS[name], label=name)
+            points = [(entry["step"] * tokens_per_step[name], entry["loss"]) for entry in history if "loss" in entry]
+            tokens, losses = zip(*points, strict=True) if points else ((), ())
+            panel.plot(tokens, losses, color=_COLORS[name], label=name)
         _label(panel, x="tokens", y=label)
         panel.set_yscale("log")
     _save(figure, output)
