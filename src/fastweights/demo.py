@@ -19,7 +19,7 @@ from fastweights.models import ConversionConfig, load_model
 from fastweights.plots import plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.timing import DecodeCost, decode_costs
-from fastweights.training.config import FinetuneConfig, StageConfig
+from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
 from fastweights.training.pipeline import StageResult, TrainConfig, train
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         transfer=transfer,
         finetune=finetune,
         evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
+        run=RunConfig(log_every=max(1, finetune.steps // 15)),
     )
 
 

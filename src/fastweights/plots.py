@@ -31,10 +31,12 @@ def plot_training(folders: dict[str, Path], tokens_per_step: dict[str, int], out
     for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
         for name, folder in folders.items():
             history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
-            points = [(entry["step"] * tokens_per_step[name], entry["loss"]) for entry in history if "loss" in entry]
+            points = [
+                (entry["step"] * tokens_per_step[name] / 1000, entry["loss"]) for entry in history if "loss" in entry
+            ]
             tokens, losses = zip(*points, strict=True) if points else ((), ())
-            panel.plot(tokens, losses, color=_COLORS[name], label=name)
-        _label(panel, x="tokens", y=label)
+            panel.plot(tokens, losses, color=_COLORS[name], label=name, marker="o", markersize=3)
+        _label(panel, x="tokens (thousands)", y=label)
         panel.set_yscale("log")
     _save(figure, output)
 
