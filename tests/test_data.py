@@ -4,7 +4,7 @@ import json
 import datasets
 import pytest
 
-from fastweights.data import DataConfig, TokenBlocks, load_blocks, load_documents, tokenize
+from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.embedded import SPLITS, stdlib_documents
 from fastweights.errors import FastWeightsError
 
@@ -96,7 +96,7 @@ def test_bad_files_get_one_line(tmp_path, name, content, expected):
 def test_text_shorter_than_a_block(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(FastWeightsError, match="fewer than one block of 1024"):
-        load_blocks(DataConfig(text=str(tmp_path / "a.txt")), tokenizer)
+        TokenBlocks(tokenize(load_documents(DataConfig(text=str(tmp_path / "a.txt"))), tokenizer).tokens, 1024)
 
 
 def test_a_file_has_one_split(text_file):

@@ -17,7 +17,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
         losses = written["loss"][name]
         assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
         assert losses["transfer"] < losses["converted"]
-        assert written["tokens"][name] == 12 * 1024 if name == "pure" else 4 * 4096
+        assert written["tokens"][name] == (12 * 1024 if name == "pure" else 4 * 4096)
         costs = written["decode"][name]
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]

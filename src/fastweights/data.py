@@ -113,11 +113,6 @@ def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
-def load_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Text to training blocks in one step."""
-    return TokenBlocks(tokenize(load_documents(config), tokenizer).tokens, config.block_size)
-
-
 def _load_with_datasets(config: DataConfig) -> list[str]:
     import datasets
 

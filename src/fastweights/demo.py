@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 CONTEXTS = (256, 1024, 4096, 16384, 65536)
 PROMPT = 'def read_lines(path):\n    """Read '
-MODELS = ("teacher", "pure", "hybrid")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastweights.embedded import MODEL_NAME
 from fastweights.errors import FastWeightsError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def resolve_model(source: str) -> str:
     """The folder or hub name behind a name that a user may give."""
     if source != EMBEDDED:
         return source
-    folder = Path(str(files("fastweights.embedded"))) / "stdlib-gpt2"
+    folder = Path(str(files("fastweights.embedded"))) / MODEL_NAME
     if not (folder / "model.safetensors").exists():
         raise FastWeightsError("the embedded model is missing from this installation: install fastweights again")
     return str(folder)
