@@ -11,3 +11,6 @@ FLOAT16 = 2.0**-10
 
 FLOAT32_EXP = 2e-7
 """The vectorised exponential: about one unit in the last place of float32."""
+
+# A Fast Weight Layer read in pieces, among padding or beside other rows, against the row read alone; relative, fp32.
+FAST_WEIGHT_LAYER = 1e-6

@@ -4,9 +4,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.conversion import ConversionConfig, convert, load_model
+from fastweights.models.fast_weight_layer import add_fast_weight_layer
 from fastweights.models.modeling import FastWeightsForCausalLM
 
 AutoConfig.register(FastWeightsConfig.model_type, FastWeightsConfig)
 AutoModelForCausalLM.register(FastWeightsConfig, FastWeightsForCausalLM)
 
-__all__ = ["ConversionConfig", "FastWeightsConfig", "FastWeightsForCausalLM", "convert", "load_model"]
+__all__ = [
+    "ConversionConfig",
+    "FastWeightsConfig",
+    "FastWeightsForCausalLM",
+    "add_fast_weight_layer",
+    "convert",
+    "load_model",
+]

@@ -6,15 +6,19 @@ they mark a state as present only when a convolution is there too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
+from fastweights.layers.fast_weight_layer import FastWeights
+
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
     from torch import Tensor
     from transformers import Cache
 
@@ -35,8 +39,7 @@ class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         return _keep(self, recurrent_states, state_idx)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
-        self.device = next(state.device for state in self.recurrent_states.values() if state is not None)
+        raise RuntimeError("a layer of pure fast weights keeps states that it is given, and makes none")
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise RuntimeError("a layer of pure fast weights keeps no keys and values")
@@ -97,14 +100,51 @@ class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
         self.batch_select(indices)
 
 
+class FastWeightLayerCache(FastWeightsCacheLayer):
+    """The state of a Fast Weight Layer: its fast weights, and each row's last position, whose label is not known yet."""
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=5)
+        self.cumulative_length = 0
+
+    def keep(self, weights: FastWeights, pending: PendingPosition, tokens: int) -> None:
+        """Take the place of what was kept before."""
+        for i, state in enumerate((*weights, *pending)):
+            self.update_recurrent_state(state, i)
+        self.cumulative_length += tokens
+
+    def kept(self) -> tuple[FastWeights, PendingPosition] | None:
+        """What the last piece of text left, None before the first."""
+        if not any(self.has_previous_state.values()):
+            return None
+        states: list[Any] = list(self.recurrent_states.values())
+        return FastWeights(*states[:3]), PendingPosition(*states[3:])
+
+
+class PendingPosition(NamedTuple):
+    """The last real position of each row; it takes its gradient step once the next token is known."""
+
+    hidden: Float[Tensor, "B 1 d"]
+    real: Bool[Tensor, "B 1"]
+    """False for a row that had no real token yet."""
+
+
 def _keep(layer: LinearAttentionLayer, state: Tensor, state_idx: int) -> Tensor:
-    kept = LinearAttentionLayer.update_recurrent_state(layer, state, state_idx)
+    # Another tensor, where transformers writes into the old one, which a backward pass may still need.
+    if not layer.is_recurrent_states_initialized[state_idx]:
+        layer.device = state.device
+        layer.is_recurrent_states_initialized[state_idx] = True
+    layer.recurrent_states[state_idx] = state
     layer.has_previous_state[state_idx] = True
-    return kept
+    return state
 
 
-def adopt_cache(cache: Cache, layer_types: list[str], window: int) -> Cache:
-    """Put our layers where `cache` has transformers' own, not yet used ones."""
+def adopt_cache(cache: Cache, layer_types: list[str], window: int, *, fast_weight_layer: bool = False) -> Cache:
+    """Put our layers where `cache` has transformers' own, not yet used ones; a Fast Weight Layer's is the last."""
+    if fast_weight_layer and not any(isinstance(layer, FastWeightLayerCache) for layer in cache.layers):
+        cache.layers += [DynamicLayer() for _ in range(len(layer_types) - len(cache.layers))]
+        cache.layers.append(FastWeightLayerCache())
     for i, layer_type in enumerate(layer_types[: len(cache.layers)]):
         layer = cache.layers[i]
         if layer_type == "linear_attention" and not isinstance(layer, FastWeightsCacheLayer):
@@ -112,6 +152,22 @@ def adopt_cache(cache: Cache, layer_types: list[str], window: int) -> Cache:
         elif layer_type == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             cache.layers[i] = HybridCacheLayer(sliding_window=window)
     return cache
+
+
+def fast_weight_layer_cache(cache: Cache) -> FastWeightLayerCache | None:
+    """The Fast Weight Layer's part of a cache."""
+    return next((layer for layer in cache.layers if isinstance(layer, FastWeightLayerCache)), None)
+
+
+def detach(cache: Cache) -> None:
+    """Cut the graph of what was read so far, so that gradients reach back to here and no further."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            if getattr(layer, name, None) is not None:
+                setattr(layer, name, getattr(layer, name).detach())
+        states = getattr(layer, "recurrent_states", {})
+        for i, state in states.items():
+            states[i] = None if state is None else state.detach()
 
 
 def state_bytes(cache: Cache) -> int:

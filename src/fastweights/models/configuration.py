@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import FastWeightSettings
+from fastweights.layers.fast_weight_layer import FastWeightLayerSettings
 from fastweights.models.architectures import architecture_of
 
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
@@ -31,6 +33,8 @@ class FastWeightsConfig(PreTrainedConfig):
         rotary: whether queries and keys keep the base model's rotary embedding.
         gate_bias: first and last gate bias of a head at the start.
         base_model: folder or hub name of the model that was converted: the teacher, when training.
+        fast_weight_layer: what a Fast Weight Layer before the unembedding is made of (the fields of
+            FastWeightLayerSettings); None for no such layer.
         positions: "keep" the base model's absolute positions, which end at its trained length, or "drop" them.
     """
 
@@ -47,6 +51,7 @@ class FastWeightsConfig(PreTrainedConfig):
     gate_bias: list[float] | tuple[float, ...] = (2.0, 6.0)
     positions: Literal["keep", "drop"] = "keep"
     base_model: str | None = None
+    fast_weight_layer: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs) -> None:
@@ -62,6 +67,7 @@ class FastWeightsConfig(PreTrainedConfig):
                 setattr(self, token, getattr(self.base_config, token, None))
         self.layer_types = _checked_layer_types(self.layer_types, self.num_hidden_layers, self.window)
         _ = self.settings_of(0)  # refuses an unknown rule or feature map
+        _ = self.fast_weight_layer_settings
 
     @property
     def base(self) -> PreTrainedConfig:
@@ -96,6 +102,19 @@ class FastWeightsConfig(PreTrainedConfig):
     def sliding_window(self) -> int:
         """The name under which transformers' caches look for the window."""
         return self.window
+
+    @property
+    def fast_weight_layer_settings(self) -> FastWeightLayerSettings | None:
+        """Of the block before the unembedding, None without one."""
+        if self.fast_weight_layer is None:
+            return None
+        known = {field.name for field in fields(FastWeightLayerSettings)}
+        unknown = sorted(set(self.fast_weight_layer) - known)
+        if unknown:
+            raise FastWeightsError(
+                f"fast_weight_layer has {', '.join(unknown)}; known settings are {', '.join(sorted(known))}"
+            )
+        return FastWeightLayerSettings(**self.fast_weight_layer)
 
     def settings_of(self, layer: int) -> FastWeightSettings:
         """Settings of one layer; pure layers have no window."""

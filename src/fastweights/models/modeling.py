@@ -11,8 +11,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
+from fastweights.layers.fast_weight_layer import NO_LABEL, FastWeightLayer
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
-from fastweights.models.cache import adopt_cache
+from fastweights.models.cache import PendingPosition, adopt_cache, fast_weight_layer_cache
 from fastweights.models.configuration import FastWeightsConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = list(NEW_PARAMETERS)  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [*NEW_PARAMETERS, "fast_weight_layer"]  # noqa: RUF012
 
     config: FastWeightsConfig
 
@@ -63,9 +64,13 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         if config.positions == "drop" and self.architecture.positions is not None:
             _drop_positions(self.model, self.architecture.positions)
         self.max_positions = None if config.positions == "drop" else position_limit(config.base)
+        settings = config.fast_weight_layer_settings
+        self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self.post_init()
         for layer in self.fast_weight_layers():
             layer.reset_new_parameters()
+        if self.fast_weight_layer is not None:
+            self.fast_weight_layer.reset_parameters()
 
     def fast_weight_layers(self) -> list[FastWeightAttention]:
         """The converted layers, in order."""
@@ -124,7 +129,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.config.layer_types or [], self.config.window)
+            self._adopt(past_key_values)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise FastWeightsError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
@@ -138,18 +143,67 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         if len(self.fast_layers) == self.config.num_hidden_layers:
             # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
             attention_mask = given.new_zeros(1, 1, 1, 1)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            padding_mask=padding_mask,
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "padding_mask": padding_mask,
             **kwargs,
+        }
+        if self.fast_weight_layer is None:
+            return self.model(labels=labels, logits_to_keep=logits_to_keep, **arguments)
+        if input_ids is None:
+            raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
+        outputs = self.model.base_model(**arguments)
+        hidden = self._read_and_learn(outputs.last_hidden_state, input_ids, padding_mask, past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._unembedding()(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.model.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+    def _read_and_learn(
+        self, hidden: Float[Tensor, "B T d"], input_ids: Tensor, padding_mask: Tensor | None, cache: Cache | None
+    ) -> Float[Tensor, "B T d"]:
+        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there."""
+        assert self.fast_weight_layer is not None
+        length = input_ids.shape[1]
+        real = torch.ones_like(input_ids, dtype=torch.bool) if padding_mask is None else padding_mask[:, -length:]
+        memory = (
+            None if cache is None or not self.fast_weight_layer.settings.updates else fast_weight_layer_cache(cache)
+        )
+        before = None if memory is None else memory.kept()
+        weights = None
+        if before is not None:
+            # The position that was last is read again, now that its label is known.
+            weights, pending = before
+            hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
+            real = torch.cat((pending.real, real), 1)
+            input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
+        labels = _next_real_tokens(input_ids, real)
+        output, weights = self.fast_weight_layer(hidden, labels, self._unembedding(), weights)
+        if memory is not None:
+            memory.keep(weights, _last_real_position(hidden, real), length)
+        return output[:, -length:]
+
+    def _unembedding(self) -> nn.Linear:
+        unembedding = self.model.get_output_embeddings()
+        assert isinstance(unembedding, nn.Linear)
+        return unembedding
+
+    def _adopt(self, cache: Cache) -> None:
+        layer_types, window = self.config.layer_types or [], self.config.window
+        adopt_cache(cache, layer_types, window, fast_weight_layer=self.fast_weight_layer is not None)
 
     def reproduction_errors(self, records: list[AttentionRecord]) -> Float[Tensor, " layers"]:
         """How far each converted layer, given the teacher's own input, is from the teacher's attention output.
@@ -180,7 +234,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
-            adopt_cache(model_kwargs["past_key_values"], self.config.layer_types or [], self.config.window)
+            self._adopt(model_kwargs["past_key_values"])
         return result
 
 
@@ -223,6 +277,22 @@ def _drop_positions(model: nn.Module, name: str) -> None:
     positions = model.get_submodule(name)
     if isinstance(positions, nn.Embedding):
         model.set_submodule(name, ConstantPosition(positions))
+
+
+def _next_real_tokens(input_ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The token that follows each real position, padding left out; -100 where none does."""
+    T = input_ids.shape[1]
+    places = torch.where(real, torch.arange(T, device=real.device), T)
+    following = nn.functional.pad(places[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1)
+    tokens = input_ids.gather(1, following.clamp(max=T - 1))
+    return tokens.masked_fill(~real | (following == T), NO_LABEL)
+
+
+def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
+    last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
+    return PendingPosition(
+        hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True)
+    )
 
 
 def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .chunked_scalar import run_scalar
 from .packing import run_sequences
 
 if TYPE_CHECKING:
@@ -49,8 +50,10 @@ def decay_rule_chunked(
     scale: float,
     inclusive: bool,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"]]:
-    """Run the rule chunk by chunk under plain autograd; each chunk is recomputed in the backward pass."""
-    return run_sequences(_run, q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
+    """Run the rule chunk by chunk under plain autograd; with vector gates each chunk is recomputed going back."""
+    scalar = all(gate is None or gate.shape[-1] == 1 for gate in (key_log_decay, value_log_decay))
+    run = run_scalar if scalar else _run
+    return run_sequences(run, q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
 
 
 def _run(

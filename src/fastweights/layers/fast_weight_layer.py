@@ -1,0 +1,315 @@
+"""FastWeightLayer: a block before the unembedding whose weights take gradient steps on the text just read.
+
+    u = W1 h + b1;  a = relu(u)²;  r = W2 a + b2;  n = γ ⊙ normalise(r) + c;  y = h + s ⊙ n;  logits = U y
+
+K. Clark et al., "Meta-Learning Fast Weight Language Models", EMNLP 2022 (arXiv 2212.02475). The *slow pass* runs the
+block with its trained weights and takes the gradient of each position's next-token loss with respect to the output of
+u, r and n. The *fast pass* runs it with weights that have taken the gradient steps of all earlier positions. The
+gradient of a dense layer at one position has rank one, so its fast part is linear attention, strictly causal:
+
+    W_t x = W x - η Σ_{i<t} λ^{t-1-i} δ_i (x_i · x)
+
+with slow inputs x_i as keys, slow gradients δ_i as values and the fast pass's own input x as query. That is the decay
+rule read before it is written to. The decay λ is ours: it pulls the weights back towards the trained ones after each
+step, as dynamic evaluation does by hand (Krause et al., 2019), and is learned; λ = 1 is the paper. The residual
+connection and the scale s, which starts at 0, are ours too: they let the block start as the identity.
+
+Everything is differentiated end to end. The slow gradients are written out below as a forward computation, so plain
+backpropagation gives the second-order terms of meta-learning.
+
+Notation: B batch, T time, d width of the model, m = 4 d width of the block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, logsigmoid, relu
+from torch.utils.checkpoint import checkpoint
+
+from fastweights.errors import FastWeightsError
+from fastweights.ops import decay_rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+DECAYS = ("none", "scalar", "channel", "input")
+NO_LABEL = -100
+# Logits in memory at once in the slow pass: 16 MB of fp32.
+_LOGITS = 2**22
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class FastWeightLayerSettings:
+    """What a Fast Weight Layer is made of."""
+
+    expansion: int = 4
+    """Width of the block over the width of the model."""
+    updates: bool = True
+    """Take gradient steps while reading; without them the block is an ordinary one, the control of comparisons."""
+    decay: Literal["none", "scalar", "channel", "input"] = "scalar"
+    """How the fast weights fade: never (the paper), by one learned number for each of the block's three layers, by
+    one for each of their channels, or by one for each layer computed from each token."""
+    initial_step_size: float = 0.01
+    """Step size of all parameter groups before training."""
+    initial_decay: float = 0.999
+    """Share of the fast weights that a step keeps before training."""
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise FastWeightsError(f"decay {self.decay!r} is unknown; known are {', '.join(DECAYS)}")
+        if self.expansion < 1:
+            raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
+        if not self.initial_step_size > 0:
+            raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive")
+        if not 0 < self.initial_decay < 1:
+            raise FastWeightsError(f"initial_decay is {self.initial_decay}; it must lie between 0 and 1")
+
+
+class FastWeights(NamedTuple):
+    """What the steps so far have added to the weights, in fp32; the state of a stream of text."""
+
+    up: Float[Tensor, "B 1 d+1 m"]
+    """To W1 (transposed), and to b1 in the last row."""
+    down: Float[Tensor, "B 1 m+1 d"]
+    norm: Float[Tensor, "B 1 1 2d"]
+    """To γ, then to c."""
+
+
+class _SlowPass(NamedTuple):
+    u: Float[Tensor, "B T m"]
+    a: Float[Tensor, "B T m"]
+    du: Float[Tensor, "B T m"]
+    dr: Float[Tensor, "B T d"]
+    dnorm: Float[Tensor, "B T 2d"]
+
+
+class FastWeightLayer(nn.Module):
+    """The block.
+
+    Args:
+        hidden_size: width of the model.
+        settings: what it is made of; by default with a learned decay.
+    """
+
+    def __init__(self, hidden_size: int, settings: FastWeightLayerSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or FastWeightLayerSettings()
+        width = self.settings.expansion * hidden_size
+        # fp32 whatever the model's dtype, as sums over a long text have no room in bf16.
+        self.up = nn.Linear(hidden_size, width, dtype=torch.float32)
+        self.down = nn.Linear(width, hidden_size, dtype=torch.float32)
+        self.norm_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.norm_offset = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.output_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        if self.settings.updates:
+            self.log_step_size = nn.Parameter(torch.empty(6, dtype=torch.float32))
+            self._make_decay(hidden_size, width)
+        self.reset_parameters()
+
+    def _make_decay(self, hidden_size: int, width: int) -> None:
+        if self.settings.decay == "scalar":
+            self.decay_logit = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        elif self.settings.decay == "input":
+            self.decay_gate = nn.Linear(hidden_size, 3, dtype=torch.float32)
+        elif self.settings.decay == "channel":
+            sizes = {"up_key": hidden_size + 1, "up_value": width, "down_key": width + 1, "down_value": hidden_size}
+            sizes["norm_value"] = 2 * hidden_size
+            self.decay_logits = nn.ParameterDict(
+                {name: nn.Parameter(torch.empty(size, dtype=torch.float32)) for name, size in sizes.items()}
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as the identity on what goes in."""
+        for layer in (self.up, self.down):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            layer.bias.zero_()
+        self.norm_scale.fill_(1.0)
+        self.norm_offset.zero_()
+        self.output_scale.zero_()
+        if not self.settings.updates:
+            return
+        self.log_step_size.fill_(math.log(self.settings.initial_step_size))
+        kept = self.settings.initial_decay
+        if self.settings.decay == "scalar":
+            self.decay_logit.fill_(_logit(kept))
+        elif self.settings.decay == "input":
+            self.decay_gate.weight.zero_()
+            self.decay_gate.bias.fill_(_logit(kept))
+        elif self.settings.decay == "channel":
+            for name, logit in self.decay_logits.items():
+                # The decay of an entry is the product of its row's and its column's.
+                logit.fill_(_logit(kept if name == "norm_value" else math.sqrt(kept)))
+
+    def small_parameter_names(self) -> list[str]:
+        """Names of scales, step sizes and decays, which learn at a rate of their own."""
+        return [name for name, _ in self.named_parameters() if name.split(".")[0] not in ("up", "down")]
+
+    def step_sizes(self) -> Float[Tensor, " 6"]:
+        """Of W1, b1, W2, b2, γ and c."""
+        return self.log_step_size.exp()
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T d"],
+        labels: Int[Tensor, "B T"],
+        unembedding: nn.Linear,
+        state: FastWeights | None = None,
+    ) -> tuple[Float[Tensor, "B T d"], FastWeights | None]:
+        """What the unembedding is given, and the fast weights after the last position.
+
+        Position t sees the labels of earlier positions only. A position without a label takes no step: it writes
+        nothing, and nothing fades.
+
+        Args:
+            hidden_states: what the model would give its unembedding.
+            labels: token that follows each position, -100 where none is known or where it must not be learned from.
+            unembedding: the model's; its weights decide the slow gradients.
+            state: fast weights to start from; by default none.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            h = hidden_states.to(self.up.weight.dtype)
+            u = self.up(h)
+            if not self.settings.updates:
+                r = self.down(relu(u).square())
+                n = _normalise(r)[0] * self.norm_scale + self.norm_offset
+                return (h + self.output_scale * n).to(hidden_states.dtype), None
+            known = labels != NO_LABEL
+            slow = self._slow_pass(h, u, labels, unembedding)
+            y, state = self._fast_pass(h, slow, known, state or self.no_fast_weights(h))
+        return y.to(hidden_states.dtype), state
+
+    def no_fast_weights(self, like: Float[Tensor, "B T d"]) -> FastWeights:
+        """The state before any text."""
+        B, d, m = len(like), self.up.in_features, self.up.out_features
+        zeros = (
+            like.new_zeros(B, 1, *shape, dtype=self.up.weight.dtype) for shape in ((d + 1, m), (m + 1, d), (1, 2 * d))
+        )
+        return FastWeights(*zeros)
+
+    def _slow_pass(self, h: Tensor, u: Tensor, labels: Tensor, unembedding: nn.Linear) -> _SlowPass:
+        """Gradients of each position's loss with respect to the outputs of the block's layers; 0 without a label."""
+        a = relu(u).square()
+        normalised, deviation = _normalise(self.down(a))
+        y = h + self.output_scale * (normalised * self.norm_scale + self.norm_offset)
+        dn = self.output_scale * next_token_gradient(y, labels, unembedding)
+        dr = dn * self.norm_scale
+        dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
+        du = (dr @ self.down.weight) * 2 * relu(u)
+        return _SlowPass(u, a, du, dr, torch.cat((dn * normalised, dn), -1))
+
+    def _fast_pass(self, h: Tensor, slow: _SlowPass, known: Tensor, state: FastWeights) -> tuple[Tensor, FastWeights]:
+        steps = self.step_sizes()
+        up_decay, down_decay, norm_decay = self._log_decays(h, known)
+        u, up = _read(h, h, -slow.du, steps[0:2], known, up_decay, state.up)
+        a = relu(slow.u + u).square()
+        r, down = _read(a, slow.a, -slow.dr, steps[2:4], known, down_decay, state.down)
+        normalised, _ = _normalise(self.down(a) + r)
+        ones = known[..., None].to(h.dtype)
+        values = -slow.dnorm * steps[4:6].repeat_interleave(h.shape[-1])
+        change, norm = _decayed_sum(torch.ones_like(ones), ones, values, norm_decay, state.norm)
+        scale, offset = change.chunk(2, -1)
+        n = normalised * (self.norm_scale + scale) + self.norm_offset + offset
+        return h + self.output_scale * n, FastWeights(up, down, norm)
+
+    def _log_decays(self, h: Tensor, known: Bool[Tensor, "B T"]) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(key side, value side) of each layer, (B, T, 1 or channels); 0 where no step is taken."""
+        if self.settings.decay == "none":
+            return [(None, None)] * 3
+        if self.settings.decay == "channel":
+            logits = self.decay_logits
+            gates = [
+                _where_known(logits[name], known) if name in logits else None
+                for name in ("up_key", "up_value", "down_key", "down_value", "norm_key", "norm_value")
+            ]
+            return list(zip(gates[::2], gates[1::2], strict=True))
+        logits = self.decay_logit.expand(*known.shape, 3) if self.settings.decay == "scalar" else self.decay_gate(h)
+        return [(_where_known(logits[..., i : i + 1], known), None) for i in range(3)]
+
+
+def next_token_gradient(
+    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear
+) -> Float[Tensor, "B T d"]:
+    """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
+
+    Uᵀ (softmax(U y) - onehot), a few positions at a time, with their logits computed again in the backward pass: the
+    logits of a whole text are never held.
+    """
+    chunk = max(1, _LOGITS // max(1, unembedding.out_features))
+    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    parts = []
+    for start in range(0, len(flat), chunk):
+        arguments = (
+            flat[start : start + chunk],
+            flat_labels[start : start + chunk],
+            unembedding.weight,
+            unembedding.bias,
+        )
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            part = checkpoint(_gradient, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = _gradient(*arguments)
+        parts.append(part)
+    return torch.cat(parts).view_as(hidden) if parts else hidden
+
+
+def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    known = (labels != NO_LABEL)[:, None]
+    error = linear(hidden.to(weight.dtype), weight, bias).to(hidden.dtype).softmax(-1)
+    error = error.scatter_add(-1, labels.clamp(min=0)[:, None], -torch.ones_like(error[:, :1]))
+    return (error.masked_fill(~known, 0.0).to(weight.dtype) @ weight).to(hidden.dtype)
+
+
+def _read(
+    query: Float[Tensor, "B T n"],
+    key: Float[Tensor, "B T n"],
+    value: Float[Tensor, "B T k"],
+    step_sizes: Float[Tensor, " 2"],
+    known: Bool[Tensor, "B T"],
+    log_decay: tuple[Tensor | None, Tensor | None],
+    state: Float[Tensor, "B 1 n+1 k"],
+) -> tuple[Float[Tensor, "B T k"], Float[Tensor, "B 1 n+1 k"]]:
+    """What the steps so far have changed in a dense layer's output; its bias is a weight whose input is always 1."""
+    ones = known[..., None].to(key.dtype)
+    key = torch.cat((key * ones * step_sizes[0], ones * step_sizes[1]), -1)
+    query = torch.cat((query, torch.ones_like(ones)), -1)
+    return _decayed_sum(query, key, value, log_decay, state)
+
+
+def _decayed_sum(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: tuple[Tensor | None, Tensor | None], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    key_decay, value_decay = (gate if gate is None else gate[:, :, None] for gate in log_decay)
+    o, final = decay_rule(
+        query[:, :, None],
+        key[:, :, None],
+        value[:, :, None],
+        key_decay,
+        value_decay,
+        initial_state=state,
+        output_final_state=True,
+        inclusive=False,
+    )
+    assert final is not None
+    return o[:, :, 0], final
+
+
+def _where_known(logits: Tensor, known: Bool[Tensor, "B T"]) -> Tensor:
+    return torch.where(known[..., None], logsigmoid(logits), 0.0)
+
+
+def _normalise(r: Tensor) -> tuple[Tensor, Tensor]:
+    centred = r - r.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + _EPSILON).sqrt()
+    return centred / deviation, deviation
+
+
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)

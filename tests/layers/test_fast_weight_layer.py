@@ -1,0 +1,266 @@
+"""The Fast Weight Layer against its definition: gradient steps taken one by one on a copy of its weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, layer_norm, linear, relu
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.fast_weight_layer import (
+    NO_LABEL,
+    FastWeightLayer,
+    FastWeightLayerSettings,
+    FastWeights,
+    next_token_gradient,
+)
+from tests import tolerances
+
+D, VOCABULARY = 6, 11
+DECAYS = ("none", "scalar", "channel", "input")
+
+
+def block(decay: str = "scalar", *, dtype=torch.float64, d: int = D, seed: int = 0, updates: bool = True):
+    """A layer whose every parameter is away from its starting point, and an unembedding with a bias."""
+    torch.manual_seed(seed)
+    layer = FastWeightLayer(d, FastWeightLayerSettings(decay=decay, updates=updates, expansion=2)).to(dtype)  # type: ignore[arg-type]
+    unembedding = nn.Linear(d, VOCABULARY).to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        layer.output_scale.normal_()
+        if updates:
+            # Large steps, so that a wrong one cannot hide.
+            layer.log_step_size.copy_(torch.linspace(-1.5, -0.5, 6))
+            for name, parameter in layer.named_parameters():
+                if "decay" in name and not name.endswith("weight"):
+                    parameter.copy_(torch.randn_like(parameter) + 1.5)
+    return layer, unembedding
+
+
+def text(batch: int, length: int, dtype=torch.float64, d: int = D, ignored: float = 0.2):
+    hidden = torch.randn(batch, length, d, dtype=dtype)
+    labels = torch.randint(VOCABULARY, (batch, length))
+    labels[torch.rand(batch, length) < ignored] = NO_LABEL
+    return hidden, labels
+
+
+def by_hand(layer: FastWeightLayer, unembedding: nn.Linear, hidden, labels):
+    """One row, position by position: a copy of the weights takes an SGD step after each, then fades towards them."""
+    names = ("up.weight", "up.bias", "down.weight", "down.bias", "norm_scale", "norm_offset")
+    slow = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
+    changes = [torch.zeros_like(slow[name]) for name in names]
+
+    def run(weights, h):
+        r = linear(relu(linear(h, weights[0], weights[1])).square(), weights[2], weights[3])
+        return h + slow["output_scale"] * layer_norm(r, (len(h),), weights[4], weights[5])
+
+    outputs = []
+    for h, label in zip(hidden, labels, strict=True):
+        weights = [slow[name] for name in names]
+        outputs.append(run([w + change for w, change in zip(weights, changes, strict=True)], h).detach())
+        if label == NO_LABEL:
+            continue
+        loss = cross_entropy(unembedding(run(weights, h))[None], label[None])
+        gradients = torch.autograd.grad(loss, weights)
+        kept = kept_shares(layer, h)
+        for i, step in enumerate(layer.log_step_size.detach().exp()):
+            changes[i] = kept[i] * changes[i] - step * gradients[i]
+    return torch.stack(outputs)
+
+
+def kept_shares(layer: FastWeightLayer, h):
+    """How much of each parameter's change a step keeps, in the shape of the parameter."""
+    if layer.settings.decay == "none":
+        return [torch.ones((), dtype=h.dtype)] * 6
+    if layer.settings.decay == "channel":
+        gate = {name: logit.detach().sigmoid() for name, logit in layer.decay_logits.items()}
+        up = gate["up_value"][:, None] * gate["up_key"]
+        down = gate["down_value"][:, None] * gate["down_key"]
+        scale, offset = gate["norm_value"].chunk(2)
+        return [up[:, :-1], up[:, -1], down[:, :-1], down[:, -1], scale, offset]
+    logits = layer.decay_logit if layer.settings.decay == "scalar" else layer.decay_gate(h)
+    return logits.detach().sigmoid().repeat_interleave(2)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_equals_gradient_steps_taken_one_by_one(decay):
+    layer, unembedding = block(decay)
+    hidden, labels = text(3, 21)
+    outputs, _ = layer(hidden, labels, unembedding)
+    changed = (outputs - layer(hidden, torch.full_like(labels, NO_LABEL), unembedding)[0]).abs().amax(-1)
+    assert (changed[:, 5:] > 1e-3).all(), "the steps must matter for this test to mean anything"
+    for row in range(3):
+        torch.testing.assert_close(
+            outputs[row].detach(), by_hand(layer, unembedding, hidden[row], labels[row]), rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gradients_of_everything(decay):
+    layer, unembedding = block(decay, d=3)
+    hidden, labels = text(2, 5, d=3)
+    parameters = [*layer.parameters(), *unembedding.parameters()]
+    names = [
+        *(f"layer.{n}" for n, _ in layer.named_parameters()),
+        *(f"unembedding.{n}" for n, _ in unembedding.named_parameters()),
+    ]
+    holder = nn.ModuleDict({"layer": layer, "unembedding": unembedding})
+
+    def run(hidden, up, down, norm, *values):
+        arguments = (hidden, labels, unembedding, FastWeights(up, down, norm))
+        originals = {name: getattr_path(holder, name) for name in names}
+        try:
+            for name, value in zip(names, values, strict=True):
+                set_path(holder, name, value)
+            y, state = layer(*arguments)
+        finally:
+            for name, value in originals.items():
+                set_path(holder, name, value)
+        return y, *state
+
+    state = [torch.randn_like(x) * 0.1 for x in layer.no_fast_weights(hidden)]
+    values = [x.detach().clone().requires_grad_() for x in (hidden, *state, *parameters)]
+    torch.autograd.gradcheck(run, values, fast_mode=True)
+
+
+def getattr_path(module: nn.Module, path: str):
+    *parents, name = path.split(".")
+    parent = module.get_submodule(".".join(parents))
+    return parent._parameters[name]
+
+
+def set_path(module: nn.Module, path: str, value) -> None:
+    *parents, name = path.split(".")
+    module.get_submodule(".".join(parents))._parameters[name] = value
+
+
+def test_slow_gradient_is_autograds():
+    _, unembedding = block()
+    hidden, labels = text(2, 7)
+    hidden.requires_grad_()
+    loss = cross_entropy(unembedding(hidden).flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(next_token_gradient(hidden, labels, unembedding), expected)
+
+
+def test_slow_gradient_does_not_depend_on_its_chunks(monkeypatch):
+    _, unembedding = block()
+    hidden, labels = text(2, 7)
+    whole = next_token_gradient(hidden, labels, unembedding)
+    monkeypatch.setattr("fastweights.layers.fast_weight_layer._LOGITS", 3 * VOCABULARY)
+    torch.testing.assert_close(next_token_gradient(hidden, labels, unembedding), whole, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("cuts", [(1,), (40,), (1, 2, 3, 64, 99)], ids=str)
+def test_cutting_the_text_changes_nothing(decay, cuts):
+    layer, unembedding = block(decay, dtype=torch.float32)
+    tame(layer)
+    hidden, labels = text(2, 100, torch.float32)
+    whole, last = layer(hidden, labels, unembedding)
+    state, parts = None, []
+    for start, stop in zip((0, *cuts), (*cuts, 100), strict=True):
+        part, state = layer(hidden[:, start:stop], labels[:, start:stop], unembedding, state)
+        parts.append(part)
+    close(torch.cat(parts, 1), whole)
+    for a, b in zip(state, last, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_row_does_not_depend_on_its_batch_mates_or_on_padding(decay):
+    layer, unembedding = block(decay, dtype=torch.float32)
+    tame(layer)
+    hidden, labels = text(3, 40, torch.float32)
+    together, states = layer(hidden, labels, unembedding)
+    alone, state = layer(hidden[1:2], labels[1:2], unembedding)
+    close(alone, together[1:2])
+    padded = torch.cat((torch.randn(1, 7, D), hidden[1:2], torch.randn(1, 5, D)), 1)
+    ignored = torch.cat((torch.full((1, 7), NO_LABEL), labels[1:2], torch.full((1, 5), NO_LABEL)), 1)
+    among_padding, state_after = layer(padded, ignored, unembedding)
+    close(among_padding[:, 7:47], alone)
+    for one, mate, padded_state in zip(state, states, state_after, strict=True):
+        close(one, mate[1:2])
+        close(padded_state, one)
+
+
+def test_a_position_without_a_label_leaves_the_state_bit_for_bit():
+    layer, unembedding = block("input", dtype=torch.float32)
+    hidden, labels = text(2, 9, torch.float32)
+    _, state = layer(hidden, labels, unembedding)
+    _, after = layer(hidden, torch.full_like(labels, NO_LABEL), unembedding, state)
+    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_output_depends_on_its_own_or_a_later_label(decay):
+    layer, unembedding = block(decay, dtype=torch.float32)
+    hidden, labels = text(2, 90, torch.float32, ignored=0)
+    before, _ = layer(hidden, labels, unembedding)
+    for t in (0, 15, 16, 64, 88):
+        changed_labels, changed_hidden = labels.clone(), hidden.clone()
+        changed_labels[:, t:] = (labels[:, t:] + 1) % VOCABULARY
+        changed_hidden[:, t + 1 :] += 1
+        after, _ = layer(changed_hidden, changed_labels, unembedding)
+        assert torch.equal(after[:, : t + 1], before[:, : t + 1])
+        if t < 88:
+            assert not torch.equal(after[:, t + 1 :], before[:, t + 1 :])
+
+
+def test_starts_as_the_identity_and_can_leave_it():
+    layer = FastWeightLayer(D, FastWeightLayerSettings())
+    unembedding = nn.Linear(D, VOCABULARY)
+    hidden, labels = text(2, 12, torch.float32)
+    y, _ = layer(hidden, labels, unembedding)
+    assert torch.equal(y, hidden)
+    cross_entropy(unembedding(y).flatten(0, 1), labels.flatten()).backward()
+    assert layer.output_scale.grad is not None
+    assert layer.output_scale.grad.abs().min() > 0
+
+
+def test_without_updates_it_is_an_ordinary_block():
+    layer, unembedding = block(updates=False)
+    hidden, labels = text(2, 5)
+    y, state = layer(hidden, labels, unembedding)
+    assert state is None
+    r = layer.down(relu(layer.up(hidden)).square())
+    n = layer_norm(r, (D,), layer.norm_scale, layer.norm_offset)
+    torch.testing.assert_close(y, hidden + layer.output_scale * n)
+
+
+def test_bf16_hidden_states_keep_fp32_weights():
+    layer, _ = block(dtype=torch.float32)
+    unembedding = nn.Linear(D, VOCABULARY, dtype=torch.bfloat16)
+    hidden, labels = text(2, 5, torch.float32)
+    y, state = layer(hidden.bfloat16(), labels, unembedding)
+    assert y.dtype == torch.bfloat16
+    assert {x.dtype for x in state} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": "magic"}, "known are none, scalar, channel, input"),
+        ({"expansion": 0}, "at least 1"),
+        ({"initial_step_size": 0.0}, "positive"),
+        ({"initial_decay": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_refuses_settings(settings, message):
+    with pytest.raises(FastWeightsError, match=message):
+        FastWeightLayerSettings(**settings)
+
+
+def tame(layer: FastWeightLayer) -> None:
+    """Steps of a trained size: without decay, hundreds of large ones diverge and no two sums agree."""
+    with torch.no_grad():
+        layer.log_step_size.fill_(-5.0)
+
+
+def close(a, b) -> None:
+    error = (a - b).norm() / b.norm()
+    assert error <= tolerances.FAST_WEIGHT_LAYER, float(error)
