@@ -7,21 +7,90 @@ from hypothesis import strategies as st
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import EvaluationConfig, _windows, evaluate
+from fastweights.evaluation import EvaluationConfig, _spans, evaluate, score
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from tests.conftest import make_gpt2
 
 
-@given(st.integers(2, 60), st.integers(2, 9), st.integers(1, 9), st.sampled_from(["block", "sliding"]))
+@given(st.integers(2, 60), st.integers(2, 9), st.integers(1, 8), st.sampled_from(["block", "sliding"]))
 @settings(max_examples=200, deadline=None)
-def test_every_token_is_counted_once(length, size, stride, context):
-    config = EvaluationConfig(context=context, stride=min(stride, size - 1), batch_size=2)
+def test_spans_count_every_token_but_the_first_once(length, size, stride, context):
+    config = EvaluationConfig(context=context, stride=min(stride, size - 1))
     counted = []
-    for windows, new in _windows(torch.arange(length), size, config):
-        assert new < windows.shape[1] <= size
-        for window in windows:
-            counted += window[-new:].tolist()
-    first_of_block = context == "block"
-    assert counted == [i for i in range(1, length) if not (first_of_block and i % size == 0)]
+    for start, stop, new in _spans(length, size, config):
+        assert 0 < new <= stop - start <= size
+        counted += range(stop - new + 1, stop + 1)
+    assert counted == list(range(1, length))
+
+
+@pytest.fixture
+def documents(tokenizer):
+    return tokenize(
+        ["one text, that is not long", "b", "", "another, a longer one, of two blocks and more " * 3], tokenizer
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "pure", "fast weight layer"])
+def test_all_contexts_score_the_same_tokens(documents, kind):
+    model = make_gpt2()
+    if kind == "pure":
+        model = convert(model, ConversionConfig(positions="drop"))
+    elif kind == "fast weight layer":
+        model = add_fast_weight_layer(model)
+    firsts = {0, *torch.tensor(documents.document_lengths).cumsum(0).tolist()}
+    expected = [i for i in range(len(documents.tokens)) if i not in firsts]
+    for context in ("block", "sliding", "stream"):
+        config = EvaluationConfig(context=context, stride=5, batch_size=2)
+        positions, losses = (
+            torch.cat(x) for x in zip(*score(model, documents, block_size=16, config=config), strict=True)
+        )
+        assert positions.tolist() == expected
+        assert losses.isfinite().all()
+
+
+def test_a_stream_of_a_recurrent_model_is_one_pass_over_each_document(documents):
+    model = convert(make_gpt2(), ConversionConfig(window=4, positions="drop")).eval()
+    losses = torch.cat(
+        [x for _, x in score(model, documents, block_size=16, config=EvaluationConfig(context="stream"))]
+    )
+    whole = []
+    for document in documents.tokens.split(documents.document_lengths):
+        with torch.no_grad():
+            logits = model(document[None]).logits[0, :-1]
+        whole.append(torch.nn.functional.cross_entropy(logits, document[1:], reduction="none"))
+    torch.testing.assert_close(losses, torch.cat(whole), rtol=1e-5, atol=1e-5)
+
+
+def test_a_softmax_model_streams_as_blocks_and_its_fast_weight_layer_goes_on(tokenizer):
+    text = tokenize(["ab" * 60], tokenizer)
+    model = add_fast_weight_layer(make_gpt2()).eval()
+    stream = EvaluationConfig(context="stream")
+    assert evaluate(model, text, block_size=16, config=stream).loss == pytest.approx(
+        evaluate(model, text, block_size=16).loss, rel=1e-5
+    )
+    with torch.no_grad():
+        model.fast_weight_layer.output_scale.normal_()
+    assert evaluate(model, text, block_size=16, config=stream).loss != pytest.approx(
+        evaluate(model, text, block_size=16).loss, rel=1e-5
+    )
+
+
+def test_carrying_documents_changes_what_later_ones_cost(documents):
+    model = convert(make_gpt2(), ConversionConfig(positions="drop"))
+    apart, joined = (
+        torch.cat(
+            [
+                losses
+                for _, losses in score(
+                    model, documents, block_size=16, config=EvaluationConfig(context="stream", carry_documents=carry)
+                )
+            ]
+        )
+        for carry in (False, True)
+    )
+    first = documents.document_lengths[0] - 1
+    torch.testing.assert_close(apart[:first], joined[:first], rtol=1e-5, atol=1e-5)
+    assert (apart[first:] - joined[first:]).abs().min() > 0
 
 
 def test_loss_is_the_models_own(tokenizer):
@@ -54,7 +123,7 @@ def test_model_keeps_its_mode(tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"context": "stream"}, "block, sliding"),
+        ({"context": "all"}, "block, sliding, stream"),
         ({"stride": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
     ],
@@ -70,3 +139,5 @@ def test_too_little_text(tokenizer):
         evaluate(make_gpt2(), text, block_size=64, config=EvaluationConfig(max_tokens=1))
     with pytest.raises(FastWeightsError, match="smaller than block_size"):
         evaluate(make_gpt2(), text, block_size=4, config=EvaluationConfig(context="sliding", stride=4))
+    with pytest.raises(FastWeightsError, match="second token"):
+        evaluate(make_gpt2(), tokenize(["", ""], tokenizer), block_size=4)

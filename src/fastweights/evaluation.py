@@ -1,14 +1,14 @@
 """How well a model predicts text it has not seen: loss, perplexity, bits per byte.
 
-Two contexts: `block` cuts the text into independent blocks, so that the first tokens of each have little to go by;
-`sliding` moves a window by `stride` tokens and counts only the tokens that are new in it, so that each has at least
-`block_size - stride` tokens before it.
+Three contexts, over the same tokens, all but the first of each document:
+`block` cuts the text into independent blocks, so that the first tokens of each have little to go by; `sliding` moves a
+window by `stride` tokens and counts only the tokens that are new in it; `stream` reads each document from its beginning
+and carries the model's state through it, at constant memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,32 +17,37 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastweights.errors import FastWeightsError
-from fastweights.models.architectures import position_limit
-from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.options import ADVANCED
+from fastweights.stream import Stream, check_block_size
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from collections.abc import Iterator
+
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from fastweights.data import TokenizedText
+    from fastweights.dynamic_evaluation import DynamicEvaluation
 
-CONTEXTS = ("block", "sliding")
+CONTEXTS = ("block", "sliding", "stream")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How to evaluate."""
 
-    context: Literal["block", "sliding"] = "block"
-    """block: independent blocks; sliding: a window that moves by `stride`, each token counted once."""
+    context: Literal["block", "sliding", "stream"] = "block"
+    """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
+    document."""
     stride: Annotated[int | None, ADVANCED] = None
     """Tokens that a sliding window moves by, fewer than a block; by default half of it."""
     batch_size: Annotated[int, ADVANCED] = 4
-    """Windows in a forward pass."""
+    """Windows in a forward pass; a stream is read alone."""
     max_tokens: Annotated[int | None, ADVANCED] = None
     """Read only the text's first so many tokens."""
+    carry_documents: Annotated[bool, ADVANCED] = False
+    """A stream goes on across the ends of documents, instead of starting anew with each."""
 
     def __post_init__(self) -> None:
         if self.context not in CONTEXTS:
@@ -63,15 +68,56 @@ class Evaluation:
     """e to the loss."""
     bits_per_byte: float
     """Loss in bits, spread over the UTF-8 bytes of the text."""
+    word_perplexity: float
+    """e to the loss spread over the words between white space."""
     tokens: int
     """Tokens that were predicted."""
 
 
-@torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, text: TokenizedText, *, block_size: int = 1024, config: EvaluationConfig | None = None
+    model: PreTrainedModel,
+    text: TokenizedText,
+    *,
+    block_size: int = 1024,
+    config: EvaluationConfig | None = None,
+    adaptation: DynamicEvaluation | None = None,
 ) -> Evaluation:
     """Loss of `model` on `text`, of which it reads `block_size` tokens at once; the last block may be shorter."""
+    loss, count = 0.0, 0
+    for _, losses in score(model, text, block_size=block_size, config=config, adaptation=adaptation):
+        loss += losses.double().sum().item()
+        count += len(losses)
+    if count == 0:
+        raise FastWeightsError("no document has a second token to predict: give longer text")
+    return summary(loss / count, count, text)
+
+
+def summary(mean: float, count: int, text: TokenizedText) -> Evaluation:
+    """All measures of a mean loss in nats over `count` tokens of `text`."""
+    n_tokens = len(text.tokens)
+    return Evaluation(
+        loss=mean,
+        perplexity=math.exp(min(mean, 700.0)),
+        bits_per_byte=mean / math.log(2) * n_tokens / max(1, text.n_bytes),
+        word_perplexity=math.exp(min(mean * n_tokens / max(1, text.n_words), 700.0)),
+        tokens=count,
+    )
+
+
+def score(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    *,
+    block_size: int = 1024,
+    config: EvaluationConfig | None = None,
+    adaptation: DynamicEvaluation | None = None,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]:
+    """(positions, losses in nats) of the text's tokens, a piece at a time; each token but a document's first, once.
+
+    Args:
+        adaptation: dynamic evaluation of the model, entered already; its weights go on from one block to the next, and
+            start anew where a stream does.
+    """
     config = config or EvaluationConfig()
     if block_size < 2:
         raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
@@ -81,55 +127,98 @@ def evaluate(
     tokens = text.tokens[: config.max_tokens].to(model.device)
     if len(tokens) < 2:
         raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
+    begins = _document_starts(text, len(tokens))
     was_training = model.training
     model.eval()
     try:
-        loss, count = 0.0, 0
-        for windows, new in _windows(tokens, block_size, config):
-            losses = token_losses(model, windows)[:, -new:]
-            loss += losses.double().sum().item()
-            count += losses.numel()
+        if config.context == "stream":
+            pieces = _stream(model, tokens, begins, block_size, config, adaptation)
+        elif adaptation is not None:
+            pieces = _adapted_blocks(model, tokens, block_size, config, adaptation)
+        else:
+            pieces = _windows(model, tokens, block_size, config)
+        for positions, losses in pieces:
+            counted = ~begins[positions]
+            yield positions[counted], losses[counted]
     finally:
         model.train(was_training)
-    mean = loss / count
-    tokens_per_byte = len(text.tokens) / max(1, text.n_bytes)
-    return Evaluation(
-        loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),
-        bits_per_byte=mean / math.log(2) * tokens_per_byte,
-        tokens=count,
-    )
 
 
-def check_block_size(model: PreTrainedModel, block_size: int) -> None:
-    """Refuse blocks that reach beyond a model's absolute positions."""
-    ours = isinstance(model, FastWeightsForCausalLM)
-    limit = model.max_positions if ours else position_limit(model.config)
-    if limit is not None and block_size > limit:
-        raise FastWeightsError(
-            f"block_size is {block_size}; this model's absolute positions end at {limit}: give a block_size up to that"
-        )
+def _document_starts(text: TokenizedText, length: int) -> Bool[Tensor, " N"]:
+    begins = torch.zeros(length, dtype=torch.bool)
+    starts = torch.tensor([0, *text.document_lengths[:-1]]).cumsum(0)
+    begins[starts[starts < length]] = True
+    return begins.to(text.tokens.device)
 
 
-def token_losses(model: PreTrainedModel, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:
-    """Negative log-likelihood of each token but the first, in nats."""
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-    losses = cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(input_ids), -1)
-
-
-def _windows(
-    tokens: Int[Tensor, " N"], size: int, config: EvaluationConfig
-) -> Iterator[tuple[Int[Tensor, "B T"], int]]:
-    """Batches of equally long windows, and how many of their last tokens are to be counted."""
+def _spans(length: int, size: int, config: EvaluationConfig) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, new): a window reads tokens start ... stop - 1, and the last `new` of their successors count."""
     step = size if config.context == "block" else config.stride or max(1, size // 2)
-    spans, counted = [], 1  # the first token of all is predicted by nothing
-    for stop in [*range(min(size, len(tokens)), len(tokens), step), len(tokens)]:
-        start = max(0, stop - size) if config.context == "sliding" else counted - 1
-        spans.append((stop - start, stop - max(counted, start + 1), start))
-        counted = stop if config.context == "sliding" else stop + 1
-    for (length, new), alike in groupby(spans, key=lambda span: span[:2]):
-        starts = [start for *_, start in alike]
-        for i in range(0, len(starts) if new > 0 else 0, config.batch_size):
-            batch = starts[i : i + config.batch_size]
-            yield torch.stack([tokens[start : start + length] for start in batch]), new
+    counted = 0
+    for stop in [*range(min(size, length - 1), length - 1, step), length - 1]:
+        start = max(0, stop - size) if config.context == "sliding" else counted
+        if stop > counted:
+            yield start, stop, stop - counted
+        counted = stop
+
+
+@torch.no_grad()
+def _windows(
+    model: PreTrainedModel, tokens: Int[Tensor, " N"], size: int, config: EvaluationConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    spans = list(_spans(len(tokens), size, config))
+    for (length, new), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
+        starts = [start for start, *_ in alike]
+        for i in range(0, len(starts), config.batch_size):
+            batch = torch.tensor(starts[i : i + config.batch_size], device=tokens.device)[:, None]
+            places = batch + torch.arange(length, device=tokens.device)
+            logits = model(input_ids=tokens[places], use_cache=False).logits[:, -new:]
+            targets = places[:, -new:] + 1
+            yield (
+                targets.flatten(),
+                cross_entropy(logits.flatten(0, 1).float(), tokens[targets].flatten(), reduction="none"),
+            )
+
+
+def _adapted_blocks(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " N"],
+    size: int,
+    config: EvaluationConfig,
+    adaptation: DynamicEvaluation,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if config.context == "sliding":
+        raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
+    for start, stop, _ in _spans(len(tokens), size, config):
+        positions = torch.arange(start + 1, stop + 1, device=tokens.device)
+        yield positions, adaptation.score(Stream(model, size), tokens[None, start:stop], tokens[None, positions])
+
+
+def _stream(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " N"],
+    begins: Bool[Tensor, " N"],
+    size: int,
+    config: EvaluationConfig,
+    adaptation: DynamicEvaluation | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    starts = [0] if config.carry_documents else begins.nonzero().flatten().tolist()
+    for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        stream = Stream(model, size)
+        if adaptation is not None:
+            adaptation.reset()
+        for place in range(start, stop - 1, size):
+            read = tokens[None, place : min(place + size, stop - 1)]
+            positions = torch.arange(place + 1, place + 1 + read.shape[1], device=tokens.device)
+            targets = tokens[None, positions]
+            yield (
+                positions,
+                _stream_losses(stream, read, targets)
+                if adaptation is None
+                else adaptation.score(stream, read, targets),
+            )
+
+
+@torch.no_grad()
+def _stream_losses(stream: Stream, read: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(stream.read(read)[0].float(), targets[0], reduction="none")

@@ -101,7 +101,7 @@ class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
 
 
 class FastWeightLayerCache(FastWeightsCacheLayer):
-    """The state of a Fast Weight Layer: its fast weights, and each row's last position, whose label is not known yet."""
+    """The state of a Fast Weight Layer: its fast weights, and each row's last position, which has no label yet."""
 
     def __init__(self) -> None:
         CacheLayerMixin.__init__(self)

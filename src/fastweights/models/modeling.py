@@ -109,6 +109,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         attention_records: list[AttentionRecord] | None = None,
+        restart_every: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Like any causal LM's.
@@ -119,6 +120,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: state to start from; it is updated in place. Without one the state is zero.
             use_cache: whether to return the state; by default when not training.
             attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
+            restart_every: with a Fast Weight Layer: all below it starts anew every so many tokens, of which T is a
+                multiple, while the layer goes on; for training it on more than a softmax model reads at once.
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
@@ -129,7 +132,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            self._adopt(past_key_values)
+            self.adopt(past_key_values)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise FastWeightsError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
@@ -157,8 +160,16 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             return self.model(labels=labels, logits_to_keep=logits_to_keep, **arguments)
         if input_ids is None:
             raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
+        if restart_every is not None:
+            if padding_mask is not None or past_key_values is not None or input_ids.shape[1] % restart_every:
+                raise FastWeightsError(
+                    f"restart_every is {restart_every} for {input_ids.shape[1]} tokens; it must divide them, and "
+                    "there must be neither padding nor a cache"
+                )
+            arguments["input_ids"] = input_ids.view(-1, restart_every)
         outputs = self.model.base_model(**arguments)
-        hidden = self._read_and_learn(outputs.last_hidden_state, input_ids, padding_mask, past_key_values)
+        hidden = outputs.last_hidden_state.view(*input_ids.shape, -1)
+        hidden = self._read_and_learn(hidden, input_ids, padding_mask, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._unembedding()(hidden[:, kept])
         loss = None
@@ -201,7 +212,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         assert isinstance(unembedding, nn.Linear)
         return unembedding
 
-    def _adopt(self, cache: Cache) -> None:
+    def adopt(self, cache: Cache) -> None:
+        """Make a new cache one that holds this model's states."""
         layer_types, window = self.config.layer_types or [], self.config.window
         adopt_cache(cache, layer_types, window, fast_weight_layer=self.fast_weight_layer is not None)
 
@@ -234,7 +246,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
-            self._adopt(model_kwargs["past_key_values"])
+            self.adopt(model_kwargs["past_key_values"])
         return result
 
 

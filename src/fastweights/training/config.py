@@ -58,6 +58,27 @@ class FinetuneConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetaConfig(StageConfig):
+    """Training of a Fast Weight Layer: `learning_rate` for its matrices, `new_learning_rate` for its scales, step sizes
+    and decays."""
+
+    base_learning_rate: float | None = None
+    """Peak learning rate of the model below; by default it stays frozen."""
+    blocks: int = 1
+    """Blocks that the fast weights go on through, while a softmax model below starts anew with each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks < 1:
+            raise FastWeightsError(f"blocks is {self.blocks}; it must be at least 1")
+        if self.base_learning_rate is not None and not self.base_learning_rate > 0:
+            raise FastWeightsError(f"base_learning_rate is {self.base_learning_rate}; it must be positive")
+
+    def tokens_per_step(self, block_size: int) -> int:
+        return self.blocks * super().tokens_per_step(block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What all stages of a run share."""
 

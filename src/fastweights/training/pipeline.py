@@ -13,11 +13,14 @@ import transformers
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, EvaluationConfig, check_block_size, evaluate
-from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
+from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
+from fastweights.layers import FastWeightLayerSettings
+from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.sources import load_tokenizer, resolve_model
-from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.stream import check_block_size
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig
 from fastweights.training.finetune import FinetuneTrainer
+from fastweights.training.meta import MetaTrainer
 from fastweights.training.teacher import load_teacher
 from fastweights.training.trainer import is_finished, process_state, save_run
 from fastweights.training.transfer import TransferTrainer
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 RESULTS_FILE = "results.json"
 TRAINERS = {"transfer": TransferTrainer, "finetune": FinetuneTrainer}
-STAGES = ("all", *TRAINERS)
+STAGES = ("all", *TRAINERS, "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,9 @@ class TrainConfig:
     """Model to start from: a folder, a .gguf file, a hub name or "embedded"; converted already, or still to convert."""
     output: Path = Path("runs/train")
     """Folder for the trained model, its checkpoints, the run's resolved config and results.json."""
-    stage: Literal["all", "transfer", "finetune"] = "all"
-    """One stage, or all: transfer (layers imitate the teacher's attention), then finetune (all weights)."""
+    stage: Literal["all", "transfer", "finetune", "meta"] = "all"
+    """all: transfer (layers imitate the teacher's attention), then finetune (all weights); either of them; or meta: a
+    Fast Weight Layer, on a model that is converted or not."""
     teacher: str | None = None
     """The model that was converted, where `model` is converted already and does not name it."""
     resume: bool = False
@@ -53,6 +57,12 @@ class TrainConfig:
     )
     finetune: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=20)
+    )
+    fast_weight_layer: FastWeightLayerSettings = field(default_factory=FastWeightLayerSettings)
+    meta: MetaConfig = field(
+        default_factory=lambda: MetaConfig(
+            steps=500, batch_size=1, learning_rate=1e-3, new_learning_rate=3e-2, warmup_steps=20
+        )
     )
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_tokens=131072))
     run: RunConfig = field(default_factory=RunConfig)
@@ -68,16 +78,18 @@ class StageResult:
     """Held-out quality at one point of the road."""
 
     stage: str
-    """teacher, converted, transfer or finetune."""
+    """teacher, converted, transfer or finetune; of a Fast Weight Layer static, meta or meta, stream."""
     tokens: int
     """Tokens trained on up to here."""
     evaluation: Evaluation
     retention: float
-    """Teacher's perplexity over this model's."""
+    """Perplexity of the first row over this one's: the teacher's, or that of the model without the layer."""
 
 
 def train(config: TrainConfig) -> list[StageResult]:
     """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
+    if config.stage == "meta":
+        return _train_meta(config)
     tokenizer = load_tokenizer(config.model)
     process = process_state()
     student, teacher = (model.to(process.device) for model in _load_models(config))  # type: ignore[arg-type]
@@ -108,6 +120,44 @@ def train(config: TrainConfig) -> list[StageResult]:
     return results.list
 
 
+def _train_meta(config: TrainConfig) -> list[StageResult]:
+    tokenizer, process = load_tokenizer(config.model), process_state()
+    base = load_model(resolve_model(config.model))
+    check_block_size(base, config.data.block_size)
+    transformers.set_seed(config.run.seed)
+    has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
+    model: FastWeightsForCausalLM = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)  # type: ignore[assignment]
+    model.to(process.device)  # type: ignore[arg-type]
+    train_blocks, held_out = _load_data(config.data, config.held_out, config.model, config.meta.blocks)
+    if process.is_main_process:
+        save_run(config, config.output)
+
+    results, folder = _Results(config, held_out), config.output / "meta"
+    if not has_layer:
+        results.add("static", 0, base.to(process.device))  # type: ignore[arg-type]
+    if not (config.resume and is_finished(folder)):
+        trainer = MetaTrainer(
+            model,
+            config.meta,
+            config.run,
+            folder,
+            train_blocks,
+            tokenizer,
+            title="meta",
+            block_size=config.data.block_size,
+        )
+        trainer.run(resume=config.resume)
+    model = load_model(folder).to(process.device)  # type: ignore[arg-type,assignment]
+    tokens = config.meta.tokens_per_step(config.data.block_size) * process.num_processes * config.meta.steps
+    results.add("meta", tokens, model)
+    results.add("meta, stream", tokens, model, context="stream")
+    if process.is_main_process:
+        model.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+    process.wait_for_everyone()
+    return results.list
+
+
 class _Results:
     """Evaluates as the road goes on, and keeps results.json up to date."""
 
@@ -116,10 +166,9 @@ class _Results:
         self.held_out = held_out
         self.list: list[StageResult] = []
 
-    def add(self, stage: str, tokens: int, model: PreTrainedModel) -> None:
-        evaluation = evaluate(
-            model, self.held_out, block_size=self.config.data.block_size, config=self.config.evaluation
-        )
+    def add(self, stage: str, tokens: int, model: PreTrainedModel, **changes) -> None:
+        settings = replace(self.config.evaluation, **changes)
+        evaluation = evaluate(model, self.held_out, block_size=self.config.data.block_size, config=settings)
         teacher = self.list[0].evaluation if self.list else evaluation
         result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
         self.list.append(result)
@@ -129,8 +178,8 @@ class _Results:
 
 
 @lru_cache(maxsize=1)
-def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks, TokenizedText]:
-    """Training blocks and held-out text, which never overlap; kept, as runs that are compared share them."""
+def _load_data(data: DataConfig, held_out: str, model: str, blocks: int = 1) -> tuple[TokenBlocks, TokenizedText]:
+    """Training blocks (each of `blocks` times the block size) and held-out text, which never overlap; kept, as runs that are compared share them."""
     tokenizer = load_tokenizer(model)
     documents = load_documents(data)
     try:
@@ -139,7 +188,7 @@ def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks
         if data.text == STDLIB:
             raise
         documents, rest = _without_the_end(documents)
-    return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
+    return TokenBlocks(tokenize(documents, tokenizer).tokens, blocks * data.block_size), tokenize(rest, tokenizer)
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:

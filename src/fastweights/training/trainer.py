@@ -67,25 +67,25 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():  # type: ignore[union-attr]
                 if parameter.requires_grad:
-                    key = (name in self.new_parameters, name in decayed and parameter.ndim > 1)
+                    key = (self.learning_rate_of(name), name in decayed and parameter.ndim > 1)
                     groups.setdefault(key, []).append(parameter)
-            new_rate = self.config.new_learning_rate or self.config.learning_rate
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
-                    {
-                        "params": parameters,
-                        "lr": new_rate if is_new else self.config.learning_rate,
-                        "weight_decay": self.config.weight_decay if decays else 0.0,
-                    }
-                    for (is_new, decays), parameters in groups.items()
+                    {"params": parameters, "lr": rate, "weight_decay": self.config.weight_decay if decays else 0.0}
+                    for (rate, decays), parameters in groups.items()
                 ],
                 **arguments,
             )
         return self.optimizer
+
+    def learning_rate_of(self, name: str) -> float:
+        """Peak learning rate of a parameter."""
+        new_rate = self.config.new_learning_rate or self.config.learning_rate
+        return new_rate if name in self.new_parameters else self.config.learning_rate
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

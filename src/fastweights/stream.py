@@ -1,0 +1,78 @@
+"""Reading a text without end, piece by piece: what a model can carry from one piece to the next, it carries.
+
+Fast weights in the place of attention, and those of a Fast Weight Layer, go on for ever at constant memory. Softmax
+over all tokens, and absolute positions, end somewhere: these start anew every `context` tokens, as when blocks are read
+one by one, while a Fast Weight Layer above them goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import DynamicCache
+
+from fastweights.errors import FastWeightsError
+from fastweights.models.architectures import position_limit
+from fastweights.models.cache import detach, fast_weight_layer_cache
+from fastweights.models.modeling import FastWeightsForCausalLM
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformers import Cache, PreTrainedModel
+
+
+class Stream:
+    """Where a model is in a text.
+
+    Args:
+        model: any causal LM.
+        context: tokens after which softmax attention and absolute positions start anew.
+        cache: state to go on from; by default none.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int, cache: Cache | None = None) -> None:
+        check_block_size(model, context)
+        self.model = model
+        self.context = context
+        self.cache = self._fresh(None) if cache is None else cache
+
+    def read(self, input_ids: Int[Tensor, "B n"], **kwargs) -> Float[Tensor, "B n V"]:
+        """Logits of the token after each of the next ones, at most `context` of them at once."""
+        if input_ids.shape[1] > self.context:
+            raise FastWeightsError(f"a piece has {input_ids.shape[1]} tokens; allowed are up to {self.context}")
+        if not reads_without_end(self.model) and self.cache.get_seq_length() + input_ids.shape[1] > self.context:
+            self.cache = self._fresh(self.cache)
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **kwargs).logits
+
+    def detach(self) -> None:
+        """Let later gradients reach back to here and no further."""
+        detach(self.cache)
+
+    def _fresh(self, old: Cache | None) -> Cache:
+        cache = DynamicCache(config=self.model.config)
+        memory = None if old is None else fast_weight_layer_cache(old)
+        if memory is not None:
+            assert isinstance(self.model, FastWeightsForCausalLM)
+            self.model.adopt(cache)
+            cache.layers[-1] = memory
+        return cache
+
+
+def reads_without_end(model: PreTrainedModel) -> bool:
+    """Whether all that a model knows of the text before is a state of constant size."""
+    return (
+        isinstance(model, FastWeightsForCausalLM)
+        and model.max_positions is None
+        and "full_attention" not in (model.config.layer_types or [])
+    )
+
+
+def check_block_size(model: PreTrainedModel, block_size: int) -> None:
+    """Refuse blocks that reach beyond a model's absolute positions."""
+    ours = isinstance(model, FastWeightsForCausalLM)
+    limit = model.max_positions if ours else position_limit(model.config)
+    if limit is not None and block_size > limit:
+        raise FastWeightsError(
+            f"block_size is {block_size}; this model's absolute positions end at {limit}: give a block_size up to that"
+        )
