@@ -6,6 +6,7 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ from fastweights.errors import FastWeightsError
 from fastweights.options import ADVANCED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jaxtyping import Int
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +105,44 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
         n_bytes=sum(len(text.encode()) for text in documents),
         n_words=sum(len(text.split()) for text in documents),
     )
+
+
+def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 2**16) -> Iterator[tuple[Tensor, int]]:
+    """(token ids, bytes) of a text file, a piece at a time, so that a file of any length takes constant memory.
+
+    Pieces end before white space, where tokenizers part words, so tokens are those of the whole text.
+
+    Args:
+        size: characters of a piece, about.
+    """
+    if not path.is_file():
+        raise FastWeightsError(f"{path} does not exist: give an existing text file")
+    rest, found = "", False
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        while True:
+            try:
+                more = file.read(size)
+            except (UnicodeDecodeError, OSError) as error:
+                raise FastWeightsError(f"{path} is not UTF-8 text ({error}): give a text file, plain or .gz") from error
+            text = rest + more
+            cut = _last_word_start(text) if more else len(text)
+            text, rest = text[:cut], text[cut:]
+            if text:
+                found = True
+                yield torch.tensor(_ids([text], tokenizer)[0], dtype=torch.long), len(text.encode())
+            if not more:
+                break
+    if not found:
+        raise FastWeightsError(f"{path} is empty: give a file with text in it")
+
+
+def _last_word_start(text: str) -> int:
+    """Where the last single space between two words stands; nowhere: the end of what is nearly a piece by itself."""
+    place = len(text) - 1
+    while (place := text.rfind(" ", 1, place)) > 0:
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place
+    return len(text)
 
 
 def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

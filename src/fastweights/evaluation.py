@@ -37,7 +37,7 @@ CONTEXTS = ("block", "sliding", "stream")
 class EvaluationConfig:
     """How to evaluate."""
 
-    context: Literal["block", "sliding", "stream"] = "block"
+    context: Annotated[Literal["block", "sliding", "stream"], ADVANCED] = "block"
     """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
     document."""
     stride: Annotated[int | None, ADVANCED] = None
@@ -97,11 +97,15 @@ def summary(mean: float, count: int, text: TokenizedText) -> Evaluation:
     n_tokens = len(text.tokens)
     return Evaluation(
         loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),
+        perplexity=_exp(mean),
         bits_per_byte=mean / math.log(2) * n_tokens / max(1, text.n_bytes),
-        word_perplexity=math.exp(min(mean * n_tokens / max(1, text.n_words), 700.0)),
+        word_perplexity=_exp(mean * n_tokens / max(1, text.n_words)),
         tokens=count,
     )
+
+
+def _exp(x: float) -> float:
+    return math.inf if x > 700 else math.exp(x)
 
 
 def score(

@@ -9,3 +9,6 @@ SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
 
 # Taken like any option and listed in docs/cli.md, but left out of a command's help so that this fits on one screen.
 ADVANCED = Parameter(show=SHOW_ALL in os.environ)
+
+# Takes several values after one name: --contexts block stream.
+SEVERAL = Parameter(consume_multiple=True)

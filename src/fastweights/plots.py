@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""The pictures that commands draw."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
+    from fastweights.adaptation import MethodResult
+    from fastweights.analysis import Gain
     from fastweights.timing import DecodeCost
 
 _COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
+_METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
 _STAGES = {
     "transfer": "transfer: error of attention outputs\nrelative to their variance",
     "finetune": "finetune: divergence from the teacher\n(nats per token)",
@@ -61,6 +64,49 @@ def plot_decoding(costs: dict[str, list[DecodeCost]], trained_length: int, outpu
         ticks = [cost.context for cost in next(iter(costs.values()))]
         panel.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
         _label(panel, x="context (tokens)", y=label)
+    _save(figure, output)
+
+
+def plot_comparison(results: list[MethodResult], output: Path) -> None:
+    """Bits per byte and cost of each method in each context.
+
+    Args:
+        output: PNG file to write.
+    """
+    figure, panels = _figure(2, width=10)
+    names = [f"{result.method}, {result.context}" for result in results]
+    values = (
+        ("bits per byte", [result.evaluation.bits_per_byte for result in results], "{:.3f}"),
+        ("time, relative to static blocks", [result.time_ratio for result in results], "{:.2f}"),
+    )
+    for panel, (label, numbers, form) in zip(panels, values, strict=True):
+        bars = panel.barh(names, numbers, color=[_METHOD_COLORS[result.method] for result in results])
+        panel.bar_label(bars, [form.format(number) for number in numbers], padding=3)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.15 * max(number for number in numbers if number < float("inf")))
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, output)
+
+
+def plot_gains(gains: dict[str, dict[str, list[Gain]]], methods: list[str], output: Path) -> None:
+    """Where each method gains on the static model: one panel for each way to group tokens, one line for each method.
+
+    Args:
+        gains: for each way to group, for each row's name, the gain of each group.
+        methods: of each row, for its colour.
+        output: PNG file to write.
+    """
+    figure, panels = _figure(len(gains), width=5 * len(gains))
+    for panel, (grouping, rows) in zip(panels, gains.items(), strict=True):
+        for (name, points), method in zip(rows.items(), methods, strict=True):
+            style = "--" if name.endswith("stream") else "-"
+            line = [point.bits for point in points]
+            panel.plot(line, style, color=_METHOD_COLORS[method], label=name, marker="o", markersize=4)
+        groups = [point.group for point in next(iter(rows.values()))]
+        panel.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+        panel.axhline(0, color="#bbbbbb", linewidth=1)
+        _label(panel, x=grouping, y="gain over static blocks (bits per token)")
     _save(figure, output)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.cli import convert, demo, evaluate, generate, pretrain, train
+from fastweights.cli import convert, demo, evaluate, generate, pretrain, read, train
 from fastweights.errors import FastWeightsError
 
 app = App(
@@ -31,6 +31,7 @@ app.command(convert.convert)
 app.command(train.train)
 app.command(evaluate.evaluate, name="eval")
 app.command(generate.generate)
+app.command(read.read)
 app.command(demo.demo)
 app.meta.group_parameters = app.group_parameters
 
@@ -74,9 +75,11 @@ def _error_line(error: Exception) -> Text:
 def _quiet_libraries() -> None:
     """Warnings and bars of the libraries below are for their callers, not for our users."""
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()

@@ -1,16 +1,21 @@
 """`fastweights eval`"""
 
+from __future__ import annotations
+
+import json as json_format
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import rich
 from cyclopts import Parameter
-from rich.table import Table
+from rich.console import Console
 
-from fastweights.data import DataConfig, load_documents, tokenize
+from fastweights.adaptation import ComparisonConfig, MethodResult, compare
+from fastweights.analysis import gains
+from fastweights.cli.tables import print_methods
+from fastweights.data import DataConfig, TokenizedText, load_documents, tokenize
 from fastweights.evaluation import EvaluationConfig
-from fastweights.evaluation import evaluate as run
 from fastweights.models import load_model
 from fastweights.sources import load_tokenizer, resolve_model
 
@@ -19,9 +24,11 @@ def evaluate(
     *models: str,
     text: Annotated[DataConfig, Parameter(name="*")] = DataConfig(split="test"),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
     json: bool = False,
+    output: Path | None = None,
 ) -> None:
-    """Loss, perplexity and bits per byte of models on the same text.
+    """Loss, perplexity, bits per byte, time and memory of models on the same text, read in several ways.
 
     Parameters
     ----------
@@ -29,21 +36,65 @@ def evaluate(
         Models to compare: folders, .gguf files, hub names or "embedded".
     json
         Print JSON instead of a table.
+    output
+        Folder for results.json and pictures: bits per byte and cost, and where each method gains.
     """
     if Path(text.text).is_file():
         text = replace(text, split="train")  # a file has no other
-    results = {}
+    say = Console(stderr=True, soft_wrap=True).print
+    results: dict[str, list[MethodResult]] = {}
+    held_out: dict[str, TokenizedText] = {}
     for source in models or ("embedded",):
-        held_out = tokenize(load_documents(text), load_tokenizer(source))
-        model = load_model(resolve_model(source))
-        results[source] = run(model, held_out, block_size=text.block_size, config=evaluation)
+        held_out[source] = _read(text, source)
+        adapts = set(comparison.methods or ()) & {"sgd", "rms"}
+        results[source] = compare(
+            load_model(resolve_model(source)),
+            held_out[source],
+            comparison,
+            block_size=text.block_size,
+            evaluation=evaluation,
+            validation=_read(replace(text, split="validation"), source) if adapts and comparison.tune_tokens else None,
+            training=_read(replace(text, split="train"), source) if "rms" in adapts else None,
+            say=lambda line, source=source: say(f"{source}: {line}", highlight=False),
+        )
+    data = {source: [_plain(row) for row in rows] for source, rows in results.items()}
     if json:
-        rich.print_json(data={source: asdict(result) for source, result in results.items()})
-        return
-    table = Table("model", title=f"{text.text}, split {text.split}, {evaluation.context} of {text.block_size} tokens")
-    for column in ("tokens", "loss", "perplexity", "bits/byte"):
-        table.add_column(column, justify="right")
-    for source, result in results.items():
-        row = (f"{result.tokens:,}", f"{result.loss:.4f}", f"{result.perplexity:,.3f}", f"{result.bits_per_byte:.4f}")
-        table.add_row(source, *row)
-    rich.print(table)
+        rich.print_json(data=data)
+    else:
+        for source, rows in results.items():
+            print_methods(source, rows, f"{text.text}, split {text.split}, blocks of {text.block_size} tokens")
+    if output is not None:
+        _write(output, data, results, held_out)
+        if not json:
+            print(f"results.json and the pictures are in {output}")
+
+
+def _read(config: DataConfig, model: str) -> TokenizedText:
+    return tokenize(load_documents(config), load_tokenizer(model))
+
+
+def _plain(result: MethodResult) -> dict[str, object]:
+    return {name: value for name, value in asdict(replace(result, losses=None)).items() if name != "losses"}  # type: ignore[arg-type]
+
+
+def _write(
+    output: Path,
+    data: dict[str, list[dict[str, object]]],
+    results: dict[str, list[MethodResult]],
+    texts: dict[str, TokenizedText],
+) -> None:
+    from fastweights.plots import plot_comparison, plot_gains
+
+    output.mkdir(parents=True, exist_ok=True)
+    written: dict[str, object] = {"models": data, "gains": {}}
+    for i, (source, rows) in enumerate(results.items()):
+        name = "" if len(results) == 1 else f"-{i + 1}"
+        plot_comparison(rows, output / f"evaluation{name}.png")
+        if len(rows) > 1:
+            found = gains(rows, texts[source])
+            plot_gains(found, [row.method for row in rows[1:]], output / f"gains{name}.png")
+            written["gains"][source] = {  # type: ignore[index]
+                grouping: {row: [asdict(gain) for gain in points] for row, points in by_row.items()}
+                for grouping, by_row in found.items()
+            }
+    (output / "results.json").write_text(json_format.dumps(written, indent=2) + "\n")

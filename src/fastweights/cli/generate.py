@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import TextStreamer, set_seed
 
 from fastweights.errors import FastWeightsError
+from fastweights.memory import load_memory
 from fastweights.models import load_model
 from fastweights.sources import load_tokenizer, resolve_model
 
@@ -21,6 +23,7 @@ def generate(
     top_k: int = 50,
     beams: int = 1,
     seed: int = 0,
+    memory: Path | None = None,
 ) -> None:
     """Go on with a text; a converted model does so at constant time and memory per token.
 
@@ -40,6 +43,8 @@ def generate(
         Beams of a beam search, 1 for none.
     seed
         Seed of sampling.
+    memory
+        File that `fastweights read` made: go on from the text that was read.
     """
     if max_new_tokens < 1 or beams < 1 or temperature < 0:
         raise FastWeightsError(
@@ -48,19 +53,23 @@ def generate(
         )
     prompt = sys.stdin.read() if prompt == "-" else prompt
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
-    inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
-        raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
     set_seed(seed)
-    with torch.no_grad():
-        output = loaded.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_k=top_k if temperature > 0 else None,
-            num_beams=beams,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if beams == 1 else None,
-        )
+    arguments = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "temperature": temperature or None,
+        "top_k": top_k if temperature > 0 else None,
+        "num_beams": beams,
+        "streamer": TextStreamer(tokenizer, skip_special_tokens=True) if beams == 1 else None,
+    }
+    if memory is not None:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
+        output = load_memory(loaded, memory).generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
+    else:
+        inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
+            raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
+        with torch.no_grad():
+            output = loaded.generate(**inputs, **arguments)[0]  # type: ignore[operator]
     if beams > 1:
-        print(tokenizer.decode(output[0], skip_special_tokens=True))
+        print(tokenizer.decode(output, skip_special_tokens=True))

@@ -141,6 +141,11 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None and attention_mask is not None:
             position_ids = _positions(attention_mask, given.shape[1], past)
+        if offset := getattr(past_key_values, "position_offset", 0):
+            # A memory: the text began long before what its cache is said to hold (memory.py).
+            if position_ids is None:
+                position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
+            position_ids = position_ids + offset
         self._check_positions(position_ids, past + given.shape[1])
         padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if len(self.fast_layers) == self.config.num_hidden_layers:

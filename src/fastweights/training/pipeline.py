@@ -179,7 +179,10 @@ class _Results:
 
 @lru_cache(maxsize=1)
 def _load_data(data: DataConfig, held_out: str, model: str, blocks: int = 1) -> tuple[TokenBlocks, TokenizedText]:
-    """Training blocks (each of `blocks` times the block size) and held-out text, which never overlap; kept, as runs that are compared share them."""
+    """Training blocks, each of `blocks` times the block size, and held-out text, which never overlap.
+
+    Kept, as runs that are compared share them.
+    """
     tokenizer = load_tokenizer(model)
     documents = load_documents(data)
     try:

@@ -1,0 +1,66 @@
+"""`fastweights read`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from fastweights.data import token_pieces
+from fastweights.errors import FastWeightsError
+from fastweights.memory import load_memory, new_memory
+from fastweights.models import load_model
+from fastweights.sources import load_tokenizer, resolve_model
+
+
+def read(
+    model: str,
+    file: Path,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"))],
+    memory: Path | None = None,
+) -> None:
+    """Read a text of any length at constant memory, and save what the model remembers of it.
+
+    Parameters
+    ----------
+    model
+        A converted model: a folder or a hub name.
+    file
+        UTF-8 text, plain or .gz.
+    output
+        Memory file to write: a few MB, whatever the length of the text.
+    memory
+        Memory to go on from, by the same model.
+    """
+    if not file.is_file():
+        raise FastWeightsError(f"{file} does not exist: give an existing text file")
+    if not output.parent.is_dir():
+        raise FastWeightsError(f"{output.parent} is no folder: make it first, or save the memory elsewhere")
+    loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
+    remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    before = remembered.tokens
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        total = None if file.suffix == ".gz" else file.stat().st_size
+        task = bar.add_task(f"reading {file.name}", total=total)
+
+        def pieces():
+            for ids, size in token_pieces(file, tokenizer):
+                for part in ids.split(4096):
+                    yield part
+                    bar.advance(task, size * len(part) / max(1, len(ids)))
+
+        remembered.read(pieces())
+    remembered.save(output)
+    size = output.stat().st_size / 1e6
+    print(f"read {remembered.tokens - before:,} tokens; the memory is {output} ({size:.1f} MB)")
