@@ -19,6 +19,7 @@ from fastweights.evaluation import CONTEXTS, Evaluation, EvaluationConfig, evalu
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.options import ADVANCED, SEVERAL
 from fastweights.peak_memory import PeakMemory
+from fastweights.stream import check_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def compare(
         raise FastWeightsError("this model has no Fast Weight Layer: leave fwl out, or train one with --stage meta")
     mean_squares = _mean_squares(model, training, config, block_size, say) if "rms" in methods else None
     runs = [("static", "block"), *((method, context) for context in config.contexts for method in methods)]
+    check_block_size(model, block_size)
     _warm_up(model, text, block_size)
     results: list[MethodResult] = []
     for method, context in dict.fromkeys(runs):

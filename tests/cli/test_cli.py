@@ -5,7 +5,7 @@ import pytest
 
 from fastweights.cli import main
 
-COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "demo")
+COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "demo")
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -79,6 +79,45 @@ def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):
     assert out.startswith("99 bottles")
 
 
+def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tmp_path):
+    """Meta-train a Fast Weight Layer on a converted model, compare ways to read, read a text, generate from it."""
+    converted, trained, memory = tmp_path / "converted", tmp_path / "trained", tmp_path / "x.memory"
+    run(monkeypatch, capsys, "convert", model_folder, converted, "--window", "8", "--positions", "drop")
+    settings = ("--meta.steps", "5", "--meta.warmup-steps", "1", "--evaluation.max-tokens", "200")
+    text = ("--data.text", text_file, "--data.block-size", "32")
+    where = ("--model", converted, "--output", trained)
+    code, out, _ = run(monkeypatch, capsys, "train", "--stage", "meta", *where, *text, *settings)
+    assert code == 0
+    assert "meta, stream" in out
+    results = json.loads((trained / "results.json").read_text())
+    assert results[1]["tokens"] == 5 * 32
+
+    ways = ("--methods", "static", "fwl", "sgd", "--contexts", "block", "stream", "--output", tmp_path / "eval")
+    limits = ("--text", text_file, "--block-size", "64", "--evaluation.max-tokens", "400")
+    code, out, _ = run(monkeypatch, capsys, "eval", trained, *limits, *ways)
+    assert code == 0
+    assert "fwl" in out
+    written = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert len(written["models"][str(trained)]) == 6
+    assert {file.name for file in (tmp_path / "eval").iterdir()} == {"results.json", "evaluation.png", "gains.png"}
+
+    code, out, _ = run(monkeypatch, capsys, "read", trained, text_file, "-o", memory)
+    assert code == 0
+    assert "MB" in out
+    first = memory.read_bytes()
+    prompt = ("--prompt", "99 bottles", "--max-new-tokens", "8", "--memory", memory)
+    code, out, _ = run(monkeypatch, capsys, "generate", trained, *prompt)
+    assert code == 0
+    assert out.startswith("99 bottles")
+    code, _, err = run(monkeypatch, capsys, "generate", converted, *prompt)
+    assert code == 1
+    assert "another model" in err
+    code, _, err = run(monkeypatch, capsys, "read", trained, tmp_path / "none.txt", "-o", memory)
+    assert code == 1
+    assert "does not exist" in err
+    assert memory.read_bytes() == first
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -97,7 +136,11 @@ def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):
         ),
         (("train", "--transfer.steps", "0"), "steps is 0"),
         (("eval", "MODEL", "--text", "TEXT"), "block_size is 1024; this model's absolute positions end at 128"),
-        (("eval", "MODEL", "--evaluation.context", "stream"), "stream"),
+        (("eval", "MODEL", "--contexts", "all"), "stream"),
+        (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--methods", "fwl"), "no Fast Weight Layer"),
+        (("train", "--model", "MODEL", "--stage", "meta", "--fast-weight-layer.decay", "odd"), "scalar"),
+        (("read", "MODEL", "TEXT", "-o", "x.memory"), "convert it"),
+        (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
         (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
         (("--config", "missing.toml", "train"), "missing.toml does not exist"),
         (("train", "--no-such-option", "1"), "no-such-option"),

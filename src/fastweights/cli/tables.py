@@ -11,9 +11,9 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
     """One row per stage of each run."""
     table = Table(title=title, title_justify="left")
     table.add_column("model")
-    table.add_column("after")
-    for column in ("tokens", "loss", "perplexity", "bits/byte", "retention"):
-        table.add_column(column, justify="right")
+    table.add_column("after", no_wrap=True)
+    for column in ("tokens", "loss", "ppl", "bits/byte", "retention"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, results in runs.items():
         for result in results:
             evaluation = result.evaluation

@@ -10,7 +10,8 @@ from fastweights.training.pipeline import train as run
 
 
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:  # noqa: B008 (frozen)
-    """Convert a model and train it: transfer (layers imitate the teacher's attention), then finetune."""
+    """Convert a model and train it: transfer (layers imitate the teacher's attention), then finetune; or, with --stage
+    meta, train a Fast Weight Layer on any model."""
     results = run(config)
-    print_stages({config.model: results}, "held-out text; retention is teacher perplexity / model perplexity")
+    print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
     print(f"the trained model and results.json are in {config.output}")

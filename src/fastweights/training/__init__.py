@@ -1,7 +1,16 @@
-"""Training on transformers' Trainer: pretrain, transfer, finetune, and the road through them."""
+"""Training on transformers' Trainer: pretrain, transfer, finetune, meta, and the road through them."""
 
-from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig
 from fastweights.training.pipeline import TrainConfig, train
 from fastweights.training.pretrain import PretrainConfig, pretrain
 
-__all__ = ["FinetuneConfig", "PretrainConfig", "RunConfig", "StageConfig", "TrainConfig", "pretrain", "train"]
+__all__ = [
+    "FinetuneConfig",
+    "MetaConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "StageConfig",
+    "TrainConfig",
+    "pretrain",
+    "train",
+]

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import torch
+
+from fastweights.data import DataConfig, TokenBlocks
+from fastweights.embedded import byte_tokenizer
+from fastweights.errors import FastWeightsError
+from fastweights.evaluation import EvaluationConfig
+from fastweights.layers import FastWeightLayerSettings
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
+from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
+from fastweights.training.meta import MetaTrainer
+from tests.conftest import make_gpt2, random_ids
+
+
+def trainer(folder, model, blocks=1, **settings):
+    config = MetaConfig(batch_size=2, blocks=blocks, **{"steps": 4, "learning_rate": 1e-3, **settings})
+    data = TokenBlocks(random_ids(1, 640)[0], 32 * blocks)
+    run = RunConfig(save_every=2, log_every=1)
+    return MetaTrainer(model, config, run, folder, data, byte_tokenizer(), title="meta", block_size=32)
+
+
+def test_the_model_below_stays_frozen_unless_told_otherwise(tmp_path):
+    for rate in (None, 1e-3):
+        model = add_fast_weight_layer(make_gpt2())
+        stage = trainer(tmp_path / str(rate), model, base_learning_rate=rate)
+        stage.run(resume=False)
+        same = all(torch.equal(a, b) for a, b in zip(model.model.parameters(), make_gpt2().parameters(), strict=True))
+        assert same == (rate is None)
+        assert model.fast_weight_layer.output_scale.abs().min() > 0
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_scales_steps_and_decays_have_their_own_learning_rate(tmp_path):
+    model = add_fast_weight_layer(make_gpt2())
+    stage = trainer(tmp_path, model, learning_rate=1e-3, new_learning_rate=1e-1, base_learning_rate=1e-5)
+    rates = {id(p): group["lr"] for group in stage.create_optimizer().param_groups for p in group["params"]}
+    layer = model.fast_weight_layer
+    for parameter in (layer.log_step_size, layer.decay_logit, layer.output_scale, layer.norm_scale):
+        assert rates[id(parameter)] == 1e-1
+    assert rates[id(layer.up.weight)] == 1e-3
+    assert rates[id(model.model.lm_head.weight)] == 1e-5
+
+
+def test_fast_weights_go_on_through_blocks_that_a_softmax_model_reads_one_by_one(tmp_path):
+    model = add_fast_weight_layer(make_gpt2()).eval()
+    with torch.no_grad():
+        model.fast_weight_layer.output_scale.normal_()
+        ids = random_ids(2, 96)
+        together = model(ids, restart_every=32, use_cache=False).logits
+        from fastweights.stream import Stream
+
+        stream = Stream(model, 32)
+        pieces = torch.cat([stream.read(ids[:, start : start + 32]) for start in (0, 32, 64)], 1)
+    torch.testing.assert_close(together, pieces, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FastWeightsError, match="must divide"):
+        model(ids, restart_every=50, use_cache=False)
+    stage = trainer(tmp_path, model, blocks=3)
+    assert stage.config.tokens_per_step(32) == 2 * 3 * 32
+    stage.run(resume=False)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "hybrid"])
+def test_the_meta_stage_gains_where_text_repeats_itself(tmp_path, kind):
+    """Lines of a word that changes from document to document: only what was just read tells which."""
+    texts = [json.dumps({"text": f"{word} " * 40}) for word in _words(150)]
+    for split, rows in (("train", texts[:120]), ("test", texts[120:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    base = make_gpt2()
+    if kind == "hybrid":
+        base = convert(base, ConversionConfig(window=4, positions="drop"))
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    losses = {}
+    for updates in (True, False):
+        results = train(
+            TrainConfig(
+                model=str(tmp_path / "base"),
+                output=tmp_path / f"updates {updates}",
+                stage="meta",
+                held_out="test",
+                data=DataConfig(text=str(tmp_path), block_size=64),
+                fast_weight_layer=FastWeightLayerSettings(updates=updates),
+                meta=MetaConfig(steps=60, batch_size=4, learning_rate=3e-3, new_learning_rate=5e-2),
+                evaluation=EvaluationConfig(max_tokens=4000),
+            )
+        )
+        assert [row.stage for row in results] == ["static", "meta", "meta, stream"]
+        losses[updates] = [row.evaluation.loss for row in results]
+    static, _, stream = losses[True]
+    assert stream < losses[False][2] - 0.2 < static
+    loaded = load_model(tmp_path / "updates True")
+    assert loaded.fast_weight_layer is not None
+
+
+def test_bad_settings():
+    with pytest.raises(FastWeightsError, match="blocks is 0"):
+        MetaConfig(blocks=0)
+    with pytest.raises(FastWeightsError, match="base_learning_rate"):
+        MetaConfig(base_learning_rate=-1.0)
+
+
+def _words(n: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(97, 123, (n, 5), generator=generator)
+    return ["".join(map(chr, row.tolist())) for row in letters]
