@@ -7,28 +7,58 @@ loads them.
 __version__ = "0.1.0"
 
 from fastweights.data import DataConfig, load_documents, tokenize
+from fastweights.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
-from fastweights.models import ConversionConfig, FastWeightsConfig, FastWeightsForCausalLM, convert, load_model
-from fastweights.training import FinetuneConfig, PretrainConfig, RunConfig, StageConfig, TrainConfig, pretrain, train
+from fastweights.layers import FastWeightLayer, FastWeightLayerSettings
+from fastweights.memory import Memory, load_memory, new_memory
+from fastweights.models import (
+    ConversionConfig,
+    FastWeightsConfig,
+    FastWeightsForCausalLM,
+    add_fast_weight_layer,
+    convert,
+    load_model,
+)
+from fastweights.training import (
+    FinetuneConfig,
+    MetaConfig,
+    PretrainConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    TransferConfig,
+    pretrain,
+    train,
+)
 
 __all__ = [
     "ConversionConfig",
     "DataConfig",
+    "DynamicEvaluation",
+    "DynamicEvaluationConfig",
     "Evaluation",
     "EvaluationConfig",
+    "FastWeightLayer",
+    "FastWeightLayerSettings",
     "FastWeightsConfig",
     "FastWeightsError",
     "FastWeightsForCausalLM",
     "FinetuneConfig",
+    "Memory",
+    "MetaConfig",
     "PretrainConfig",
     "RunConfig",
     "StageConfig",
     "TrainConfig",
+    "TransferConfig",
+    "add_fast_weight_layer",
     "convert",
     "evaluate",
     "load_documents",
+    "load_memory",
     "load_model",
+    "new_memory",
     "pretrain",
     "tokenize",
     "train",

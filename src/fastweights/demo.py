@@ -19,7 +19,7 @@ from fastweights.models import ConversionConfig, load_model
 from fastweights.plots import plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.timing import DecodeCost, decode_costs
-from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.config import FinetuneConfig, RunConfig, TransferConfig
 from fastweights.training.pipeline import StageResult, TrainConfig, train
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         # Far from the teacher at first: short time constants too, many small steps, large ones for the gates.
         convert = ConversionConfig(positions="drop", gate_bias=(-2.0, 6.0))
         steps = max(1, config.tokens // 2 // 1024)
-        transfer = StageConfig(
+        transfer = TransferConfig(
             steps=steps, batch_size=1, learning_rate=2e-3, new_learning_rate=2e-2, warmup_steps=min(2, steps)
         )
         finetune = FinetuneConfig(
@@ -76,7 +76,7 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         # The window leaves little to learn, and large steps undo what it gives.
         convert = ConversionConfig(positions="drop", window=config.window)
         steps = max(1, config.tokens // 6 // 4096)
-        transfer = StageConfig(steps=3 * steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2)
+        transfer = TransferConfig(steps=3 * steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2)
         finetune = FinetuneConfig(steps=steps, learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=min(2, steps))
     return TrainConfig(
         output=config.output / name,

@@ -60,8 +60,9 @@ def generate(
         "temperature": temperature or None,
         "top_k": top_k if temperature > 0 else None,
         "num_beams": beams,
-        "streamer": TextStreamer(tokenizer, skip_special_tokens=True) if beams == 1 else None,
+        "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if beams == 1 else None,
     }
+    print(prompt, end="", flush=True)
     if memory is not None:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
         output = load_memory(loaded, memory).generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
@@ -70,6 +71,6 @@ def generate(
         if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
             raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
         with torch.no_grad():
-            output = loaded.generate(**inputs, **arguments)[0]  # type: ignore[operator]
+            output = loaded.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator,union-attr]
     if beams > 1:
         print(tokenizer.decode(output, skip_special_tokens=True))

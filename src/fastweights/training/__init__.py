@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: pretrain, transfer, finetune, meta, and the road through them."""
 
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
 from fastweights.training.pipeline import TrainConfig, train
 from fastweights.training.pretrain import PretrainConfig, pretrain
 
@@ -11,6 +11,7 @@ __all__ = [
     "RunConfig",
     "StageConfig",
     "TrainConfig",
+    "TransferConfig",
     "pretrain",
     "train",
 ]

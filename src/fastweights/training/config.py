@@ -21,8 +21,8 @@ class StageConfig:
     """Peak learning rate of pretrained parameters."""
     new_learning_rate: float | None = None
     """Peak learning rate of gates and scales; by default `learning_rate`."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default a fiftieth of `steps`."""
     schedule: Annotated[Literal["linear", "cosine", "constant_with_warmup"], ADVANCED] = "linear"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     weight_decay: Annotated[float, ADVANCED] = 0.0
@@ -36,8 +36,13 @@ class StageConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FastWeightsError(f"{name} is {value}; it must be positive")
-        if not 0 <= self.warmup_steps <= self.steps:
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, given or by default."""
+        return self.steps // 50 if self.warmup_steps is None else self.warmup_steps
 
     def tokens_per_step(self, block_size: int) -> int:
         """Tokens of one optimizer step in one process."""
@@ -45,9 +50,18 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransferConfig(StageConfig):
+    """Training of the converted layers."""
+
+    new_learning_rate: float | None = 3e-3
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(StageConfig):
     """Training of all weights."""
 
+    learning_rate: float = 3e-4
+    new_learning_rate: float | None = 1e-3
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
 
@@ -62,6 +76,9 @@ class MetaConfig(StageConfig):
     """Training of a Fast Weight Layer: `learning_rate` for its matrices, `new_learning_rate` for its scales, step sizes
     and decays."""
 
+    batch_size: int = 1
+    learning_rate: float = 2e-3
+    new_learning_rate: float | None = 3e-2
     base_learning_rate: float | None = None
     """Peak learning rate of the model below; by default it stays frozen."""
     blocks: int = 1

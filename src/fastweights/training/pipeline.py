@@ -18,7 +18,7 @@ from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.stream import check_block_size
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
 from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.meta import MetaTrainer
 from fastweights.training.teacher import load_teacher
@@ -52,18 +52,10 @@ class TrainConfig:
     """Split of the same text to evaluate on; a text without such a split gives up its last twentieth."""
     convert: ConversionConfig = field(default_factory=ConversionConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    transfer: StageConfig = field(
-        default_factory=lambda: StageConfig(learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=20)
-    )
-    finetune: FinetuneConfig = field(
-        default_factory=lambda: FinetuneConfig(learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=20)
-    )
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     fast_weight_layer: FastWeightLayerSettings = field(default_factory=FastWeightLayerSettings)
-    meta: MetaConfig = field(
-        default_factory=lambda: MetaConfig(
-            steps=500, batch_size=1, learning_rate=1e-3, new_learning_rate=3e-2, warmup_steps=20
-        )
-    )
+    meta: MetaConfig = field(default_factory=MetaConfig)
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_tokens=131072))
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -175,7 +175,7 @@ def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArg
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         adam_beta2=run.adam_beta2,
         max_grad_norm=run.max_grad_norm,
