@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -84,6 +84,10 @@ class MethodResult:
     """Of dynamic evaluation, after tuning."""
     losses: Float[Tensor, " N"] = field(repr=False, compare=False)
     """Of each token of the text, in nats; NaN where a token is not predicted."""
+
+    def plain(self) -> dict[str, object]:
+        """All but the single losses, as JSON has it."""
+        return {name: value for name, value in asdict(replace(self, losses=torch.empty(0))).items() if name != "losses"}
 
 
 def compare(

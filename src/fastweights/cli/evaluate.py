@@ -57,7 +57,7 @@ def evaluate(
             training=_read(replace(text, split="train"), source) if "rms" in adapts else None,
             say=lambda line, source=source: say(f"{source}: {line}", highlight=False),
         )
-    data = {source: [_plain(row) for row in rows] for source, rows in results.items()}
+    data = {source: [row.plain() for row in rows] for source, rows in results.items()}
     if json:
         rich.print_json(data=data)
     else:
@@ -71,10 +71,6 @@ def evaluate(
 
 def _read(config: DataConfig, model: str) -> TokenizedText:
     return tokenize(load_documents(config), load_tokenizer(model))
-
-
-def _plain(result: MethodResult) -> dict[str, object]:
-    return {name: value for name, value in asdict(replace(result, losses=None)).items() if name != "losses"}  # type: ignore[arg-type]
 
 
 def _write(

@@ -1,0 +1,182 @@
+"""What learning while reading gives: static, the control, dynamic evaluation, Fast Weight Layers with and without decay.
+
+    python -m benchmarks.adaptation --model embedded --text stdlib
+    python -m benchmarks.adaptation --model runs/enwik8-base --text corpora/enwik8
+
+For each seed a block is meta-trained on the frozen model: without fast updates (control: what the extra parameters alone
+give), with them (fwl), and with each form of decay. All read the same first tokens of the test split, three ways: in
+independent blocks, each document as a stream, and as one stream across documents, many times the training length.
+Dynamic evaluation is tuned on the validation split, for blocks (it goes on from block to block) and for documents. One
+JSON line per result goes to OUTPUT as soon as it is known; a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import environment
+from fastweights.adaptation import ComparisonConfig, compare
+from fastweights.data import DataConfig, load_documents, tokenize
+from fastweights.dynamic_evaluation import DynamicEvaluationConfig
+from fastweights.evaluation import EvaluationConfig, evaluate
+from fastweights.layers import FastWeightLayerSettings
+from fastweights.models import load_model
+from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
+
+VARIANTS = {
+    "control": FastWeightLayerSettings(updates=False),
+    "fwl": FastWeightLayerSettings(decay="none"),
+    "fwl, scalar decay": FastWeightLayerSettings(decay="scalar"),
+    "fwl, channel decay": FastWeightLayerSettings(decay="channel"),
+    "fwl, input decay": FastWeightLayerSettings(decay="input"),
+}
+WAYS = {
+    "blocks": EvaluationConfig(context="block"),
+    "documents": EvaluationConfig(context="stream"),
+    "one stream": EvaluationConfig(context="stream", carry_documents=True),
+}
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--output", type=Path, default=None, help="default: runs/adaptation/TEXT-MODEL")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--block-size", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=65536, help="of the test split")
+    parser.add_argument("--tune-tokens", type=int, default=12288, help="of the validation split")
+    parser.add_argument("--dynamic", nargs="*", default=["sgd", "rms"])
+    arguments = parser.parse_args()
+    name = f"{Path(arguments.text).name}-{Path(arguments.model).name}"
+    output = arguments.output or Path("runs/adaptation") / name
+    results = Results(output / "results.jsonl", arguments)
+
+    texts = {
+        split: tokenize(load_documents(DataConfig(text=arguments.text, split=split)), load_tokenizer(arguments.model))
+        for split in ("validation", "test")
+    }
+    base = load_model(resolve_model(arguments.model))
+    for way, evaluation in WAYS.items():
+        if results.misses("static", way, 0):
+            results.add("static", way, 0, _evaluate(base, texts["test"], evaluation, arguments))
+    if arguments.dynamic:
+        _dynamic(base, texts, arguments, results)
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            if not any(results.misses(variant, way, seed) for way in WAYS):
+                continue
+            console.print(f"{variant}, seed {seed}")
+            folder = output / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+            train(
+                TrainConfig(
+                    model=arguments.model,
+                    output=folder,
+                    stage="meta",
+                    resume=True,
+                    data=DataConfig(text=arguments.text, block_size=arguments.block_size),
+                    fast_weight_layer=VARIANTS[variant],
+                    meta=MetaConfig(steps=arguments.steps),
+                    evaluation=EvaluationConfig(max_tokens=2048),
+                    run=RunConfig(seed=seed),
+                )
+            )
+            model = load_model(folder)
+            for way, evaluation in WAYS.items():
+                results.add(variant, way, seed, _evaluate(model, texts["test"], evaluation, arguments))
+    results.print(f"{arguments.text}, {arguments.model}: bits per token, {arguments.tokens:,} tokens of the test split")
+
+
+def _evaluate(model, text, evaluation, arguments) -> float:
+    settings = replace(evaluation, max_tokens=arguments.tokens, batch_size=1)
+    return evaluate(model, text, block_size=arguments.block_size, config=settings).loss / math.log(2)
+
+
+def _dynamic(base, texts, arguments, results: Results) -> None:
+    for way, context in (("blocks", "block"), ("documents", "stream")):
+        for rule in arguments.dynamic:
+            if not results.misses(rule, way, 0):
+                continue
+            training = None
+            if rule == "rms":
+                documents = load_documents(DataConfig(text=arguments.text, split="train"))
+                training = tokenize(documents[: max(1, len(documents) // 8)], load_tokenizer(arguments.model))
+            rows = compare(
+                base,
+                texts["test"],
+                ComparisonConfig(
+                    methods=(rule,),
+                    contexts=(context,),  # type: ignore[arg-type]
+                    tune_tokens=arguments.tune_tokens,
+                    rms=DynamicEvaluationConfig(rule="rms"),
+                ),
+                block_size=arguments.block_size,
+                evaluation=EvaluationConfig(max_tokens=arguments.tokens),
+                validation=texts["validation"],
+                training=training,
+                say=console.print,
+            )
+            settings = rows[-1].settings
+            assert settings is not None
+            results.add(
+                rule,
+                way,
+                0,
+                rows[-1].evaluation.loss / math.log(2),
+                time_ratio=rows[-1].time_ratio,
+                memory_ratio=rows[-1].memory_ratio,
+                step_size=settings.step_size,
+                decay=settings.decay,
+            )
+
+
+class Results:
+    """Results on disk, one JSON line each, with what they were made with."""
+
+    def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
+        self.path = path
+        self.about = {"model": arguments.model, "text": arguments.text, "steps": arguments.steps, **environment()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def misses(self, method: str, way: str, seed: int) -> bool:
+        """Whether there is no such result yet."""
+        return not any((row["method"], row["way"], row["seed"]) == (method, way, seed) for row in self.rows)
+
+    def add(self, method: str, way: str, seed: int, bits: float, **more) -> None:
+        """Keep a result, at once."""
+        row = {"method": method, "way": way, "seed": seed, "bits_per_token": bits, **more, **self.about}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        console.print(f"  {method}, {way}, seed {seed}: {bits:.4f}")
+
+    def print(self, title: str) -> None:
+        """Mean and, over several seeds, standard deviation."""
+        table = Table("method", title=title, title_justify="left")
+        for way in WAYS:
+            table.add_column(way, justify="right")
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            cells = []
+            for way in WAYS:
+                bits = [row["bits_per_token"] for row in self.rows if (row["method"], row["way"]) == (method, way)]
+                spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
+                cells.append(f"{statistics.mean(bits):.3f}{spread}" if bits else "-")
+            table.add_row(method, *cells)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
