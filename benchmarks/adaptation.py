@@ -1,11 +1,11 @@
-"""What learning while reading gives: static, the control, dynamic evaluation, Fast Weight Layers with and without decay.
+"""What learning while reading gives: static, control, dynamic evaluation, Fast Weight Layers with and without decay.
 
     python -m benchmarks.adaptation --model embedded --text stdlib
     python -m benchmarks.adaptation --model runs/enwik8-base --text corpora/enwik8
 
-For each seed a block is meta-trained on the frozen model: without fast updates (control: what the extra parameters alone
-give), with them (fwl), and with each form of decay. All read the same first tokens of the test split, three ways: in
-independent blocks, each document as a stream, and as one stream across documents, many times the training length.
+For each seed a block is meta-trained on the frozen model: without fast updates (control: what the extra parameters
+alone give), with them (fwl), and with each form of decay. All read the same first tokens of the test split, three ways:
+in independent blocks, each document as a stream, and as one stream across documents, many times the training length.
 Dynamic evaluation is tuned on the validation split, for blocks (it goes on from block to block) and for documents. One
 JSON line per result goes to OUTPUT as soon as it is known; a run that was cut off goes on where it stopped.
 """

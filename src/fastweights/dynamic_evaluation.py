@@ -83,7 +83,7 @@ class DynamicEvaluation:
     ) -> None:
         self.model, self.config = model, config
         named = adapted_parameters(model, config.parameters)
-        self.parameters = list(named.values())
+        self.parameters: list[Tensor] = list(named.values())
         if config.rule == "rms":
             if mean_squares is None or set(mean_squares) != set(named):
                 raise FastWeightsError(
@@ -143,7 +143,7 @@ class DynamicEvaluation:
     def _step(self, gradients: list[Tensor]) -> None:
         step, decay = self.config.step_size, self.config.decay
         if self.config.rule == "rms":
-            gradients = torch._foreach_mul(gradients, self.scales)
+            gradients = list(torch._foreach_mul(gradients, self.scales))
         if decay:
             back = torch._foreach_sub(self._trained, self.parameters)
             if self.config.rule == "rms":

@@ -6,6 +6,8 @@ import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerSettings
 from fastweights.models.architectures import architecture_of
@@ -15,8 +17,6 @@ from fastweights.models.modeling import FastWeightsForCausalLM
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from transformers import PreTrainedModel
 
 
 def add_fast_weight_layer(
@@ -30,7 +30,7 @@ def add_fast_weight_layer(
         settings: what the layer is made of.
     """
     settings = settings or FastWeightLayerSettings()
-    model = load_model(model) if not hasattr(model, "config") else copy.deepcopy(model)  # type: ignore[arg-type]
+    model = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if not isinstance(model, FastWeightsForCausalLM):
         architecture_of(model.config)
         layer_types = ["full_attention"] * model.config.num_hidden_layers

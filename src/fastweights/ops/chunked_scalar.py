@@ -41,7 +41,7 @@ def run_scalar(
     outputs = []
     for start in range(0, T, CHUNK):
         tokens = (x if x is None else x[..., start : start + CHUNK, :] for x in (q, k, v, g))
-        o, S = _chunk(*tokens, S, inclusive)
+        o, S = _chunk(*tokens, S, inclusive)  # pyright: ignore[reportCallIssue]
         outputs.append(o)
     o = torch.cat(outputs, dim=-2) if outputs else v.new_zeros(*q.shape[:4], v.shape[-1])
     return o.permute(0, 3, 1, 2, 4).flatten(2, 3), S
