@@ -15,6 +15,7 @@ from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory, new_memory
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.peak_memory import PeakMemory
 from tests.conftest import make_gpt2, make_llama, random_ids
 
 KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]
@@ -81,6 +82,20 @@ def test_its_size_does_not_depend_on_the_text(tmp_path):
     sizes = [memory.save(tmp_path / "x").stat().st_size for memory in (short, long)]
     assert abs(sizes[0] - sizes[1]) < 64  # the header says how long the text was
     assert long.size() == short.size()
+
+
+def test_reading_takes_constant_memory(tmp_path, tokenizer):
+    """Ten times the text, from a file, at the same peak."""
+    model, peaks = make("hybrid + layer"), []
+    for n in (500, 1_000, 10_000):  # the first warms the allocator up
+        file = tmp_path / "text.txt"
+        file.write_text("some words of a text, over and over. " * n)
+        with PeakMemory(model.device) as peak:
+            new_memory(model).read(ids for ids, _ in token_pieces(file, tokenizer))
+        peaks.append(peak.bytes)
+    if None in peaks:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    assert peaks[2] < peaks[1] + 20e6  # keys and values of the long text would take 290 MB
 
 
 def test_another_model_is_refused(tmp_path):

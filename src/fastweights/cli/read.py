@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory, new_memory
 from fastweights.models import load_model
+from fastweights.peak_memory import PeakMemory
 from fastweights.sources import load_tokenizer, resolve_model
 
 
@@ -60,7 +62,11 @@ def read(
                     yield part
                     bar.advance(task, size * len(part) / max(1, len(ids)))
 
-        remembered.read(pieces())
+        with PeakMemory(loaded.device) as peak:
+            start = time.perf_counter()
+            remembered.read(pieces())
+            seconds = time.perf_counter() - start
     remembered.save(output)
-    size = output.stat().st_size / 1e6
-    print(f"read {remembered.tokens - before:,} tokens; the memory is {output} ({size:.1f} MB)")
+    tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
+    taken = "" if peak.bytes is None else f", {peak.bytes / 1e6:.0f} MB of memory at the peak"
+    print(f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB")
