@@ -15,6 +15,7 @@ from fastweights.layers.fast_weight_layer import (
     FastWeights,
     next_token_gradient,
 )
+from fastweights.peak_memory import PeakMemory
 from tests import tolerances
 
 D, VOCABULARY = 6, 11
@@ -151,6 +152,25 @@ def test_slow_gradient_does_not_depend_on_its_chunks(monkeypatch):
     whole = next_token_gradient(hidden, labels, unembedding)
     monkeypatch.setattr("fastweights.layers.fast_weight_layer._LOGITS", 3 * VOCABULARY)
     torch.testing.assert_close(next_token_gradient(hidden, labels, unembedding), whole, rtol=0, atol=1e-15)
+
+
+def test_logits_of_a_whole_text_are_never_held():
+    layer = FastWeightLayer(16)
+    unembedding = nn.Linear(16, 40_000, bias=False)
+    hidden, labels = torch.randn(1, 1024, 16), torch.randint(40_000, (1, 1024))
+    with torch.no_grad():
+        layer.output_scale.fill_(1.0)
+    layer(hidden[:, :2], labels[:, :2], unembedding)  # compiles the kernels
+    peaks = []
+    for leaf in (hidden, hidden.clone().requires_grad_()):
+        with PeakMemory(torch.device("cpu")) as peak:
+            y, _ = layer(leaf, labels, unembedding)
+            if y.requires_grad:
+                y.sum().backward()
+        peaks.append(peak.bytes)
+    if None in peaks:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    assert max(peaks) < 0.9 * 4 * 1024 * 40_000  # one tensor of logits; the backward pass needs several small ones
 
 
 @pytest.mark.parametrize("decay", DECAYS)

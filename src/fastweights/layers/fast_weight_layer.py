@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 DECAYS = ("none", "scalar", "channel", "input")
 NO_LABEL = -100
-# Logits in memory at once in the slow pass: 16 MB of fp32.
-_LOGITS = 2**22
+# Logits in memory at once in the slow pass: 8 MB of fp32.
+_LOGITS = 2**21
 _EPSILON = 1e-5
 
 
@@ -149,8 +149,9 @@ class FastWeightLayer(nn.Module):
                 logit.fill_(_logit(kept if name == "norm_value" else math.sqrt(kept)))
 
     def small_parameter_names(self) -> list[str]:
-        """Names of scales, step sizes and decays, which learn at a rate of their own."""
-        return [name for name, _ in self.named_parameters() if name.split(".")[0] not in ("up", "down")]
+        """Names of scales, step sizes and decays, which learn at a rate of their own; of all that is no matrix."""
+        matrices = ("up.", "down.", "decay_gate.weight")
+        return [name for name, _ in self.named_parameters() if not name.startswith(matrices)]
 
     def step_sizes(self) -> Float[Tensor, " 6"]:
         """Of W1, b1, W2, b2, γ and c."""
@@ -261,10 +262,10 @@ def next_token_gradient(
 
 
 def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    known = (labels != NO_LABEL)[:, None]
     error = linear(hidden.to(weight.dtype), weight, bias).to(hidden.dtype).softmax(-1)
     error = error.scatter_add(-1, labels.clamp(min=0)[:, None], -torch.ones_like(error[:, :1]))
-    return (error.masked_fill(~known, 0.0).to(weight.dtype) @ weight).to(hidden.dtype)
+    gradient = (error.to(weight.dtype) @ weight).to(hidden.dtype)
+    return gradient.masked_fill((labels == NO_LABEL)[:, None], 0.0)
 
 
 def _read(
