@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--tokens", type=int, default=24, help="steps timed at each context")
     parser.add_argument("--softmax-up-to", type=int, default=16384, help="longest context of the softmax model")
+    parser.add_argument(
+        "--read-at-most", type=int, default=2048, help="tokens really read before each context; the rest is pretended"
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -59,7 +62,9 @@ def main() -> None:
         limit = arguments.softmax_up_to if name == "softmax" else max(arguments.contexts)
         contexts = [context for context in arguments.contexts if context <= limit]
         console.print(f"{name}: {model.num_parameters():,} parameters, contexts {contexts}")
-        for cost in decode_costs(_cast(model, dtype), contexts, tokens=arguments.tokens):
+        for cost in decode_costs(
+            _cast(model, dtype), contexts, tokens=arguments.tokens, read_at_most=arguments.read_at_most
+        ):
             rows.append({"model": name, "dtype": arguments.dtype, **vars(cost)})
     _print(rows)
     write_csv(arguments.output, rows, environment())

@@ -36,6 +36,10 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.update()
+
+    def update(self) -> None:
+        """Set `bytes` to the peak so far."""
         if self._before is not None:
             cuda = self.device.type == "cuda"
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else _of_process("VmHWM")

@@ -1,0 +1,21 @@
+import pytest
+
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.timing import decode_costs
+from tests.conftest import make_gpt2, make_llama
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["", "fast weight layer"])
+def test_a_constant_state_costs_the_same_memory_whether_text_is_read_or_pretended(layer):
+    model = convert(make_llama(), ConversionConfig(window=8))
+    model = add_fast_weight_layer(model) if layer else model
+    real = decode_costs(model, [16, 300], tokens=2)
+    pretended = decode_costs(model, [16, 300], tokens=2, read_at_most=20)
+    assert [cost.context for cost in pretended] == [16, 300]
+    assert len({cost.state_bytes for cost in (*real, *pretended)}) == 1
+    assert all(cost.ms_per_token > 0 for cost in pretended)
+
+
+def test_softmax_grows():
+    few, many = decode_costs(make_gpt2(), [16, 100], tokens=2)
+    assert many.state_bytes > 5 * few.state_bytes
