@@ -210,9 +210,13 @@ class Results:
 
     def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
         self.path = path
-        self.about = {"model": arguments.model, "text": arguments.text, "steps": arguments.steps, **environment()}
+        names = ("model", "text", "steps", "block_size", "tokens", "tune_tokens")
+        self.settings = {name: getattr(arguments, name) for name in names}
+        self.about = {**self.settings, **environment()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        # Those of other settings stay in the file and are left out here.
+        self.rows = [row for row in rows if all(row.get(name) == value for name, value in self.settings.items())]
 
     def misses(self, method: str, way: str, seed: int) -> bool:
         """Whether there is no such result yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_goes_on_as_if_it_had_just_read_the_text(model, tmp_path, sizes):
     # generating leaves the memory as it is
     assert loaded.generate(**ARGUMENTS).tolist() == without.tolist()
     assert loaded.generate(num_beams=2, **ARGUMENTS).shape == (12,)
+    assert loaded.generate(num_return_sequences=3, **{**ARGUMENTS, "do_sample": True}).shape == (3, 12)
 
 
 def test_forks_go_their_own_ways(model):
@@ -108,6 +110,14 @@ def test_another_model_is_refused(tmp_path):
             load_memory(other, file)
 
 
+def test_a_config_that_computes_otherwise_is_another_model():
+    from fastweights.memory import fingerprint
+
+    models = [convert(make_llama(), ConversionConfig(rotary=rotary)) for rotary in (True, False)]
+    models.append(convert(make_llama(rope_theta=500.0), ConversionConfig()))
+    assert len({fingerprint(model) for model in models}) == 3
+
+
 def test_models_without_a_constant_state_are_refused():
     for model in (make_gpt2(), convert(make_gpt2()), add_fast_weight_layer(make_gpt2())):
         with pytest.raises(FastWeightsError, match="convert it"):
@@ -127,6 +137,8 @@ def test_bad_files(tmp_path):
         load_memory(model, tmp_path / "foreign")
     with pytest.raises(FastWeightsError, match="make it first"):
         new_memory(model).save(tmp_path / "missing" / "x")
+    with pytest.raises(FastWeightsError, match="is a folder"):
+        new_memory(model).save(tmp_path)
     with pytest.raises(FastWeightsError, match="nothing to go on from"):
         new_memory(model).generate()
 
@@ -200,6 +212,12 @@ def test_pieces_of_subwords_are_the_tokens_of_the_whole(tmp_path, shared_data):
 def test_bad_texts(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xff")
-    for name, message in (("none.txt", "does not exist"), ("empty.txt", "is empty"), ("binary.txt", "not UTF-8")):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text " * 1000)[:30])
+    for name, message in (
+        ("none.txt", "does not exist"),
+        ("empty.txt", "is empty"),
+        ("binary.txt", "not whole UTF-8"),
+        ("cut.gz", "not whole"),
+    ):
         with pytest.raises(FastWeightsError, match=message):
             list(token_pieces(tmp_path / name, tokenizer))

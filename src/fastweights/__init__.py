@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 from fastweights.data import DataConfig, load_documents, tokenize
 from fastweights.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
+from fastweights.evaluation import Evaluation, EvaluationConfig, HeldOutConfig, evaluate
 from fastweights.layers import FastWeightLayer, FastWeightLayerSettings
 from fastweights.memory import Memory, load_memory, new_memory
 from fastweights.models import (
@@ -45,6 +45,7 @@ __all__ = [
     "FastWeightsError",
     "FastWeightsForCausalLM",
     "FinetuneConfig",
+    "HeldOutConfig",
     "Memory",
     "MetaConfig",
     "PretrainConfig",

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from fastweights.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig, gradient_mean_squares
+from fastweights.dynamic_evaluation import (
+    DynamicEvaluation,
+    DynamicEvaluationConfig,
+    RmsConfig,
+    gradient_mean_squares,
+)
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import CONTEXTS, Evaluation, EvaluationConfig, evaluate, score, summary
 from fastweights.models.modeling import FastWeightsForCausalLM
@@ -46,9 +51,7 @@ class ComparisonConfig:
     """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
     document. Dynamic evaluation goes on from block to block, and starts anew with each document of a stream."""
     sgd: Annotated[DynamicEvaluationConfig, ADVANCED] = field(default_factory=DynamicEvaluationConfig)
-    rms: Annotated[DynamicEvaluationConfig, ADVANCED] = field(
-        default_factory=lambda: DynamicEvaluationConfig(rule="rms")
-    )
+    rms: Annotated[RmsConfig, ADVANCED] = field(default_factory=RmsConfig)
     tune_tokens: int = 0
     """Tokens of validation text on which step size and decay of dynamic evaluation are tuned first; 0 for none."""
     statistics_blocks: Annotated[int, ADVANCED] = 32
@@ -61,6 +64,9 @@ class ComparisonConfig:
                 raise FastWeightsError(f"{name} has {', '.join(unknown)}; known are {', '.join(known)}")
         if not self.contexts or self.methods == ():
             raise FastWeightsError("methods and contexts need at least one entry each")
+        for rule in ("sgd", "rms"):
+            if (given := getattr(self, rule).rule) != rule:
+                raise FastWeightsError(f"{rule}.rule is {given!r}; it must be {rule!r}, as the method of that name")
         if "sliding" in self.contexts and {"sgd", "rms"} & set(self.methods or ()):
             raise FastWeightsError(
                 'sgd and rms read each token once: use the contexts "block" and "stream", not "sliding"'
@@ -108,7 +114,10 @@ def compare(
         training: text that rms takes the sizes of gradients from.
         say: called with a line about each part before it begins.
     """
-    evaluation = replace(evaluation or EvaluationConfig(), batch_size=1)  # dynamic evaluation and streams read alone
+    evaluation = evaluation or EvaluationConfig()
+    if evaluation.context != EvaluationConfig.context:
+        raise FastWeightsError(f"context {evaluation.context!r} belongs into contexts when methods are compared")
+    evaluation = replace(evaluation, batch_size=1)  # dynamic evaluation and streams read alone
     methods = config.methods or (("static", "fwl") if _layer(model) else ("static",))
     if "fwl" in methods and not _layer(model):
         raise FastWeightsError("this model has no Fast Weight Layer: leave fwl out, or train one with --stage meta")
@@ -206,7 +215,7 @@ def _run(
     unit = results[0] if results else None
     memory_ratio = None
     if peak.bytes is not None:
-        memory_ratio = 1.0 if unit is None else peak.bytes / max(1, unit.peak_bytes or 1)
+        memory_ratio = 1.0 if unit is None else peak.bytes / unit.peak_bytes if unit.peak_bytes else None
     return MethodResult(
         method=method,
         context=evaluation.context,
@@ -245,7 +254,9 @@ def _needed(text: TokenizedText | None, what: str) -> TokenizedText:
 @torch.no_grad()
 def _warm_up(model: PreTrainedModel, text: TokenizedText, block_size: int) -> None:
     """Compiled kernels and warm caches, which no method should pay for."""
-    model.eval()
     block = text.tokens[None, :block_size].to(model.device)
+    was_training = model.training
+    model.eval()
     for _ in range(2):
         model(input_ids=block, use_cache=False)
+    model.train(was_training)

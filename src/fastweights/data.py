@@ -7,6 +7,7 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 from __future__ import annotations
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.block_size < 2:
             raise FastWeightsError(f"block_size is {self.block_size}; a block needs at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class HeldOutDataConfig(DataConfig):
+    """The same, of the split that nothing was trained on."""
+
+    split: str = "test"
+    """Split to read; a file has no other than "train", which is all of it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
 def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 2**16) -> Iterator[tuple[Tensor, int]]:
     """(token ids, bytes) of a text file, a piece at a time, so that a file of any length takes constant memory.
 
-    Pieces end before white space, where tokenizers part words, so tokens are those of the whole text.
+    Pieces end before a space or the end of a line, where tokenizers part words, so tokens are those of the whole text
+    for byte-level ones; those that put a mark before every text put one before every piece.
 
     Args:
         size: characters of a piece, about.
@@ -122,8 +132,10 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
         while True:
             try:
                 more = file.read(size)
-            except (UnicodeDecodeError, OSError) as error:
-                raise FastWeightsError(f"{path} is not UTF-8 text ({error}): give a text file, plain or .gz") from error
+            except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+                raise FastWeightsError(
+                    f"{path} is not whole UTF-8 text ({error}): give a file, plain or .gz"
+                ) from error
             text = rest + more
             cut = _last_word_start(text) if more else len(text)
             text, rest = text[:cut], text[cut:]
@@ -137,10 +149,10 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
 
 
 def _last_word_start(text: str) -> int:
-    """Where the last single space between two words stands; nowhere: the end of what is nearly a piece by itself."""
-    place = len(text) - 1
-    while (place := text.rfind(" ", 1, place)) > 0:
-        if not text[place - 1].isspace() and not text[place + 1].isspace():
+    """Where the last space between two words, or end of a line after one, stands; nowhere: the end of the text."""
+    for place in range(len(text) - 2, 0, -1):
+        before, after = text[place - 1], text[place + 1]
+        if text[place] in " \n" and not before.isspace() and (text[place] == "\n" or not after.isspace()):
             return place
     return len(text)
 

@@ -18,7 +18,7 @@ from transformers import set_seed
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
 from fastweights.data import DataConfig, load_documents, tokenize
 from fastweights.dynamic_evaluation import DynamicEvaluationConfig
-from fastweights.evaluation import EvaluationConfig
+from fastweights.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
 from fastweights.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
@@ -91,7 +91,7 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         convert=convert,
         transfer=transfer,
         finetune=finetune,
-        evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
+        evaluation=HeldOutConfig(max_tokens=config.held_out_tokens),
         run=RunConfig(log_every=max(1, finetune.steps // 15)),
     )
 
@@ -139,7 +139,7 @@ def adapt(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
         stage="meta",
         held_out="validation",
         meta=MetaConfig(steps=config.meta_steps),
-        evaluation=EvaluationConfig(max_tokens=8192),
+        evaluation=HeldOutConfig(max_tokens=8192),
     )
     train(settings)
     text = tokenize(load_documents(DataConfig(split="test")), load_tokenizer(settings.model))

@@ -66,6 +66,13 @@ class DynamicEvaluationConfig:
         return self.learning_rate or {"sgd": 0.03, "rms": 1e-4}[self.rule]
 
 
+@dataclass(frozen=True)
+class RmsConfig(DynamicEvaluationConfig):
+    """The same, with rms as the default rule."""
+
+    rule: Literal["sgd", "rms"] = "rms"
+
+
 class DynamicEvaluation:
     """Inside `with`, the model adapts; outside it is bit for bit what it was, whatever happened inside.
 

@@ -54,8 +54,18 @@ class EvaluationConfig:
             raise FastWeightsError(f"context {self.context!r} is unknown; known are {', '.join(CONTEXTS)}")
         if self.batch_size < 1:
             raise FastWeightsError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise FastWeightsError(f"max_tokens is {self.max_tokens}; at least 2 are needed to predict one")
         if self.stride is not None and self.stride < 1:
             raise FastWeightsError(f"stride is {self.stride}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(EvaluationConfig):
+    """The same, on a text short enough to be evaluated after each stage of training."""
+
+    max_tokens: Annotated[int | None, ADVANCED] = 131072
+    """Read only the text's first so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def score(
     tokens = text.tokens[: config.max_tokens].to(model.device)
     if len(tokens) < 2:
         raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
-    begins = _document_starts(text, len(tokens))
+    begins = _document_starts(text, len(tokens)).to(tokens.device)
     was_training = model.training
     model.eval()
     try:
@@ -152,7 +162,7 @@ def _document_starts(text: TokenizedText, length: int) -> Bool[Tensor, " N"]:
     begins = torch.zeros(length, dtype=torch.bool)
     starts = torch.tensor([0, *text.document_lengths[:-1]]).cumsum(0)
     begins[starts[starts < length]] = True
-    return begins.to(text.tokens.device)
+    return begins
 
 
 def _spans(length: int, size: int, config: EvaluationConfig) -> Iterator[tuple[int, int, int]]:

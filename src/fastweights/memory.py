@@ -80,7 +80,7 @@ class Memory:
 
     @torch.no_grad()
     def generate(self, prompt: Int[Tensor, " n"] | None = None, **arguments) -> Int[Tensor, " m"]:
-        """What the model goes on with; the memory itself stays as it is.
+        """What the model goes on with, a row for each of several `num_return_sequences`; the memory stays as it is.
 
         Args:
             prompt: token ids that come after the text that was read.
@@ -102,7 +102,7 @@ class Memory:
         output = self.model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **arguments
         )
-        return output[0, len(ids) :]
+        return output[0, len(ids) :] if (arguments.get("num_return_sequences") or 1) == 1 else output[:, len(ids) :]
 
     def save(self, path: str | Path) -> Path:
         """Write the memory, or leave what is at `path` as it was: a file cut off half way never takes its place."""
@@ -119,19 +119,33 @@ class Memory:
             "last_token": json.dumps(self.last_token),
             "lengths": json.dumps([layer.cumulative_length for layer in self.cache.layers]),  # type: ignore[attr-defined]
         }
-        if not path.parent.is_dir():
-            raise FastWeightsError(f"{path.parent} is no folder: make it first, or save the memory elsewhere")
+        check_output(path)
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata=about)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its maker's alone
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         return path
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place where no memory can be saved."""
+    if not path.parent.is_dir():
+        raise FastWeightsError(f"{path.parent} is no folder: make it first, or save the memory elsewhere")
+    if path.is_dir():
+        raise FastWeightsError(f"{path} is a folder: give the name of a file for the memory")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def new_memory(model: PreTrainedModel) -> Memory:
@@ -181,9 +195,18 @@ def fingerprint(model: PreTrainedModel) -> str:
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.numpy().tobytes())
-    settings = {name: getattr(model.config, name, None) for name in ("rule", "layer_types", "window", "positions")}
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _lasting(config: dict) -> dict:
+    """What of a config says how the model computes, and not where it came from."""
+    passing = {"_name_or_path", "base_model", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    return {
+        name: _lasting(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in passing
+    }
 
 
 def _tensors(layer) -> dict[str, Tensor]:

@@ -140,6 +140,11 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--methods", "fwl"), "no Fast Weight Layer"),
         (("train", "--model", "MODEL", "--stage", "meta", "--fast-weight-layer.decay", "odd"), "scalar"),
         (("read", "MODEL", "TEXT", "-o", "x.memory"), "convert it"),
+        (("read", "MODEL", "TEXT", "-o", "."), "is a folder"),
+        (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--methods", "rms"), "is one file"),
+        (("eval", "MODEL", "--text", "TEXT", "--output", "short.txt"), "is a file"),
+        (("eval", "MODEL", "--methods", "rms", "--rms.rule", "sgd"), "rms.rule is 'sgd'"),
+        (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--evaluation.context", "stream"), "contexts"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
         (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
         (("--config", "missing.toml", "train"), "missing.toml does not exist"),
@@ -157,6 +162,22 @@ def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_f
     assert "Traceback" not in err
     assert err.strip().count("\n") == 0
     assert re.search(expected, err), err
+
+
+def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
+    """The command line builds nested configs from their classes, so defaults must be those of a class."""
+    from fastweights.cli import app
+
+    def parsed(*tokens):
+        _, bound, _ = app.parse_args([str(token) for token in tokens], print_error=False, exit_on_error=False)
+        return bound.arguments
+
+    arguments = parsed("eval", "embedded", "--block-size", 64, "--rms.segment", 16)
+    assert arguments["text"].split == "test"
+    assert arguments["comparison"].rms.rule == "rms"
+    config = parsed("train", "--evaluation.stride", 64, "--finetune.steps", 7, "--meta.steps", 7)["config"]
+    assert config.evaluation.max_tokens == 131072
+    assert (config.finetune.learning_rate, config.meta.batch_size) == (3e-4, 1)
 
 
 def test_nothing_is_overwritten_by_an_error(monkeypatch, capsys, model_folder, tmp_path):

@@ -160,6 +160,19 @@ def test_in_bf16_its_own_weights_stay_fp32(tmp_path):
     assert model(random_ids(1, 20)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_to_bf16_it_still_works(kind):
+    model = trained(make_gpt2(), kind).to(torch.bfloat16)
+    assert {p.dtype for p in model.fast_weight_layer.parameters()} == {torch.float32}
+    assert model(random_ids(1, 20)).logits.isfinite().all()
+
+
+def test_it_is_made_where_the_model_is():
+    model = make_gpt2().to("meta")
+    assert {p.device.type for p in add_fast_weight_layer(model).parameters()} == {"meta"}
+    assert {p.device.type for p in convert(model).parameters()} == {"meta"}
+
+
 def test_trains_alone_on_a_frozen_model():
     model = trained(make_gpt2(), "softmax")
     model.requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 from fastweights.data import DataConfig, TokenBlocks
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import EvaluationConfig
+from fastweights.evaluation import HeldOutConfig
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
 from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
@@ -54,6 +54,9 @@ def test_fast_weights_go_on_through_blocks_that_a_softmax_model_reads_one_by_one
         stream = Stream(model, 32)
         pieces = torch.cat([stream.read(ids[:, start : start + 32]) for start in (0, 32, 64)], 1)
     torch.testing.assert_close(together, pieces, rtol=1e-5, atol=1e-5)
+    # The text may be longer than the positions below, and a mask that hides nothing is no padding.
+    long = random_ids(1, 256)
+    assert model(long, attention_mask=torch.ones_like(long), restart_every=64).logits.shape[1] == 256
     with pytest.raises(FastWeightsError, match="must divide"):
         model(ids, restart_every=50, use_cache=False)
     stage = trainer(tmp_path, model, blocks=3)
@@ -83,7 +86,7 @@ def test_the_meta_stage_gains_where_text_repeats_itself(tmp_path, kind):
                 data=DataConfig(text=str(tmp_path), block_size=64),
                 fast_weight_layer=FastWeightLayerSettings(updates=updates),
                 meta=MetaConfig(steps=60, batch_size=4, learning_rate=3e-3, new_learning_rate=5e-2),
-                evaluation=EvaluationConfig(max_tokens=4000),
+                evaluation=HeldOutConfig(max_tokens=4000),
             )
         )
         assert [row.stage for row in results] == ["static", "meta", "meta, stream"]

@@ -64,7 +64,7 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; what was saved stays, and --resume goes on from there")
+        Console(stderr=True).print("stopped; what was saved stays, and training goes on from there with --resume")
         sys.exit(130)
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
 from fastweights.analysis import gains
 from fastweights.cli.tables import print_methods
-from fastweights.data import DataConfig, TokenizedText, load_documents, tokenize
+from fastweights.data import DataConfig, HeldOutDataConfig, TokenizedText, load_documents, tokenize
+from fastweights.errors import FastWeightsError
 from fastweights.evaluation import EvaluationConfig
 from fastweights.models import load_model
 from fastweights.sources import load_tokenizer, resolve_model
@@ -22,7 +23,7 @@ from fastweights.sources import load_tokenizer, resolve_model
 
 def evaluate(
     *models: str,
-    text: Annotated[DataConfig, Parameter(name="*")] = DataConfig(split="test"),  # noqa: B008 (frozen)
+    text: Annotated[HeldOutDataConfig, Parameter(name="*")] = HeldOutDataConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
     json: bool = False,
@@ -39,14 +40,21 @@ def evaluate(
     output
         Folder for results.json and pictures: bits per byte and cost, and where each method gains.
     """
+    if output is not None and output.exists() and not output.is_dir():
+        raise FastWeightsError(f"{output} is a file: give a folder for results and pictures")
+    adapts = set(comparison.methods or ()) & {"sgd", "rms"}
     if Path(text.text).is_file():
+        if "rms" in adapts or (adapts and comparison.tune_tokens):
+            raise FastWeightsError(
+                f"{text.text} is one file; rms and tuning need text of their own: "
+                "give a folder with train, validation and test files"
+            )
         text = replace(text, split="train")  # a file has no other
     say = Console(stderr=True, soft_wrap=True).print
     results: dict[str, list[MethodResult]] = {}
     held_out: dict[str, TokenizedText] = {}
     for source in models or ("embedded",):
         held_out[source] = _read(text, source)
-        adapts = set(comparison.methods or ()) & {"sgd", "rms"}
         results[source] = compare(
             load_model(resolve_model(source)),
             held_out[source],

@@ -62,14 +62,16 @@ def generate(
         "num_beams": beams,
         "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if beams == 1 else None,
     }
-    print(prompt, end="", flush=True)
     if memory is not None:
+        remembered = load_memory(loaded, memory)
+        print(prompt, end="", flush=True)
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
-        output = load_memory(loaded, memory).generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
+        output = remembered.generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
     else:
         inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
             raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
+        print(prompt, end="", flush=True)
         with torch.no_grad():
             output = loaded.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator,union-attr]
     if beams > 1:

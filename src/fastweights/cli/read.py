@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
-from fastweights.memory import load_memory, new_memory
+from fastweights.memory import check_output, load_memory, new_memory
 from fastweights.models import load_model
 from fastweights.peak_memory import PeakMemory
 from fastweights.sources import load_tokenizer, resolve_model
@@ -40,8 +40,7 @@ def read(
     """
     if not file.is_file():
         raise FastWeightsError(f"{file} does not exist: give an existing text file")
-    if not output.parent.is_dir():
-        raise FastWeightsError(f"{output.parent} is no folder: make it first, or save the memory elsewhere")
+    check_output(output)
     loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
     columns = (

@@ -148,8 +148,16 @@ class FastWeightLayer(nn.Module):
                 # The decay of an entry is the product of its row's and its column's.
                 logit.fill_(_logit(kept if name == "norm_value" else math.sqrt(kept)))
 
+    def _apply(self, *args, **kwargs) -> FastWeightLayer:
+        """model.to(torch.bfloat16) casts all of a model; this layer stays in fp32."""
+        super()._apply(*args, **kwargs)
+        for parameter in self.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        return self
+
     def small_parameter_names(self) -> list[str]:
-        """Names of scales, step sizes and decays, which learn at a rate of their own; of all that is no matrix."""
+        """Names of scales, step sizes and decays, which learn at a rate of their own."""
         matrices = ("up.", "down.", "decay_gate.weight")
         return [name for name, _ in self.named_parameters() if not name.startswith(matrices)]
 

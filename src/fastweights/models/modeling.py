@@ -128,6 +128,9 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
+        if restart_every is not None:
+            _check_restarts(given, restart_every, attention_mask, past_key_values)
+            attention_mask, use_cache = None, False
         use_cache = not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -146,7 +149,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             if position_ids is None:
                 position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
             position_ids = position_ids + offset
-        self._check_positions(position_ids, past + given.shape[1])
+        self._check_positions(position_ids, past + (restart_every or given.shape[1]))
         padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if len(self.fast_layers) == self.config.num_hidden_layers:
             # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
@@ -166,11 +169,6 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
         if restart_every is not None:
-            if padding_mask is not None or past_key_values is not None or input_ids.shape[1] % restart_every:
-                raise FastWeightsError(
-                    f"restart_every is {restart_every} for {input_ids.shape[1]} tokens; it must divide them, and "
-                    "there must be neither padding nor a cache"
-                )
             arguments["input_ids"] = input_ids.view(-1, restart_every)
         outputs = self.model.base_model(**arguments)
         hidden = outputs.last_hidden_state.view(*input_ids.shape, -1)
@@ -294,6 +292,15 @@ def _drop_positions(model: nn.Module, name: str) -> None:
     positions = model.get_submodule(name)
     if isinstance(positions, nn.Embedding):
         model.set_submodule(name, ConstantPosition(positions))
+
+
+def _check_restarts(given: Tensor, every: int, attention_mask: Tensor | None, cache: Cache | None) -> None:
+    padded = attention_mask is not None and not attention_mask.all()
+    if padded or cache is not None or given.shape[1] % every:
+        raise FastWeightsError(
+            f"restart_every is {every} for {given.shape[1]} tokens; it must divide them, and there must be neither "
+            "padding nor a cache"
+        )
 
 
 def _next_real_tokens(input_ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

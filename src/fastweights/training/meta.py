@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastweights.stream import reads_without_end
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer
 
@@ -32,7 +33,7 @@ class MetaTrainer(StageTrainer):
         assert layer is not None
         model.requires_grad_(config.base_learning_rate is not None)
         layer.requires_grad_(True)
-        self.restart_every = block_size if config.blocks > 1 else None
+        self.restart_every = block_size if config.blocks > 1 and not reads_without_end(model) else None
         super().__init__(
             model, config, *args, **kwargs, new_parameters=(LAYER + n for n in layer.small_parameter_names())
         )
@@ -45,6 +46,8 @@ class MetaTrainer(StageTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]
+        if self.config.base_learning_rate is None:
+            self.model.model.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
         outputs = model(input_ids=input_ids, use_cache=False, restart_every=self.restart_every)
         loss = next_token_loss(outputs.logits, input_ids)
         self.loss_is_scaled_for_ga = False

@@ -13,7 +13,7 @@ import transformers
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, EvaluationConfig, evaluate
+from fastweights.evaluation import Evaluation, HeldOutConfig, evaluate
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.sources import load_tokenizer, resolve_model
@@ -56,7 +56,7 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     fast_weight_layer: FastWeightLayerSettings = field(default_factory=FastWeightLayerSettings)
     meta: MetaConfig = field(default_factory=MetaConfig)
-    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(max_tokens=131072))
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -124,9 +124,10 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     if process.is_main_process:
         save_run(config, config.output)
 
+    del base
     results, folder = _Results(config, held_out), config.output / "meta"
     if not has_layer:
-        results.add("static", 0, base.to(process.device))  # type: ignore[arg-type]
+        results.add("static", 0, model)  # the layer is still the identity
     if not (config.resume and is_finished(folder)):
         trainer = MetaTrainer(
             model,
@@ -198,6 +199,11 @@ def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
 def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
     model = load_model(resolve_model(config.model))
     if isinstance(model, FastWeightsForCausalLM):
+        if config.stage != "finetune" and not model.fast_weight_layers():
+            raise FastWeightsError(
+                f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "
+                "meta, or convert the model that it was made from"
+            )
         return model, load_teacher(model, config.teacher)
     if config.stage == "finetune":
         raise FastWeightsError(f"{config.model} has no fast weights to finetune: convert it first, or use --stage all")
