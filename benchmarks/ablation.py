@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.common import environment, write_csv
 from fastweights.data import DataConfig
-from fastweights.evaluation import EvaluationConfig
+from fastweights.evaluation import HeldOutConfig
 from fastweights.models import ConversionConfig
 from fastweights.training import RunConfig, TrainConfig, TransferConfig, train
 
@@ -76,7 +76,7 @@ def _run(model: str, data: DataConfig, name: str, settings: dict, seed: int, arg
         convert=ConversionConfig(**settings),
         data=data,
         transfer=TransferConfig(steps=arguments.steps, batch_size=per_step, learning_rate=2e-3, new_learning_rate=2e-2),
-        evaluation=EvaluationConfig(max_tokens=32768),
+        evaluation=HeldOutConfig(max_tokens=32768),
         run=RunConfig(seed=seed),
     )
     calibration = "not calibrated" not in name

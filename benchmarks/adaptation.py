@@ -33,7 +33,6 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from benchmarks.common import environment
 from fastweights.adaptation import ComparisonConfig, compare
 from fastweights.data import DataConfig, load_documents, tokenize
-from fastweights.dynamic_evaluation import DynamicEvaluationConfig
 from fastweights.evaluation import EvaluationConfig, evaluate
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, load_model
@@ -183,7 +182,6 @@ def _dynamic(base, texts, arguments, results: Results) -> None:
                     methods=(rule,),
                     contexts=(context,),  # type: ignore[arg-type]
                     tune_tokens=arguments.tune_tokens,
-                    rms=DynamicEvaluationConfig(rule="rms"),
                 ),
                 block_size=arguments.block_size,
                 evaluation=EvaluationConfig(max_tokens=arguments.tokens),

@@ -53,7 +53,16 @@ def models(tokens: int, width: int, repeats: int) -> list[dict]:
     rows = []
     for vocabulary in (257, 32000):
         config = GPT2Config(
-            vocab_size=vocabulary, n_positions=tokens, n_embd=width, n_layer=12, n_head=width // 64, **NO_DROPOUT
+            vocab_size=vocabulary,
+            n_positions=tokens,
+            n_embd=width,
+            n_layer=12,
+            n_head=width // 64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         model = add_fast_weight_layer(GPT2LMHeadModel(config))
         _leave_the_identity(model.fast_weight_layer)
@@ -202,7 +211,6 @@ def _print(rows: list[dict]) -> None:
     console.print(table)
 
 
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
 console = Console()
 
 if __name__ == "__main__":

@@ -64,9 +64,8 @@ def main() -> None:
 
 def _small_model():
     torch.manual_seed(0)
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    tokens = {"bos_token_id": 256, "eos_token_id": 256}
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=2, **no_dropout, **tokens))
+    config = GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    base = GPT2LMHeadModel(config).eval()
     model = add_fast_weight_layer(convert(base, ConversionConfig(window=32, positions="drop")))
     assert model.fast_weight_layer is not None
     torch.nn.init.constant_(model.fast_weight_layer.output_scale, 0.1)
