@@ -17,7 +17,6 @@ from transformers import set_seed
 
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
 from fastweights.data import DataConfig, load_documents, tokenize
-from fastweights.dynamic_evaluation import DynamicEvaluationConfig
 from fastweights.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
 from fastweights.plots import plot_comparison, plot_decoding, plot_training
@@ -142,14 +141,18 @@ def adapt(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
         evaluation=HeldOutConfig(max_tokens=8192),
     )
     train(settings)
-    text = tokenize(load_documents(DataConfig(split="test")), load_tokenizer(settings.model))
+    tokenizer = load_tokenizer(settings.model)
+    validation, text = (
+        tokenize(load_documents(DataConfig(split=split)), tokenizer) for split in ("validation", "test")
+    )
     return compare(
         load_model(settings.output),
         text,
         ComparisonConfig(
-            methods=("static", "sgd", "fwl"), contexts=("stream",), sgd=DynamicEvaluationConfig(decay=1e-3)
+            methods=("static", "sgd", "fwl"), contexts=("stream",), tune_tokens=config.held_out_tokens // 6
         ),
         evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
+        validation=validation,
         say=say,
     )
 

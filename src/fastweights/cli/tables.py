@@ -1,10 +1,20 @@
 """Tables that commands print."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
-from fastweights.adaptation import MethodResult
-from fastweights.training.pipeline import StageResult
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastweights.adaptation import MethodResult
+    from fastweights.training.pipeline import StageResult
+
+# Words are not defined in source code and the like, and what is said of them then means nothing.
+_MEANINGFUL_PERPLEXITY = 1e5
 
 
 def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
@@ -31,24 +41,23 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
 
 def print_methods(name: str, results: list[MethodResult], title: str) -> None:
     """One row per way to read; time and memory relative to the first."""
-    table = Table(title=f"{name} on {title}", title_justify="left", caption=_tuned(results), caption_justify="left")
-    for column in ("method", "context"):
-        table.add_column(column, no_wrap=True)
-    for column in ("tokens", "loss", "ppl", "bits/byte", "word ppl", "time", "memory"):
-        table.add_column(column, justify="right", no_wrap=True)
+    title = f"{name} on {title}, {results[0].evaluation.tokens:,} tokens"
+    table = Table(title=title, title_justify="left", caption=_tuned(results), caption_justify="left")
+    columns: dict[str, Callable[[MethodResult], str]] = {
+        "method": lambda result: result.method,
+        "context": lambda result: result.context,
+        "loss": lambda result: f"{result.evaluation.loss:.4f}",
+        "ppl": lambda result: _large(result.evaluation.perplexity),
+        "bits/byte": lambda result: f"{result.evaluation.bits_per_byte:.4f}",
+        "time": lambda result: f"{result.time_ratio:.2f}x",
+        "memory": lambda result: "-" if result.memory_ratio is None else f"{result.memory_ratio:.2f}x",
+    }
+    if min(result.evaluation.word_perplexity for result in results) < _MEANINGFUL_PERPLEXITY:
+        columns["word ppl"] = lambda result: _large(result.evaluation.word_perplexity)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for result in results:
-        evaluation = result.evaluation
-        table.add_row(
-            result.method,
-            result.context,
-            f"{evaluation.tokens:,}",
-            f"{evaluation.loss:.4f}",
-            _large(evaluation.perplexity),
-            f"{evaluation.bits_per_byte:.4f}",
-            _large(evaluation.word_perplexity),
-            f"{result.time_ratio:.2f}x",
-            "-" if result.memory_ratio is None else f"{result.memory_ratio:.2f}x",
-        )
+        table.add_row(*(cell(result) for cell in columns.values()))
     Console().print(table)
 
 
