@@ -92,7 +92,9 @@ def main() -> None:
         for way, evaluation in WAYS.items():
             bits = _evaluate(model, texts["test"], evaluation, arguments)
             results.add(variant, way, seed, bits, training_seconds=round(seconds), **_learned(model))
-        model.save_pretrained(output / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}")
+        folder = output / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+        model.save_pretrained(folder)
+        load_tokenizer(arguments.model).save_pretrained(folder)
     results.print(f"{arguments.text}, {arguments.model}: bits per token, {arguments.tokens:,} tokens of the test split")
 
 

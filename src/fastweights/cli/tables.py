@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastweights.training.pipeline import StageResult
 
 # Words are not defined in source code and the like, and what is said of them then means nothing.
-_MEANINGFUL_PERPLEXITY = 1e5
+_MEANINGFUL_PERPLEXITY = 1e4
 
 
 def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
