@@ -40,7 +40,7 @@ class DynamicEvaluationConfig:
     rule: Literal["sgd", "rms"] = "sgd"
     """sgd: plain gradient steps; rms: each weight's step divided by the size of its gradients on training text."""
     learning_rate: float | None = None
-    """Step size; by default 0.03 for sgd and 1e-4 for rms. Tune it on validation text."""
+    """Step size; by default 0.003 for sgd and 1e-4 for rms. Tune it on validation text."""
     decay: float = 0.0
     """Share of the way back to the trained weights that each step goes."""
     segment: int = 64
@@ -63,7 +63,7 @@ class DynamicEvaluationConfig:
     @property
     def step_size(self) -> float:
         """The learning rate, or its default."""
-        return self.learning_rate or {"sgd": 0.03, "rms": 1e-4}[self.rule]
+        return self.learning_rate or {"sgd": 0.003, "rms": 1e-4}[self.rule]
 
 
 @dataclass(frozen=True)
