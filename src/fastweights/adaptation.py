@@ -91,6 +91,11 @@ class MethodResult:
     losses: Float[Tensor, " N"] = field(repr=False, compare=False)
     """Of each token of the text, in nats; NaN where a token is not predicted."""
 
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it."""
+        return f"{self.method}, {self.context}"
+
     def plain(self) -> dict[str, object]:
         """All but the single losses, as JSON has it."""
         return {name: value for name, value in asdict(replace(self, losses=torch.empty(0))).items() if name != "losses"}
@@ -129,7 +134,7 @@ def compare(
     for method, context in dict.fromkeys(runs):
         settings = None
         here = replace(evaluation, context=context)
-        with _as_method(model, method):
+        with nullcontext() if method == "fwl" else without_layer(model):
             if method in ("sgd", "rms"):
                 settings = getattr(config, method)
                 if config.tune_tokens:
@@ -186,10 +191,6 @@ def _layer(model: PreTrainedModel):
     return model.fast_weight_layer if isinstance(model, FastWeightsForCausalLM) else None
 
 
-def _as_method(model: PreTrainedModel, method: str):
-    return nullcontext(model) if method == "fwl" else without_layer(model)
-
-
 def _run(
     model: PreTrainedModel,
     text: TokenizedText,
@@ -210,8 +211,6 @@ def _run(
                 losses[positions.cpu()] = part.float().cpu()
                 total, count = total + part.double().sum().item(), count + len(part)
         seconds = time.perf_counter() - start
-    if count == 0:
-        raise FastWeightsError("no document has a second token to predict: give longer text")
     unit = results[0] if results else None
     memory_ratio = None
     if peak.bytes is not None:
@@ -219,7 +218,7 @@ def _run(
     return MethodResult(
         method=method,
         context=evaluation.context,
-        evaluation=summary(total / count, count, text),
+        evaluation=summary(total, count, text),
         seconds=seconds,
         time_ratio=1.0 if unit is None else seconds / unit.seconds,
         peak_bytes=peak.bytes,

@@ -44,10 +44,7 @@ def gains(results: list[MethodResult], text: TokenizedText) -> dict[str, dict[st
         "earlier occurrences in the document": earlier_occurrences(text, len(tokens)),
     }
     return {
-        grouping: {
-            f"{result.method}, {result.context}": _by_power_of_four(values, static.losses - result.losses)
-            for result in others
-        }
+        grouping: {result.name: _by_power_of_four(values, static.losses - result.losses) for result in others}
         for grouping, values in groupings.items()
     }
 

@@ -97,14 +97,14 @@ def evaluate(
     for _, losses in score(model, text, block_size=block_size, config=config, adaptation=adaptation):
         loss += losses.double().sum().item()
         count += len(losses)
+    return summary(loss, count, text)
+
+
+def summary(loss: float, count: int, text: TokenizedText) -> Evaluation:
+    """All measures of a loss in nats, summed over `count` predicted tokens of `text`."""
     if count == 0:
         raise FastWeightsError("no document has a second token to predict: give longer text")
-    return summary(loss / count, count, text)
-
-
-def summary(mean: float, count: int, text: TokenizedText) -> Evaluation:
-    """All measures of a mean loss in nats over `count` tokens of `text`."""
-    n_tokens = len(text.tokens)
+    mean, n_tokens = loss / count, len(text.tokens)
     return Evaluation(
         loss=mean,
         perplexity=_exp(mean),

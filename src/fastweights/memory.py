@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models.cache import FastWeightLayerCache, state_bytes
+from fastweights.models.cache import FastWeightLayerCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.stream import Stream, reads_without_end
 
@@ -110,7 +110,8 @@ class Memory:
         tensors = {
             f"{i}.{name}": tensor.detach().cpu().contiguous()
             for i, layer in enumerate(self.cache.layers)
-            for name, tensor in _tensors(layer).items()
+            for name, tensor in layer_tensors(layer).items()
+            if tensor.numel()
         }
         about = {
             "format": FORMAT,
@@ -207,12 +208,6 @@ def _lasting(config: dict) -> dict:
         for name, value in config.items()
         if name not in passing
     }
-
-
-def _tensors(layer) -> dict[str, Tensor]:
-    found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
-    found |= {name: getattr(layer, name, None) for name in ("keys", "values")}
-    return {name: tensor for name, tensor in found.items() if tensor is not None and tensor.numel()}
 
 
 def _restore(layer, tensors: dict[str, Tensor], length: int) -> None:

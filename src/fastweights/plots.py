@@ -74,7 +74,7 @@ def plot_comparison(results: list[MethodResult], output: Path) -> None:
         output: PNG file to write.
     """
     figure, panels = _figure(2, width=10)
-    names = [f"{result.method}, {result.context}" for result in results]
+    names = [result.name for result in results]
     values = (
         ("bits per byte", [result.evaluation.bits_per_byte for result in results], "{:.3f}"),
         ("time, relative to static blocks", [result.time_ratio for result in results], "{:.2f}"),

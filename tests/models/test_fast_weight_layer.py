@@ -12,6 +12,11 @@ from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from fastweights.models.cache import fast_weight_layer_cache, state_bytes
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
+from tests.models.checks import (
+    check_a_padded_batch_generates_what_each_row_does_alone,
+    check_padding_gives_each_row_what_it_has_alone,
+    check_pieces_equal_one_pass,
+)
 
 KINDS = ["softmax", "pure", "hybrid"]
 
@@ -54,36 +59,21 @@ def test_learns_from_what_it_reads(model):
     assert (model(ids).logits - with_updates)[:, 5:].abs().amax(-1).min() > 1e-4
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("cuts", [(7, 8, 9, 25), tuple(range(1, 40))], ids=["pieces", "single tokens"])
 def test_pieces_of_any_size_equal_one_pass(model, cuts):
-    ids = random_ids(2, 40)
-    whole = model(ids).logits
-    cache, pieces = None, []
-    for start, stop in zip((0, *cuts), (*cuts, 40), strict=True):
-        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    check_pieces_equal_one_pass(model, cuts)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_each_row_what_it_has_alone_and_goes_on_from_it(model, side):
-    ids, other = random_ids(1, 30), random_ids(1, 39, seed=1)
-    pad = torch.full((1, 9), 256)
-    padded = torch.cat([torch.cat([pad, ids] if side == "left" else [ids, pad], 1), other])
-    mask = torch.ones(2, 39, dtype=torch.long)
-    mask[0, slice(0, 9) if side == "left" else slice(30, 39)] = 0
-    first = model(padded, attention_mask=mask, use_cache=True)
-    row = first.logits[0, 9:] if side == "left" else first.logits[0, :30]
-    torch.testing.assert_close(row, model(ids).logits[0], rtol=1e-5, atol=1e-5)
+    cache, mask, ids = check_padding_gives_each_row_what_it_has_alone(model, side)
     if side == "right" and model.config.window:
         return  # padding at the end takes places in the window, in transformers' cache
     more = random_ids(2, 8, seed=2)
     mask = torch.cat((mask, torch.ones(2, 8, dtype=torch.long)), 1)
     positions = mask.cumsum(1)[:, -8:] - 1
-    after = model(more, attention_mask=mask, position_ids=positions, past_key_values=first.past_key_values).logits
+    after = model(more, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     alone = model(torch.cat((ids, more[:1]), 1)).logits[0, -8:]
     torch.testing.assert_close(after[0], alone, rtol=1e-5, atol=1e-5)
 
@@ -103,17 +93,8 @@ def test_generates_what_reading_everything_anew_would(model):
         assert kept.tolist() == anew.tolist()
 
 
-@torch.no_grad()
 def test_a_padded_batch_generates_what_each_row_does_alone(model):
-    rows = [random_ids(1, 12), random_ids(1, 20, seed=1)]
-    batch = torch.cat([torch.cat([torch.full((1, 8), 256), rows[0]], 1), rows[1]])
-    mask = torch.ones_like(batch)
-    mask[0, :8] = 0
-    arguments = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
-    together = model.generate(batch, attention_mask=mask, **arguments)
-    for row, ids in enumerate(rows):
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
-        assert together[row, 20:].tolist() == alone[0, ids.shape[1] :].tolist()
+    check_a_padded_batch_generates_what_each_row_does_alone(model)
 
 
 @torch.no_grad()

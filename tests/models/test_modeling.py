@@ -6,6 +6,11 @@ from fastweights.errors import FastWeightsError
 from fastweights.models import ConversionConfig, convert
 from fastweights.models.cache import state_bytes
 from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.models.checks import (
+    check_a_padded_batch_generates_what_each_row_does_alone,
+    check_padding_gives_each_row_what_it_has_alone,
+    check_pieces_equal_one_pass,
+)
 
 KINDS = {
     "pure": ConversionConfig(),
@@ -21,46 +26,17 @@ def model(base, request):
     return convert(base, KINDS[request.param]).eval()
 
 
-@torch.no_grad()
 def test_pieces_of_any_size_equal_one_pass(model):
-    ids = random_ids(2, 40)
-    whole = model(ids).logits
-    cache, pieces = None, []
-    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 25), (25, 40)):
-        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
-    assert cache.get_seq_length() == 40
+    check_pieces_equal_one_pass(model, (7, 8, 9, 25))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_each_row_what_it_has_alone(model, side):
-    ids = random_ids(1, 30)
-    other = random_ids(1, 39, seed=1)
-    pad = torch.full((1, 9), 256)
-    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
-    mask = torch.ones(2, 39, dtype=torch.long)
-    mask[0, slice(0, 9) if side == "left" else slice(30, 39)] = 0
-    logits = model(torch.cat([padded, other]), attention_mask=mask).logits
-    row = logits[0, 9:] if side == "left" else logits[0, :30]
-    torch.testing.assert_close(row, model(ids).logits[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits[1], model(other).logits[0], rtol=1e-5, atol=1e-5)
+    check_padding_gives_each_row_what_it_has_alone(model, side)
 
 
-@torch.no_grad()
 def test_padded_batch_generates_what_each_row_does_alone(model):
-    rows = [random_ids(1, 12), random_ids(1, 20, seed=1)]
-    pad = torch.full((1, 8), 256)
-    batch = torch.cat([torch.cat([pad, rows[0]], 1), rows[1]])
-    mask = torch.ones_like(batch)
-    mask[0, :8] = 0
-    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
-    together = model.generate(batch, attention_mask=mask, **arguments)
-    for row, ids in enumerate(rows):
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
-        assert together[row, 20:].tolist() == alone[0, ids.shape[1] :].tolist()
+    check_a_padded_batch_generates_what_each_row_does_alone(model)
 
 
 @torch.no_grad()

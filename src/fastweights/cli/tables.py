@@ -63,8 +63,7 @@ def print_methods(name: str, results: list[MethodResult], title: str) -> None:
 
 def _tuned(results: list[MethodResult]) -> str:
     lines = [
-        f"{result.method}, {result.context}: "
-        f"step size {result.settings.step_size:.2g}, decay {result.settings.decay:.2g}"
+        f"{result.name}: step size {result.settings.step_size:.2g}, decay {result.settings.decay:.2g}"
         for result in results
         if result.settings is not None
     ]

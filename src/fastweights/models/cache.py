@@ -29,9 +29,9 @@ class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     is_compileable = False
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, number_of_states: int = 1) -> None:
         CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.cumulative_length = 0
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
@@ -104,9 +104,7 @@ class FastWeightLayerCache(FastWeightsCacheLayer):
     """The state of a Fast Weight Layer: its fast weights, and each row's last position, which has no label yet."""
 
     def __init__(self) -> None:
-        CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=5)
-        self.cumulative_length = 0
+        super().__init__(number_of_states=len(FastWeights._fields) + len(PendingPosition._fields))
 
     def keep(self, weights: FastWeights, pending: PendingPosition, tokens: int) -> None:
         """Take the place of what was kept before."""
@@ -170,12 +168,16 @@ def detach(cache: Cache) -> None:
             states[i] = None if state is None else state.detach()
 
 
+def layer_tensors(layer) -> dict[str, Tensor]:
+    """All that a layer of a cache holds between two tokens: its states, and its keys and values."""
+    found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
+    found |= {name: getattr(layer, name, None) for name in ("keys", "values")}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def state_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds between two tokens: states, keys and values."""
-    tensors: list[Tensor | None] = []
-    for layer in cache.layers:
-        tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        tensors += getattr(layer, "recurrent_states", {}).values()
+    """Bytes of all tensors that a cache holds between two tokens."""
+    tensors = [tensor for layer in cache.layers for tensor in layer_tensors(layer).values()]
     # A view keeps alive all that it views.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -68,7 +68,7 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
             base_model=base.config.name_or_path or None,
         ),
         base=base,
-    ).to(base.device)  # type: ignore[arg-type]
+    )
 
 
 def load_model(

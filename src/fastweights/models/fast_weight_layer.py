@@ -41,7 +41,7 @@ def add_fast_weight_layer(
             base_model=base_model,
             fast_weight_layer=asdict(settings),
         )
-        return FastWeightsForCausalLM(config, base=model).to(model.device)  # type: ignore[arg-type]
+        return FastWeightsForCausalLM(config, base=model)
     if model.fast_weight_layer is not None:
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)

@@ -71,6 +71,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             layer.reset_new_parameters()
         if self.fast_weight_layer is not None:
             self.fast_weight_layer.reset_parameters()
+        if base is not None:
+            self.to(base.device)  # type: ignore[arg-type]
 
     def fast_weight_layers(self) -> list[FastWeightAttention]:
         """The converted layers, in order."""

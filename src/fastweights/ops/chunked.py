@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .chunked_scalar import run_scalar
+from .chunked_scalar import between_pairs, run_scalar
 from .packing import run_sequences
 
 if TYPE_CHECKING:
@@ -145,10 +145,7 @@ def _between_sub_chunks(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, z: Te
 
 def _between_pairs(gate: Tensor) -> Tensor:
     """Decay from token i to token t of a sub-chunk: (B, G, L, X) -> (B, G, n, t, i, X); 1 where i >= t."""
-    gate = gate.unflatten(-2, (-1, SUB_CHUNK))
-    earlier = torch.ones(SUB_CHUNK, SUB_CHUNK, dtype=torch.bool, device=gate.device).tril(-1)  # (t, i): i < t
-    steps = torch.where(earlier[..., None], gate[..., :, None, :], 0.0)
-    return steps.cumsum(-3).exp()
+    return between_pairs(gate.unflatten(-2, (-1, SUB_CHUNK)))
 
 
 def _from_boundary(gate: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _chunk(
     A = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (R, L))
     q_start, k_end = q, k
     if g is not None:
-        D = _between_pairs(g)  # decay of the steps i + 1 ... t
+        D = between_pairs(g)[..., 0]
         to_end, all_steps = D[..., -1, :], g.sum(-2, keepdim=True).exp()
         since_start = g.cumsum(-2)
         if not inclusive:
@@ -78,7 +78,8 @@ def _chunk(
     return o, kept + k_end.transpose(-1, -2) @ v
 
 
-def _between_pairs(g: Float[Tensor, "B G L 1"]) -> Float[Tensor, "B G L L"]:
-    L = g.shape[-2]
-    earlier = torch.ones(L, L, dtype=torch.bool, device=g.device).tril(-1)  # (t, i): i < t
-    return torch.where(earlier, g, 0.0).cumsum(-2).exp()
+def between_pairs(gate: Float[Tensor, "*B L X"]) -> Float[Tensor, "*B L L X"]:
+    """Decay of the steps i + 1 ... t, (..., t, i, X); 1 where i >= t."""
+    L = gate.shape[-2]
+    earlier = torch.ones(L, L, dtype=torch.bool, device=gate.device).tril(-1)  # (t, i): i < t
+    return torch.where(earlier[..., None], gate[..., :, None, :], 0.0).cumsum(-3).exp()

@@ -26,7 +26,8 @@ from fastweights.training.trainer import is_finished, process_state, save_run
 from fastweights.training.transfer import TransferTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from accelerate import PartialState
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESULTS_FILE = "results.json"
 TRAINERS = {"transfer": TransferTrainer, "finetune": FinetuneTrainer}
@@ -105,10 +106,7 @@ def train(config: TrainConfig) -> list[StageResult]:
         tokens += stage.tokens_per_step(config.data.block_size) * process.num_processes * stage.steps
         results.add(name, tokens, student)
 
-    if process.is_main_process:
-        student.save_pretrained(config.output)
-        tokenizer.save_pretrained(config.output)
-    process.wait_for_everyone()
+    _save(student, tokenizer, config.output, process)
     return results.list
 
 
@@ -144,11 +142,15 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     tokens = config.meta.tokens_per_step(config.data.block_size) * process.num_processes * config.meta.steps
     results.add("meta", tokens, model)
     results.add("meta, stream", tokens, model, context="stream")
-    if process.is_main_process:
-        model.save_pretrained(config.output)
-        tokenizer.save_pretrained(config.output)
-    process.wait_for_everyone()
+    _save(model, tokenizer, config.output, process)
     return results.list
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, process: PartialState) -> None:
+    if process.is_main_process:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    process.wait_for_everyone()
 
 
 class _Results:
