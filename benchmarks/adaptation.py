@@ -4,10 +4,11 @@
     python -m benchmarks.adaptation --model runs/enwik8-base --text corpora/enwik8
 
 For each seed a block is meta-trained on the frozen model: without fast updates (control: what the extra parameters
-alone give), with them (fwl), and with each form of decay. All read the same first tokens of the test split, three ways:
-in independent blocks, each document as a stream, and as one stream across documents, many times the training length.
-Dynamic evaluation is tuned on the validation split, for blocks (it goes on from block to block) and for documents. One
-JSON line per result goes to OUTPUT as soon as it is known; a run that was cut off goes on where it stopped.
+alone give), with them (fwl), with decay, and with gradients taken at the weights of each segment's start. All read the
+same first tokens of the test split, three ways: in independent blocks, each document as a stream, and as one stream
+across documents, many times the training length. Dynamic evaluation is tuned on the validation split, for blocks (it
+goes on from block to block) and for documents. One JSON line per result goes to OUTPUT as soon as it is known; a run
+that was cut off goes on where it stopped.
 
 Training is that of `fastweights train --stage meta`, with its settings, but the hidden states of the frozen model are
 computed once for all runs, which makes it about twice as fast.
@@ -20,6 +21,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,14 +40,19 @@ from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, load_model
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.training import MetaConfig, RunConfig
+from fastweights.training.meta import RunSampler
 
+# What a layer is made of, and the blocks in a row that its fast weights go on through in training.
 VARIANTS = {
-    "control": FastWeightLayerSettings(updates=False),
-    "fwl": FastWeightLayerSettings(decay="none"),
-    "fwl, scalar decay": FastWeightLayerSettings(decay="scalar"),
-    "fwl, channel decay": FastWeightLayerSettings(decay="channel"),
-    "fwl, input decay": FastWeightLayerSettings(decay="input"),
+    "control": (FastWeightLayerSettings(updates=False), 1),
+    "fwl": (FastWeightLayerSettings(decay="none", segment=0), 1),  # the paper
+    "fwl, scalar decay": (FastWeightLayerSettings(decay="scalar", segment=0), 1),
+    "fwl, segments": (FastWeightLayerSettings(decay="none"), MetaConfig().blocks),
+    "fwl, scalar decay, segments": (FastWeightLayerSettings(decay="scalar"), MetaConfig().blocks),
+    "fwl, channel decay, segments": (FastWeightLayerSettings(decay="channel"), MetaConfig().blocks),
+    "fwl, input decay, segments": (FastWeightLayerSettings(decay="input"), MetaConfig().blocks),
 }
+DEFAULT_VARIANTS = ("control", "fwl", "fwl, scalar decay", "fwl, scalar decay, segments")
 WAYS = {
     "blocks": EvaluationConfig(context="block"),
     "documents": EvaluationConfig(context="stream"),
@@ -59,7 +66,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--output", type=Path, default=None, help="default: runs/adaptation/TEXT-MODEL")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:3])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT_VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--block-size", type=int, default=1024)
@@ -87,7 +94,7 @@ def main() -> None:
     for seed, variant in jobs:
         console.print(f"{variant}, seed {seed}")
         start = time.perf_counter()
-        model = _trained(base, VARIANTS[variant], states, seed, arguments)
+        model = _trained(base, *VARIANTS[variant], states, seed, arguments)
         seconds = time.perf_counter() - start
         for way, evaluation in WAYS.items():
             bits = _evaluate(model, texts["test"], evaluation, arguments)
@@ -100,12 +107,13 @@ def main() -> None:
 
 @torch.no_grad()
 def _hidden_states(base: PreTrainedModel, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """What the unembedding is given in blocks spread over the training text, and the token after each position."""
+    """What the unembedding is given in runs of blocks from all over the training text, and each next token."""
     documents = load_documents(DataConfig(text=arguments.text, split="train"))
     tokens = tokenize(documents, load_tokenizer(arguments.model)).tokens
-    T = arguments.block_size
-    count = min(arguments.steps, (len(tokens) - 1) // T)
-    starts = torch.arange(count) * ((len(tokens) - 1 - T) // max(1, count - 1))
+    T, run = arguments.block_size, MetaConfig().blocks
+    count = min(arguments.steps, (len(tokens) - 1) // T) // run
+    starts = torch.arange(count) * ((len(tokens) - 1 - run * T) // max(1, count - 1))
+    starts = (starts[:, None] + T * torch.arange(run)).flatten()
     blocks = tokens[starts[:, None] + torch.arange(T + 1)]
     hidden = [base.base_model(input_ids=block[None, :-1]).last_hidden_state for block in blocks]  # type: ignore[operator]
     return torch.cat(hidden), blocks[:, 1:]
@@ -114,6 +122,7 @@ def _hidden_states(base: PreTrainedModel, arguments: argparse.Namespace) -> tupl
 def _trained(
     base: PreTrainedModel,
     settings: FastWeightLayerSettings,
+    run: int,
     states: tuple[Tensor, Tensor],
     seed: int,
     arguments: argparse.Namespace,
@@ -134,13 +143,11 @@ def _trained(
         weight_decay=config.weight_decay,
     )
     schedule = get_linear_schedule_with_warmup(optimizer, config.warmup, config.steps)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [torch.randperm(len(states[0]), generator=generator) for _ in range(1 + config.steps // len(states[0]))]
-    )
-    for step, i in enumerate(order[: config.steps].tolist()):
+    sampler, state = RunSampler(len(states[0]), run, 1, seed), None
+    for step, i in enumerate(_endless(sampler, config.steps)):
         hidden, labels = (x[i : i + 1] for x in states)
-        output, _ = layer(hidden, labels, unembedding)
+        output, state = layer(hidden, labels, unembedding, state if i % run else None)
+        state = None if state is None else state.detach()
         loss = cross_entropy(unembedding(output)[0].float(), labels[0])
         optimizer.zero_grad()
         loss.backward()
@@ -150,6 +157,15 @@ def _trained(
         if (step + 1) % 200 == 0:
             console.print(f"  step {step + 1} of {config.steps}: {loss.item() / math.log(2):.3f} bits")
     return model.eval()
+
+
+def _endless(sampler: RunSampler, n: int) -> Iterator[int]:
+    """The first n of its indices, epoch after epoch."""
+    for i in range(n):
+        if i % len(sampler) == 0:
+            sampler.set_epoch(i // len(sampler))
+            order = list(sampler)
+        yield order[i % len(sampler)]
 
 
 def _learned(model: FastWeightsForCausalLM) -> dict[str, object]:

@@ -91,7 +91,7 @@ def models(tokens: int, width: int, repeats: int) -> list[dict]:
 
 def forms(tokens: int, width: int, repeats: int) -> list[dict]:
     """The layer alone in three forms."""
-    layer = FastWeightLayer(width, FastWeightLayerSettings(decay="none"))
+    layer = FastWeightLayer(width, FastWeightLayerSettings(decay="none", segment=0))
     _leave_the_identity(layer)
     unembedding = nn.Linear(width, 257, bias=False)
     hidden, labels = torch.randn(1, tokens, width), torch.randint(257, (1, tokens))

@@ -41,9 +41,15 @@ class Stream:
         """Logits of the token after each of the next ones, at most `context` of them at once."""
         if input_ids.shape[1] > self.context:
             raise FastWeightsError(f"a piece has {input_ids.shape[1]} tokens; allowed are up to {self.context}")
-        if not reads_without_end(self.model) and self.cache.get_seq_length() + input_ids.shape[1] > self.context:
+        return self.model(
+            input_ids=input_ids, past_key_values=self.cache_for(input_ids.shape[1]), use_cache=True, **kwargs
+        ).logits
+
+    def cache_for(self, length: int) -> Cache:
+        """The state from which the next `length` tokens are to be read."""
+        if not reads_without_end(self.model) and self.cache.get_seq_length() + length > self.context:
             self.cache = self._fresh(self.cache)
-        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **kwargs).logits
+        return self.cache
 
     def detach(self) -> None:
         """Let later gradients reach back to here and no further."""

@@ -12,7 +12,7 @@ from fastweights.layers.fast_weight_layer import (
     NO_LABEL,
     FastWeightLayer,
     FastWeightLayerSettings,
-    FastWeights,
+    FastWeightLayerState,
     next_token_gradient,
 )
 from tests import tolerances
@@ -22,10 +22,13 @@ D, VOCABULARY = 6, 11
 DECAYS = ("none", "scalar", "channel", "input")
 
 
-def block(decay: str = "scalar", *, dtype=torch.float64, d: int = D, seed: int = 0, updates: bool = True):
+def block(
+    decay: str = "scalar", *, dtype=torch.float64, d: int = D, seed: int = 0, updates: bool = True, segment: int = 7
+):
     """A layer whose every parameter is away from its starting point, and an unembedding with a bias."""
     torch.manual_seed(seed)
-    layer = FastWeightLayer(d, FastWeightLayerSettings(decay=decay, updates=updates, expansion=2)).to(dtype)  # type: ignore[arg-type]
+    layer = FastWeightLayer(d, FastWeightLayerSettings(decay=decay, updates=updates, expansion=2, segment=segment))  # type: ignore[arg-type]
+    layer.to(dtype)
     unembedding = nn.Linear(d, VOCABULARY).to(dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -48,7 +51,10 @@ def text(batch: int, length: int, dtype=torch.float64, d: int = D, ignored: floa
 
 
 def by_hand(layer: FastWeightLayer, unembedding: nn.Linear, hidden, labels):
-    """One row, position by position: a copy of the weights takes an SGD step after each, then fades towards them."""
+    """One row, position by position: a copy of the weights takes an SGD step after each, and fades towards them.
+
+    The gradient is that of the weights as the segment began, or of the trained ones.
+    """
     names = ("up.weight", "up.bias", "down.weight", "down.bias", "norm_scale", "norm_offset")
     slow = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
     changes = [torch.zeros_like(slow[name]) for name in names]
@@ -57,14 +63,18 @@ def by_hand(layer: FastWeightLayer, unembedding: nn.Linear, hidden, labels):
         r = linear(relu(linear(h, weights[0], weights[1])).square(), weights[2], weights[3])
         return h + slow["output_scale"] * layer_norm(r, (len(h),), weights[4], weights[5])
 
-    outputs = []
+    outputs, taken, segment = [], 0, layer.settings.segment
+    seen = [slow[name] for name in names]
     for h, label in zip(hidden, labels, strict=True):
-        weights = [slow[name] for name in names]
-        outputs.append(run([w + change for w, change in zip(weights, changes, strict=True)], h).detach())
+        weights = [slow[name] + change for name, change in zip(names, changes, strict=True)]
+        outputs.append(run(weights, h).detach())
         if label == NO_LABEL:
             continue
-        loss = cross_entropy(unembedding(run(weights, h))[None], label[None])
-        gradients = torch.autograd.grad(loss, weights)
+        if segment and taken and taken % segment == 0:
+            seen = [w.detach().requires_grad_() for w in weights]
+        taken += 1
+        loss = cross_entropy(unembedding(run(seen, h))[None], label[None])
+        gradients = torch.autograd.grad(loss, seen)
         kept = kept_shares(layer, h)
         for i, step in enumerate(layer.log_step_size.detach().exp()):
             changes[i] = kept[i] * changes[i] - step * gradients[i]
@@ -86,8 +96,11 @@ def kept_shares(layer: FastWeightLayer, h):
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_equals_gradient_steps_taken_one_by_one(decay):
-    layer, unembedding = block(decay)
+@pytest.mark.parametrize("segment", [0, 1, 5, 100])
+def test_equals_gradient_steps_taken_one_by_one(segment, decay):
+    layer, unembedding = block(decay, segment=segment)
+    with torch.no_grad():
+        layer.log_step_size.sub_(1.0)  # large ones, against gradients of weights that they have changed, diverge
     hidden, labels = text(3, 21)
     outputs, _ = layer(hidden, labels, unembedding)
     changed = (outputs - layer(hidden, torch.full_like(labels, NO_LABEL), unembedding)[0]).abs().amax(-1)
@@ -98,9 +111,21 @@ def test_equals_gradient_steps_taken_one_by_one(decay):
         )
 
 
+def test_a_segment_sees_the_weights_that_its_past_has_made():
+    hidden, labels = text(1, 21, ignored=0)
+    layers = [block(segment=segment) for segment in (0, 10, 5)]
+    outputs = [layer(hidden, labels, unembedding)[0] for layer, unembedding in layers]
+    change = (outputs[0] - outputs[1]).abs().amax(-1)[0], (outputs[1] - outputs[2]).abs().amax(-1)[0]
+    assert change[0][:11].max() < 1e-12  # 0 to 9 wrote at the trained weights, and 10 has not written yet
+    assert change[0][11] > 1e-3
+    assert change[1][:6].max() < 1e-12
+    assert change[1][6] > 1e-3
+
+
 @pytest.mark.parametrize("decay", DECAYS)
-def test_gradients_of_everything(decay):
-    layer, unembedding = block(decay, d=3)
+@pytest.mark.parametrize("segment", [0, 2])
+def test_gradients_of_everything(segment, decay):
+    layer, unembedding = block(decay, d=3, segment=segment)
     hidden, labels = text(2, 5, d=3)
     parameters = [*layer.parameters(), *unembedding.parameters()]
     names = [
@@ -109,8 +134,13 @@ def test_gradients_of_everything(decay):
     ]
     holder = nn.ModuleDict({"layer": layer, "unembedding": unembedding})
 
-    def run(hidden, up, down, norm, *values):
-        arguments = (hidden, labels, unembedding, FastWeights(up, down, norm))
+    n = len(layer.initial_state(hidden).tensors()[:6])
+    steps = torch.tensor([0, 1])
+
+    def run(hidden, *values):
+        tensors, values = values[:n], values[n:]
+        state = FastWeightLayerState.from_tensors([*tensors, steps] if segment else [*tensors])
+        arguments = (hidden, labels, unembedding, state)
         originals = {name: getattr_path(holder, name) for name in names}
         try:
             for name, value in zip(names, values, strict=True):
@@ -119,9 +149,9 @@ def test_gradients_of_everything(decay):
         finally:
             for name, value in originals.items():
                 set_path(holder, name, value)
-        return y, *state
+        return y, *state.tensors()[:n]
 
-    state = [torch.randn_like(x) * 0.1 for x in layer.no_fast_weights(hidden)]
+    state = [torch.randn_like(x) * 0.1 for x in layer.initial_state(hidden).tensors()[:n]]
     values = [x.detach().clone().requires_grad_() for x in (hidden, *state, *parameters)]
     torch.autograd.gradcheck(run, values, fast_mode=True)
 
@@ -172,9 +202,10 @@ def test_logits_of_a_whole_text_are_never_held():
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("segment", [0, 7])
 @pytest.mark.parametrize("cuts", [(1,), (40,), (1, 2, 3, 64, 99)], ids=str)
-def test_cutting_the_text_changes_nothing(decay, cuts):
-    layer, unembedding = block(decay, dtype=torch.float32)
+def test_cutting_the_text_changes_nothing(segment, decay, cuts):
+    layer, unembedding = block(decay, dtype=torch.float32, segment=segment)
     tame(layer)
     hidden, labels = text(2, 100, torch.float32)
     whole, last = layer(hidden, labels, unembedding)
@@ -183,13 +214,14 @@ def test_cutting_the_text_changes_nothing(decay, cuts):
         part, state = layer(hidden[:, start:stop], labels[:, start:stop], unembedding, state)
         parts.append(part)
     close(torch.cat(parts, 1), whole)
-    for a, b in zip(state, last, strict=True):
+    for a, b in zip(state.tensors(), last.tensors(), strict=True):
         close(a, b)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_a_row_does_not_depend_on_its_batch_mates_or_on_padding(decay):
-    layer, unembedding = block(decay, dtype=torch.float32)
+@pytest.mark.parametrize("segment", [0, 7])
+def test_a_row_does_not_depend_on_its_batch_mates_or_on_padding(segment, decay):
+    layer, unembedding = block(decay, dtype=torch.float32, segment=segment)
     tame(layer)
     hidden, labels = text(3, 40, torch.float32)
     together, states = layer(hidden, labels, unembedding)
@@ -199,7 +231,8 @@ def test_a_row_does_not_depend_on_its_batch_mates_or_on_padding(decay):
     ignored = torch.cat((torch.full((1, 7), NO_LABEL), labels[1:2], torch.full((1, 5), NO_LABEL)), 1)
     among_padding, state_after = layer(padded, ignored, unembedding)
     close(among_padding[:, 7:47], alone)
-    for one, mate, padded_state in zip(state, states, state_after, strict=True):
+    tensors = (x.tensors() for x in (state, states, state_after))
+    for one, mate, padded_state in zip(*tensors, strict=True):
         close(one, mate[1:2])
         close(padded_state, one)
 
@@ -209,7 +242,7 @@ def test_a_position_without_a_label_leaves_the_state_bit_for_bit():
     hidden, labels = text(2, 9, torch.float32)
     _, state = layer(hidden, labels, unembedding)
     _, after = layer(hidden, torch.full_like(labels, NO_LABEL), unembedding, state)
-    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), after.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -254,7 +287,7 @@ def test_bf16_hidden_states_keep_fp32_weights():
     hidden, labels = text(2, 5, torch.float32)
     y, state = layer(hidden.bfloat16(), labels, unembedding)
     assert y.dtype == torch.bfloat16
-    assert {x.dtype for x in state} == {torch.float32}
+    assert {x.dtype for x in (*state.now, *state.seen)} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -262,6 +295,7 @@ def test_bf16_hidden_states_keep_fp32_weights():
     [
         ({"decay": "magic"}, "known are none, scalar, channel, input"),
         ({"expansion": 0}, "at least 1"),
+        ({"segment": -1}, "allowed are 0"),
         ({"initial_step_size": 0.0}, "positive"),
         ({"initial_decay": 1.0}, "between 0 and 1"),
     ],
@@ -278,5 +312,5 @@ def tame(layer: FastWeightLayer) -> None:
 
 
 def close(a, b) -> None:
-    error = (a - b).norm() / b.norm()
+    error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
     assert error <= tolerances.FAST_WEIGHT_LAYER, float(error)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,16 +10,18 @@ from fastweights.errors import FastWeightsError
 from fastweights.evaluation import HeldOutConfig
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
+from fastweights.stream import Stream
 from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
-from fastweights.training.meta import MetaTrainer
+from fastweights.training.finetune import next_token_loss
+from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler
 from tests.conftest import make_gpt2, random_ids
 
 
-def trainer(folder, model, blocks=1, **settings):
-    config = MetaConfig(batch_size=2, blocks=blocks, **{"steps": 4, "learning_rate": 1e-3, **settings})
-    data = TokenBlocks(random_ids(1, 640)[0], 32 * blocks)
+def trainer(folder, model, **settings):
+    config = MetaConfig(**{"batch_size": 2, "steps": 4, "learning_rate": 1e-3, **settings})
+    data = TokenBlocks(random_ids(1, 640)[0], 32)
     run = RunConfig(save_every=2, log_every=1)
-    return MetaTrainer(model, config, run, folder, data, byte_tokenizer(), title="meta", block_size=32)
+    return MetaTrainer(model, config, run, folder, data, byte_tokenizer(), title="meta")
 
 
 def test_the_model_below_stays_frozen_unless_told_otherwise(tmp_path):
@@ -43,25 +46,52 @@ def test_scales_steps_and_decays_have_their_own_learning_rate(tmp_path):
     assert rates[id(model.model.lm_head.weight)] == 1e-5
 
 
-def test_fast_weights_go_on_through_blocks_that_a_softmax_model_reads_one_by_one(tmp_path):
-    model = add_fast_weight_layer(make_gpt2()).eval()
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_runs_of_blocks_are_read_in_order_and_side_by_side(lanes):
+    blocks = BlocksInRuns(TokenBlocks(torch.arange(500), 10), 8, lanes)
+    sampler = RunSampler(50, blocks.run, lanes, seed=1)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 50 // 8 // lanes * lanes * 8
+    assert sorted(order) == list(range(len(order)))
+    for lane in range(lanes):
+        for i, block in enumerate(order[lane::lanes]):
+            assert blocks[block]["starts"] == (i % 8 == 0)
+            assert i % 8 == 0 or block == order[lane::lanes][i - 1] + 1
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    assert BlocksInRuns(TokenBlocks(torch.arange(500), 10), 8, 25).run == 2
+
+
+@pytest.mark.parametrize("kind", ["softmax", "hybrid"])
+def test_fast_weights_go_on_from_step_to_step(tmp_path, kind):
+    base = make_gpt2() if kind == "softmax" else convert(make_gpt2(), ConversionConfig(window=4, positions="drop"))
+    model = add_fast_weight_layer(base)
     with torch.no_grad():
         model.fast_weight_layer.output_scale.normal_()
-        ids = random_ids(2, 96)
-        together = model(ids, restart_every=32, use_cache=False).logits
-        from fastweights.stream import Stream
-
-        stream = Stream(model, 32)
-        pieces = torch.cat([stream.read(ids[:, start : start + 32]) for start in (0, 32, 64)], 1)
-    torch.testing.assert_close(together, pieces, rtol=1e-5, atol=1e-5)
-    # The text may be longer than the positions below, and a mask that hides nothing is no padding.
-    long = random_ids(1, 256)
-    assert model(long, attention_mask=torch.ones_like(long), restart_every=64).logits.shape[1] == 256
-    with pytest.raises(FastWeightsError, match="must divide"):
-        model(ids, restart_every=50, use_cache=False)
-    stage = trainer(tmp_path, model, blocks=3)
-    assert stage.config.tokens_per_step(32) == 2 * 3 * 32
+    stage = trainer(tmp_path, model, steps=6, blocks=3, learning_rate=1e-12, new_learning_rate=1e-12)
     stage.run(resume=False)
+    losses = [entry["loss"] for entry in stage.state.log_history if "loss" in entry]
+    order, expected = list(stage._get_train_sampler()), []
+    with torch.no_grad():
+        for step in range(6):
+            rows = [stage.train_dataset[i] for i in order[2 * step : 2 * step + 2]]
+            if rows[0]["starts"] or step % 2 == 0:  # a checkpoint has been saved
+                stream = Stream(model, 32)
+            ids = torch.stack([row["input_ids"] for row in rows])
+            expected.append(next_token_loss(stream.read(ids), ids).item())
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path):
+    finals = []
+    for name in ("whole", "resumed"):
+        folder = tmp_path / name
+        stage = trainer(folder, add_fast_weight_layer(make_gpt2()))
+        if name == "resumed":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-2", folder / "checkpoint-2")
+        stage.run(resume=True)
+        finals.append(stage.model.state_dict())
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
 
 
 @pytest.mark.parametrize("kind", ["softmax", "hybrid"])

@@ -3,16 +3,21 @@
     u = W1 h + b1;  a = relu(u)²;  r = W2 a + b2;  n = γ ⊙ normalise(r) + c;  y = h + s ⊙ n;  logits = U y
 
 K. Clark et al., "Meta-Learning Fast Weight Language Models", EMNLP 2022 (arXiv 2212.02475). The *slow pass* runs the
-block with its trained weights and takes the gradient of each position's next-token loss with respect to the output of
-u, r and n. The *fast pass* runs it with weights that have taken the gradient steps of all earlier positions. The
-gradient of a dense layer at one position has rank one, so its fast part is linear attention, strictly causal:
+block with fixed weights and takes the gradient of each position's next-token loss with respect to the output of u, r
+and n. The *fast pass* runs it with weights that have taken the gradient steps of all earlier positions. The gradient of
+a dense layer at one position has rank one, so its fast part is linear attention, strictly causal:
 
     W_t x = W x - η Σ_{i<t} λ^{t-1-i} δ_i (x_i · x)
 
 with slow inputs x_i as keys, slow gradients δ_i as values and the fast pass's own input x as query. That is the decay
-rule read before it is written to. The decay λ is ours: it pulls the weights back towards the trained ones after each
-step, as dynamic evaluation does by hand (Krause et al., 2019), and is learned; λ = 1 is the paper. The residual
-connection and the scale s, which starts at 0, are ours too: they let the block start as the identity.
+rule read before it is written to.
+
+Two things here are dynamic evaluation's (Krause et al., 2019) and not the paper's, and both can be switched off. The
+decay λ, which is learned, pulls the weights back towards the trained ones after each step; λ = 1 is the paper. And the
+fixed weights of the slow pass are those that the fast pass had at the start of a segment of some tokens, not for ever
+the trained ones: otherwise the block takes the steps against one and the same error over and over, however long ago
+they have corrected it. The residual connection and the scale s, which starts at 0, are ours too: they let the block
+start as the identity.
 
 Everything is differentiated end to end. The slow gradients are written out below as a forward computation, so plain
 backpropagation gives the second-order terms of meta-learning.
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -56,6 +62,8 @@ class FastWeightLayerSettings:
     decay: Literal["none", "scalar", "channel", "input"] = "scalar"
     """How the fast weights fade: never (the paper), by one learned number for each of the block's three layers, by
     one for each of their channels, or by one for each layer computed from each token."""
+    segment: int = 128
+    """Steps after which gradients are taken at the weights as they have become; 0 for always at the trained ones."""
     initial_step_size: float = 0.01
     """Step size of all parameter groups before training."""
     initial_decay: float = 0.999
@@ -66,6 +74,8 @@ class FastWeightLayerSettings:
             raise FastWeightsError(f"decay {self.decay!r} is unknown; known are {', '.join(DECAYS)}")
         if self.expansion < 1:
             raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
+        if self.segment < 0:
+            raise FastWeightsError(f"segment is {self.segment}; allowed are 0 (none) and 1 or more steps")
         if not self.initial_step_size > 0:
             raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive")
         if not 0 < self.initial_decay < 1:
@@ -73,7 +83,7 @@ class FastWeightLayerSettings:
 
 
 class FastWeights(NamedTuple):
-    """What the steps so far have added to the weights, in fp32; the state of a stream of text."""
+    """What steps have added to the weights, in fp32."""
 
     up: Float[Tensor, "B 1 d+1 m"]
     """To W1 (transposed), and to b1 in the last row."""
@@ -82,8 +92,35 @@ class FastWeights(NamedTuple):
     """To γ, then to c."""
 
 
+class FastWeightLayerState(NamedTuple):
+    """The state of a stream of text."""
+
+    now: FastWeights
+    """After all steps so far."""
+    seen: FastWeights | None
+    """At the start of the segment: where gradients are taken. None if that is always at the trained weights."""
+    steps: Int[Tensor, " B"]
+    """Taken since the start of the segment."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of it; `from_tensors` takes it back."""
+        return [*self.now] if self.seen is None else [*self.now, *self.seen, self.steps]
+
+    def detach(self) -> FastWeightLayerState:
+        """The same, without the graph that made it."""
+        return FastWeightLayerState.from_tensors([tensor.detach() for tensor in self.tensors()])
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor]) -> FastWeightLayerState:
+        """The state that gave these `tensors()`."""
+        n = len(FastWeights._fields)
+        now, rest = FastWeights(*tensors[:n]), tensors[n:]
+        if not rest:
+            return cls(now, None, torch.zeros(len(now.up), dtype=torch.long, device=now.up.device))
+        return cls(now, FastWeights(*rest[:n]), rest[n])
+
+
 class _SlowPass(NamedTuple):
-    u: Float[Tensor, "B T m"]
     a: Float[Tensor, "B T m"]
     du: Float[Tensor, "B T m"]
     dr: Float[Tensor, "B T d"]
@@ -170,9 +207,9 @@ class FastWeightLayer(nn.Module):
         hidden_states: Float[Tensor, "B T d"],
         labels: Int[Tensor, "B T"],
         unembedding: nn.Linear,
-        state: FastWeights | None = None,
-    ) -> tuple[Float[Tensor, "B T d"], FastWeights | None]:
-        """What the unembedding is given, and the fast weights after the last position.
+        state: FastWeightLayerState | None = None,
+    ) -> tuple[Float[Tensor, "B T d"], FastWeightLayerState | None]:
+        """What the unembedding is given, and the state after the last position.
 
         Position t sees the labels of earlier positions only. A position without a label takes no step: it writes
         nothing, and nothing fades.
@@ -181,46 +218,94 @@ class FastWeightLayer(nn.Module):
             hidden_states: what the model would give its unembedding.
             labels: token that follows each position, -100 where none is known or where it must not be learned from.
             unembedding: the model's; its weights decide the slow gradients.
-            state: fast weights to start from; by default none.
+            state: to go on from; by default that of a text's start.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             h = hidden_states.to(self.up.weight.dtype)
-            u = self.up(h)
             if not self.settings.updates:
-                r = self.down(relu(u).square())
+                r = self.down(relu(self.up(h)).square())
                 n = _normalise(r)[0] * self.norm_scale + self.norm_offset
                 return (h + self.output_scale * n).to(hidden_states.dtype), None
-            known = labels != NO_LABEL
-            slow = self._slow_pass(h, u, labels, unembedding)
-            y, state = self._fast_pass(h, slow, known, state or self.no_fast_weights(h))
+            y, state = self._read(h, labels, unembedding, state or self.initial_state(h))
         return y.to(hidden_states.dtype), state
 
-    def no_fast_weights(self, like: Float[Tensor, "B T d"]) -> FastWeights:
+    def initial_state(self, like: Float[Tensor, "B T d"]) -> FastWeightLayerState:
         """The state before any text."""
         B, d, m = len(like), self.up.in_features, self.up.out_features
         zeros = (
             like.new_zeros(B, 1, *shape, dtype=self.up.weight.dtype) for shape in ((d + 1, m), (m + 1, d), (1, 2 * d))
         )
-        return FastWeights(*zeros)
+        now = FastWeights(*zeros)
+        return FastWeightLayerState(now, now if self.settings.segment else None, like.new_zeros(B, dtype=torch.long))
 
-    def _slow_pass(self, h: Tensor, u: Tensor, labels: Tensor, unembedding: nn.Linear) -> _SlowPass:
+    def _read(
+        self, h: Tensor, labels: Tensor, unembedding: nn.Linear, state: FastWeightLayerState
+    ) -> tuple[Tensor, FastWeightLayerState]:
+        known = labels != NO_LABEL
+        now, seen, steps = state
+        if seen is None:
+            y, now = self._piece(h, labels, known, unembedding, now, None)
+            return y, FastWeightLayerState(now, None, steps)
+        # Rows end their segments at places of their own, since only positions with a label count.
+        taken, n = steps[:, None] + known.cumsum(1), self.settings.segment
+        ends = known & (taken % n == 0)
+        some, all_ = torch.stack((ends.any(0), ends.all(0))).tolist()
+        outputs = []
+        for first, end in pairwise([0, *(t for t in range(1, len(some)) if some[t - 1]), len(some)]):
+            here = slice(first, end)
+            y, now = self._piece(h[:, here], labels[:, here], known[:, here], unembedding, now, seen)
+            outputs.append(y)
+            if all_[end - 1]:
+                seen = now
+            elif some[end - 1]:
+                ended = ends[:, end - 1, None, None, None]
+                seen = FastWeights(*(torch.where(ended, a, b) for a, b in zip(now, seen, strict=True)))
+        return torch.cat(outputs, 1), FastWeightLayerState(now, seen, taken[:, -1] % n)
+
+    def _piece(
+        self,
+        h: Tensor,
+        labels: Tensor,
+        known: Tensor,
+        unembedding: nn.Linear,
+        now: FastWeights,
+        seen: FastWeights | None,
+    ) -> tuple[Tensor, FastWeights]:
+        """Positions of one segment, the fast weights at whose start are `seen`."""
+        u = self.up(h)
+        slow = self._slow_pass(h, u, labels, unembedding, seen)
+        return self._fast_pass(h, u, slow, known, now)
+
+    def _slow_pass(
+        self, h: Tensor, u: Tensor, labels: Tensor, unembedding: nn.Linear, seen: FastWeights | None
+    ) -> _SlowPass:
         """Gradients of each position's loss with respect to the outputs of the block's layers; 0 without a label."""
+        scale, offset, down = self.norm_scale, self.norm_offset, self.down.weight
+        if seen is not None:
+            u = u + _change(h, seen.up)
+            scale, offset = (
+                w + change for w, change in zip((scale, offset), seen.norm[:, 0].chunk(2, -1), strict=True)
+            )
+            down = down + seen.down[:, 0, :-1].transpose(-1, -2)
         a = relu(u).square()
-        normalised, deviation = _normalise(self.down(a))
-        y = h + self.output_scale * (normalised * self.norm_scale + self.norm_offset)
+        r = self.down(a) if seen is None else self.down(a) + _change(a, seen.down)
+        normalised, deviation = _normalise(r)
+        y = h + self.output_scale * (normalised * scale + offset)
         dn = self.output_scale * next_token_gradient(y, labels, unembedding)
-        dr = dn * self.norm_scale
+        dr = dn * scale
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
-        du = (dr @ self.down.weight) * 2 * relu(u)
-        return _SlowPass(u, a, du, dr, torch.cat((dn * normalised, dn), -1))
+        du = (dr @ down) * 2 * relu(u)
+        return _SlowPass(a, du, dr, torch.cat((dn * normalised, dn), -1))
 
-    def _fast_pass(self, h: Tensor, slow: _SlowPass, known: Tensor, state: FastWeights) -> tuple[Tensor, FastWeights]:
+    def _fast_pass(
+        self, h: Tensor, u: Tensor, slow: _SlowPass, known: Tensor, state: FastWeights
+    ) -> tuple[Tensor, FastWeights]:
         steps = self.step_sizes()
         up_decay, down_decay, norm_decay = self._log_decays(h, known)
-        u, up = _read(h, h, -slow.du, steps[0:2], known, up_decay, state.up)
-        a = relu(slow.u + u).square()
-        r, down = _read(a, slow.a, -slow.dr, steps[2:4], known, down_decay, state.down)
-        normalised, _ = _normalise(self.down(a) + r)
+        change, up = _steps(h, h, -slow.du, steps[0:2], known, up_decay, state.up)
+        a = relu(u + change).square()
+        change, down = _steps(a, slow.a, -slow.dr, steps[2:4], known, down_decay, state.down)
+        normalised, _ = _normalise(self.down(a) + change)
         ones = known[..., None].to(h.dtype)
         values = -slow.dnorm * steps[4:6].repeat_interleave(h.shape[-1])
         change, norm = _decayed_sum(torch.ones_like(ones), ones, values, norm_decay, state.norm)
@@ -276,7 +361,12 @@ def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
     return gradient.masked_fill((labels == NO_LABEL)[:, None], 0.0)
 
 
-def _read(
+def _change(x: Float[Tensor, "B T n"], change: Float[Tensor, "B 1 n+1 k"]) -> Float[Tensor, "B T k"]:
+    """What a change of a dense layer's weights and bias changes in its output."""
+    return x @ change[:, 0, :-1] + change[:, 0, -1:]
+
+
+def _steps(
     query: Float[Tensor, "B T n"],
     key: Float[Tensor, "B T n"],
     value: Float[Tensor, "B T k"],

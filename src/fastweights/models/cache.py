@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from fastweights.layers.fast_weight_layer import FastWeights
+from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -101,23 +101,24 @@ class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
 
 
 class FastWeightLayerCache(FastWeightsCacheLayer):
-    """The state of a Fast Weight Layer: its fast weights, and each row's last position, which has no label yet."""
+    """The state of a Fast Weight Layer, and each row's last position, which has no label yet."""
 
     def __init__(self) -> None:
-        super().__init__(number_of_states=len(FastWeights._fields) + len(PendingPosition._fields))
+        super().__init__(number_of_states=len(PendingPosition._fields) + 2 * len(FastWeights._fields) + 1)
 
-    def keep(self, weights: FastWeights, pending: PendingPosition, tokens: int) -> None:
+    def keep(self, state: FastWeightLayerState, pending: PendingPosition, tokens: int) -> None:
         """Take the place of what was kept before."""
-        for i, state in enumerate((*weights, *pending)):
-            self.update_recurrent_state(state, i)
+        for i, tensor in enumerate((*pending, *state.tensors())):
+            self.update_recurrent_state(tensor, i)
         self.cumulative_length += tokens
 
-    def kept(self) -> tuple[FastWeights, PendingPosition] | None:
+    def kept(self) -> tuple[FastWeightLayerState, PendingPosition] | None:
         """What the last piece of text left, None before the first."""
         if not any(self.has_previous_state.values()):
             return None
-        states: list[Any] = list(self.recurrent_states.values())
-        return FastWeights(*states[:3]), PendingPosition(*states[3:])
+        tensors: list[Any] = [tensor for tensor in self.recurrent_states.values() if tensor is not None]
+        n = len(PendingPosition._fields)
+        return FastWeightLayerState.from_tensors(tensors[n:]), PendingPosition(*tensors[:n])
 
 
 class PendingPosition(NamedTuple):

@@ -111,7 +111,6 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         attention_records: list[AttentionRecord] | None = None,
-        restart_every: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Like any causal LM's.
@@ -122,17 +121,12 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: state to start from; it is updated in place. Without one the state is zero.
             use_cache: whether to return the state; by default when not training.
             attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
-            restart_every: with a Fast Weight Layer: all below it starts anew every so many tokens, of which T is a
-                multiple, while the layer goes on; for training it on more than a softmax model reads at once.
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
-        if restart_every is not None:
-            _check_restarts(given, restart_every, attention_mask, past_key_values)
-            attention_mask, use_cache = None, False
         use_cache = not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -151,7 +145,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             if position_ids is None:
                 position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
             position_ids = position_ids + offset
-        self._check_positions(position_ids, past + (restart_every or given.shape[1]))
+        self._check_positions(position_ids, past + given.shape[1])
         padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if len(self.fast_layers) == self.config.num_hidden_layers:
             # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
@@ -170,11 +164,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             return self.model(labels=labels, logits_to_keep=logits_to_keep, **arguments)
         if input_ids is None:
             raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
-        if restart_every is not None:
-            arguments["input_ids"] = input_ids.view(-1, restart_every)
         outputs = self.model.base_model(**arguments)
-        hidden = outputs.last_hidden_state.view(*input_ids.shape, -1)
-        hidden = self._read_and_learn(hidden, input_ids, padding_mask, past_key_values)
+        hidden = self._read_and_learn(outputs.last_hidden_state, input_ids, padding_mask, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._unembedding()(hidden[:, kept])
         loss = None
@@ -199,17 +190,17 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             None if cache is None or not self.fast_weight_layer.settings.updates else fast_weight_layer_cache(cache)
         )
         before = None if memory is None else memory.kept()
-        weights = None
+        state = None
         if before is not None:
             # The position that was last is read again, now that its label is known.
-            weights, pending = before
+            state, pending = before
             hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
             real = torch.cat((pending.real, real), 1)
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
         labels = _next_real_tokens(input_ids, real)
-        output, weights = self.fast_weight_layer(hidden, labels, self._unembedding(), weights)
+        output, state = self.fast_weight_layer(hidden, labels, self._unembedding(), state)
         if memory is not None:
-            memory.keep(weights, _last_real_position(hidden, real), length)
+            memory.keep(state, _last_real_position(hidden, real), length)
         return output[:, -length:]
 
     def _unembedding(self) -> nn.Linear:
@@ -294,15 +285,6 @@ def _drop_positions(model: nn.Module, name: str) -> None:
     positions = model.get_submodule(name)
     if isinstance(positions, nn.Embedding):
         model.set_submodule(name, ConstantPosition(positions))
-
-
-def _check_restarts(given: Tensor, every: int, attention_mask: Tensor | None, cache: Cache | None) -> None:
-    padded = attention_mask is not None and not attention_mask.all()
-    if padded or cache is not None or given.shape[1] % every:
-        raise FastWeightsError(
-            f"restart_every is {every} for {given.shape[1]} tokens; it must divide them, and there must be neither "
-            "padding nor a cache"
-        )
 
 
 def _next_real_tokens(input_ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -81,8 +81,8 @@ class MetaConfig(StageConfig):
     new_learning_rate: float | None = 3e-2
     base_learning_rate: float | None = None
     """Peak learning rate of the model below; by default it stays frozen."""
-    blocks: int = 1
-    """Blocks that the fast weights go on through, while a softmax model below starts anew with each."""
+    blocks: int = 8
+    """Blocks in a row, one to a step, through which the fast weights go on; 1: they start anew with each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +90,6 @@ class MetaConfig(StageConfig):
             raise FastWeightsError(f"blocks is {self.blocks}; it must be at least 1")
         if self.base_learning_rate is not None and not self.base_learning_rate > 0:
             raise FastWeightsError(f"base_learning_rate is {self.base_learning_rate}; it must be positive")
-
-    def tokens_per_step(self, block_size: int) -> int:
-        return self.blocks * super().tokens_per_step(block_size)
 
 
 @dataclass(frozen=True, kw_only=True)

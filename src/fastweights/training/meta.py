@@ -1,18 +1,25 @@
 """Meta: a Fast Weight Layer learns, by backpropagation through its own gradient steps, to learn from what it reads.
 
 K. Clark et al., "Meta-Learning Fast Weight Language Models" (arXiv 2212.02475): the loss is that of the fast pass, and
-second-order terms are kept.
+second-order terms are kept. The fast weights go on from step to step through some blocks in a row, as they do when a
+text is read, so that the layer learns steps and decays that last; gradients reach back to the block's start.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastweights.stream import reads_without_end
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fastweights.stream import Stream
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastweights.data import TokenBlocks
     from fastweights.models.modeling import FastWeightsForCausalLM
     from fastweights.training.config import MetaConfig
 
@@ -22,21 +29,23 @@ LAYER = "fast_weight_layer."
 class MetaTrainer(StageTrainer):
     """Trains the Fast Weight Layer, and the model below if `base_learning_rate` says so.
 
-    Args:
-        block_size: tokens that the model below reads at once; the training blocks are `config.blocks` times as long.
+    A checkpoint holds no fast weights: they start anew after each, in a run that goes on as in one that is resumed.
     """
 
     config: MetaConfig
 
-    def __init__(self, model: FastWeightsForCausalLM, config: MetaConfig, *args, block_size: int, **kwargs) -> None:
+    def __init__(self, model: FastWeightsForCausalLM, config: MetaConfig, *args, **kwargs) -> None:
         layer = model.fast_weight_layer
         assert layer is not None
         model.requires_grad_(config.base_learning_rate is not None)
         layer.requires_grad_(True)
-        self.restart_every = block_size if config.blocks > 1 and not reads_without_end(model) else None
         super().__init__(
             model, config, *args, **kwargs, new_parameters=(LAYER + n for n in layer.small_parameter_names())
         )
+        self.block_size = self.train_dataset.block_size  # type: ignore[union-attr]
+        self.lanes = config.batch_size * self.args.world_size
+        self.train_dataset = BlocksInRuns(self.train_dataset, config.blocks, self.lanes)  # type: ignore[arg-type]
+        self._stream: Stream | None = None
 
     def learning_rate_of(self, name: str) -> float:
         if name.startswith(LAYER):
@@ -44,15 +53,74 @@ class MetaTrainer(StageTrainer):
         assert self.config.base_learning_rate is not None
         return self.config.base_learning_rate
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        blocks: BlocksInRuns = self.train_dataset  # type: ignore[assignment]
+        return RunSampler(len(blocks), blocks.run, self.lanes, self.args.seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]
         if self.config.base_learning_rate is None:
             self.model.model.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
-        outputs = model(input_ids=input_ids, use_cache=False, restart_every=self.restart_every)
+        if self._stream is None or inputs["starts"].any():
+            self._stream = Stream(self.model, self.block_size)  # type: ignore[arg-type]
+        self._stream.detach()
+        cache = self._stream.cache_for(input_ids.shape[1])
+        outputs = model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         loss = next_token_loss(outputs.logits, input_ids)
         self.loss_is_scaled_for_ga = False
         return (loss, outputs) if return_outputs else loss
 
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self._stream = None
+
     def run(self, *, resume: bool) -> None:
         super().run(resume=resume)
         self.model.requires_grad_(True)  # type: ignore[union-attr]
+
+
+class BlocksInRuns(Dataset):
+    """Blocks of text that belong together by the run, each of which says whether a run starts with it.
+
+    Args:
+        blocks: consecutive blocks of one text.
+        run: blocks of a run; fewer where the text is too short for so many in every lane.
+        lanes: runs that are read side by side.
+    """
+
+    def __init__(self, blocks: TokenBlocks, run: int, lanes: int) -> None:
+        self.blocks = blocks
+        self.run = max(1, min(run, len(blocks) // lanes))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.blocks[index], "starts": index % self.run == 0}
+
+
+class RunSampler(Sampler[int]):
+    """Runs in a random order, several side by side: the next block of a run comes `lanes` places after each.
+
+    Args:
+        blocks: how many there are.
+        run: how many make up a run.
+        lanes: runs side by side.
+        seed: of the order.
+    """
+
+    def __init__(self, blocks: int, run: int, lanes: int, seed: int) -> None:
+        self.run, self.lanes, self.seed, self.epoch = run, lanes, seed, 0
+        self.runs = blocks // run // lanes * lanes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.runs * self.run
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        starts = self.run * torch.randperm(self.runs, generator=generator).view(-1, self.lanes)
+        return iter((starts[:, None] + torch.arange(self.run)[:, None]).flatten().tolist())

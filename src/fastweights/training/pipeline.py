@@ -118,7 +118,7 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
     model: FastWeightsForCausalLM = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)  # type: ignore[assignment]
     model.to(process.device)  # type: ignore[arg-type]
-    train_blocks, held_out = _load_data(config.data, config.held_out, config.model, config.meta.blocks)
+    train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
     if process.is_main_process:
         save_run(config, config.output)
 
@@ -127,16 +127,7 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     if not has_layer:
         results.add("static", 0, model)  # the layer is still the identity
     if not (config.resume and is_finished(folder)):
-        trainer = MetaTrainer(
-            model,
-            config.meta,
-            config.run,
-            folder,
-            train_blocks,
-            tokenizer,
-            title="meta",
-            block_size=config.data.block_size,
-        )
+        trainer = MetaTrainer(model, config.meta, config.run, folder, train_blocks, tokenizer, title="meta")
         trainer.run(resume=config.resume)
     model = load_model(folder).to(process.device)  # type: ignore[arg-type,assignment]
     tokens = config.meta.tokens_per_step(config.data.block_size) * process.num_processes * config.meta.steps
@@ -173,8 +164,8 @@ class _Results:
 
 
 @lru_cache(maxsize=1)
-def _load_data(data: DataConfig, held_out: str, model: str, blocks: int = 1) -> tuple[TokenBlocks, TokenizedText]:
-    """Training blocks, each of `blocks` times the block size, and held-out text, which never overlap.
+def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks, TokenizedText]:
+    """Training blocks and held-out text, which never overlap.
 
     Kept, as runs that are compared share them.
     """
@@ -186,7 +177,7 @@ def _load_data(data: DataConfig, held_out: str, model: str, blocks: int = 1) -> 
         if data.text == STDLIB:
             raise
         documents, rest = _without_the_end(documents)
-    return TokenBlocks(tokenize(documents, tokenizer).tokens, blocks * data.block_size), tokenize(rest, tokenizer)
+    return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
