@@ -52,7 +52,7 @@ VARIANTS = {
     "fwl, channel decay, segments": (FastWeightLayerSettings(decay="channel"), MetaConfig().blocks),
     "fwl, input decay, segments": (FastWeightLayerSettings(decay="input"), MetaConfig().blocks),
 }
-DEFAULT_VARIANTS = ("control", "fwl", "fwl, scalar decay", "fwl, scalar decay, segments")
+DEFAULT_VARIANTS = ("control", "fwl", "fwl, scalar decay", "fwl, input decay, segments")  # the last is the default
 WAYS = {
     "blocks": EvaluationConfig(context="block"),
     "documents": EvaluationConfig(context="stream"),

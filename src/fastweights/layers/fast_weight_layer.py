@@ -59,7 +59,7 @@ class FastWeightLayerSettings:
     """Width of the block over the width of the model."""
     updates: bool = True
     """Take gradient steps while reading; without them the block is an ordinary one, the control of comparisons."""
-    decay: Literal["none", "scalar", "channel", "input"] = "scalar"
+    decay: Literal["none", "scalar", "channel", "input"] = "input"
     """How the fast weights fade: never (the paper), by one learned number for each of the block's three layers, by
     one for each of their channels, or by one for each layer computed from each token."""
     segment: int = 128
