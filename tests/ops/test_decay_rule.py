@@ -133,9 +133,6 @@ def test_splitting_a_sequence_anywhere_changes_nothing(inclusive, backend):
         o = torch.cat([o_first, o_second], dim=1)
         assert error(o, whole) <= tolerances.FLOAT32
         assert error(state_after, final_state) <= tolerances.FLOAT32
-        if backend == "cpu":
-            assert torch.equal(o, whole)
-            assert torch.equal(state_after, final_state)
 
 
 @pytest.mark.parametrize("backend", ALL)

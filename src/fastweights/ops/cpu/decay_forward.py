@@ -3,14 +3,23 @@
 A *unit* of work is one key/value head of one sequence, or some value columns of it: units touch
 nothing of each other's, so any number of threads may share them out.
 
-Token by token, so that neither padding nor a split of the sequence changes one bit of the result.
-A tile of 4 x 16 numbers of S stays in registers for BLOCK tokens.
+Decay costs as many multiplications as writing and reading together, unless it is put off: with F_t
+and Z_t the products of the gates since some token,
+
+    S_t = (F_t Z_t^T) * T_t      T_t = T_{t-1} + (k_t / F_t) (v_t / Z_t)^T      o_t = Z_t * T_t^T (F_t * q_t)
+
+so T only grows, and gates touch rows alone. A product that leaves [SMALLEST, 1 / SMALLEST] is made
+good on T, and the products start anew at 1; which token that happens at depends on the gates up to
+it alone, and padding, whose gates are 1, changes nothing. So neither a later token nor padding
+changes one bit of the result. Token by token, a tile of 4 x 16 numbers of T stays in registers for
+up to BLOCK tokens.
 
 Notation
     R        query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
-    S        state, rows of V (or `width`) numbers for each of K keys
-    f, z     key-side and value-side gates (not their logs)
+    S        state, and T above: rows of V (or `width`) numbers for each of K keys
+    f, z     key-side and value-side gates (not their logs), then their products F and Z
+    D, E     products that have yet to be made good on S
 """
 
 from __future__ import annotations
@@ -34,9 +43,11 @@ from .staging import (
     stage_key_gate,
     unstage,
 )
-from .vectors import LANES, fill, fma, load, pointer, record_at, shift, splat, store
+from .vectors import LANES, choose_below, fill, fma, load, pointer, record_at, shift, splat, store, store_first, total
 
 BLOCK = 16
+SMALLEST = 2.0**-30
+"""Of a product of gates. Numbers in scratch are at most SMALLEST**-2 times those that they stand for."""
 
 
 class Outputs(NamedTuple):
@@ -49,25 +60,14 @@ class Outputs(NamedTuple):
 def scratch_size(K: int, V: int, R: int) -> int:
     """Numbers of scratch that the kernel needs."""
     Kp, Vp = -(-K // LANES) * LANES, -(-V // COLUMNS) * COLUMNS
-    return BLOCK * (R + 2) * (Kp + Vp) + Kp * Vp
+    return (BLOCK * (R + 2) + 2) * (Kp + Vp) + Kp * Vp
 
 
-def _make_tiles(key_gate: bool, value_gate: bool, grouped: bool):
-    """The step S = (f z^T) * S + k v^T, o += S^T q for `rows` tokens, tile by tile.
+def _make_tiles(grouped: bool):
+    """S = (D E^T) * S, then S += k v^T and o += S^T q for `rows` tokens, tile by tile.
 
-    One function per kind of gate; `grouped` for several query heads, since the loop over them would
-    cost a single one a third of its speed.
+    `grouped` for several query heads, since the loop over them would cost a single one a third of its speed.
     """
-
-    @njit(nogil=True, forceinline=True)
-    def step(s0, s1, k, f, i, v0, v1, z0, z1):
-        w = splat(k, i)
-        if key_gate:
-            d = splat(f, i)
-            if value_gate:
-                return fma(s0, d * z0, w * v0), fma(s1, d * z1, w * v1)
-            return fma(s0, d, w * v0), fma(s1, d, w * v1)
-        return fma(w, v0, s0), fma(w, v1, s1)
 
     @njit(nogil=True, forceinline=True)
     def read(q, i, o, j, s00, s01, s10, s11, s20, s21, s30, s31):
@@ -81,23 +81,24 @@ def _make_tiles(key_gate: bool, value_gate: bool, grouped: bool):
         store(o, j + LANES, o1)
 
     @njit(nogil=True)
-    def tiles(S, width, k, f, q, Kp, v, z, o, Vp, rows, R):
+    def tiles(S, width, decays, D, E, k, q, Kp, v, o, Vp, rows, R):
         for value in range(0, Vp, COLUMNS):
             for key in range(0, Kp, 4):
                 s0 = shift(S, key * width + value)
                 s1, s2, s3 = shift(s0, width), shift(s0, 2 * width), shift(s0, 3 * width)
                 s00, s01, s10, s11 = load(s0, 0), load(s0, LANES), load(s1, 0), load(s1, LANES)
                 s20, s21, s30, s31 = load(s2, 0), load(s2, LANES), load(s3, 0), load(s3, LANES)
+                if decays:
+                    e0, e1 = load(E, value), load(E, value + LANES)
+                    d0, d1, d2, d3 = splat(D, key), splat(D, key + 1), splat(D, key + 2), splat(D, key + 3)
+                    s00, s01, s10, s11 = s00 * (d0 * e0), s01 * (d0 * e1), s10 * (d1 * e0), s11 * (d1 * e1)
+                    s20, s21, s30, s31 = s20 * (d2 * e0), s21 * (d2 * e1), s30 * (d3 * e0), s31 * (d3 * e1)
                 for t in range(rows):
                     i, j = t * Kp + key, t * Vp + value
                     v0, v1 = load(v, j), load(v, j + LANES)
-                    z0, z1 = v0, v1
-                    if value_gate:
-                        z0, z1 = load(z, j), load(z, j + LANES)
-                    s00, s01 = step(s00, s01, k, f, i, v0, v1, z0, z1)
-                    s10, s11 = step(s10, s11, k, f, i + 1, v0, v1, z0, z1)
-                    s20, s21 = step(s20, s21, k, f, i + 2, v0, v1, z0, z1)
-                    s30, s31 = step(s30, s31, k, f, i + 3, v0, v1, z0, z1)
+                    k0, k1, k2, k3 = splat(k, i), splat(k, i + 1), splat(k, i + 2), splat(k, i + 3)
+                    s00, s01, s10, s11 = fma(k0, v0, s00), fma(k0, v1, s01), fma(k1, v0, s10), fma(k1, v1, s11)
+                    s20, s21, s30, s31 = fma(k2, v0, s20), fma(k2, v1, s21), fma(k3, v0, s30), fma(k3, v1, s31)
                     read(q, i, o, j, s00, s01, s10, s11, s20, s21, s30, s31)
                     if grouped:
                         for _ in range(1, R):
@@ -116,11 +117,70 @@ def _make_tiles(key_gate: bool, value_gate: bool, grouped: bool):
     return tiles
 
 
-_no_gates = _make_tiles(False, False, False)
-_key_gate = _make_tiles(True, False, False)
-_both_gates = _make_tiles(True, True, False)
-_key_gate_grouped = _make_tiles(True, False, True)
-_both_gates_grouped = _make_tiles(True, True, True)
+_single = _make_tiles(grouped=False)
+_grouped = _make_tiles(grouped=True)
+
+
+@njit(nogil=True)
+def _carry_on(product, gate, width, smallest):
+    """gate = product * gate; whether a number of it has left [smallest, 1 / smallest]."""
+    low, high = fill(smallest), fill(float32(1.0) / smallest)
+    zero, one = fill(float32(0.0)), fill(float32(1.0))
+    outside = zero
+    for i in range(0, width, LANES):
+        x = load(product, i) * load(gate, i)
+        outside = outside + choose_below(x, low, one, zero) + choose_below(high, x, one, zero)
+        store(gate, i, x)
+    return total(outside) > float32(0.0)
+
+
+@njit(nogil=True)
+def _fill_ones(out, width):
+    for i in range(0, width, LANES):
+        store(out, i, fill(float32(1.0)))
+
+
+@njit(nogil=True)
+def _copy(out, x, width):
+    for i in range(0, width, LANES):
+        store(out, i, load(x, i))
+
+
+@njit(nogil=True)
+def _multiply(x, y, width):
+    """x *= y"""
+    for i in range(0, width, LANES):
+        store(x, i, load(x, i) * load(y, i))
+
+
+@njit(nogil=True)
+def _divide(x, y, width):
+    """x /= y"""
+    for i in range(0, width, LANES):
+        store(x, i, load(x, i) / load(y, i))
+
+
+@njit(nogil=True)
+def _decay(out, stride, S, width, K, columns, D, E):
+    """out = (D E^T) * S; `out` may be S itself."""
+    whole = columns // LANES * LANES
+    for key in range(K):
+        d = splat(D, key)
+        to, row = shift(out, key * stride), shift(S, key * width)
+        for i in range(0, whole, LANES):
+            store(to, i, load(row, i) * (d * load(E, i)))
+        if whole < columns:
+            store_first(to, whole, load(row, whole) * (d * load(E, whole)), columns - whole)
+
+
+@njit(nogil=True)
+def _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, end, R):
+    """The tiles for tokens `first` to `end` of a block."""
+    i, j = first * Kp, first * Vp
+    if R == 1:
+        _single(S, width, decays, D, E, shift(k, i), shift(q, i), Kp, shift(v, j), shift(o, j), Vp, end - first, R)
+    else:
+        _grouped(S, width, decays, D, E, shift(k, i), shift(q, i), Kp, shift(v, j), shift(o, j), Vp, end - first, R)
 
 
 @njit(nogil=True)
@@ -139,10 +199,9 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
     p, out = record_at(problem, Problem), record_at(outputs, Outputs)
     K, V, R = p.K, p.V, p.R
     H = p.G * R
-    # Kernels for a value gate alone, or for grouped heads without gates, are not worth compiling:
-    # they get key gates of 1.
     value_gate = p.Vz == V
-    key_gate = p.Kf > 0 or p.Vz > 0 or R > 1
+    key_gate = p.Kf > 0 or (p.Vz == 1 and V != 1)
+    gated = key_gate or value_gate
     # An exclusive read of token t is an inclusive one of token t - 1, and one of the initial state.
     late = 1 - p.inclusive
     most_columns = part_width(V, p.parts)
@@ -155,7 +214,11 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
     v = shift(q, R * BLOCK * Kp)
     z = shift(v, BLOCK * Vp)
     o = shift(z, BLOCK * Vp)
-    padded_state = shift(o, R * BLOCK * Vp)
+    D = shift(o, R * BLOCK * Vp)
+    F = shift(D, Kp)
+    E = shift(F, Kp)
+    Z = shift(E, Vp)
+    padded_state = shift(Z, Vp)
 
     for unit in range(first_unit, end_unit):
         part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G
@@ -183,10 +246,16 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
                 at = ((batch * p.T + start) * H + head * R + r) * V + column
                 unstage(shift(pointer(out.o), at), H * V, columns, late, o, Vp)
 
+        # Until the first token that decays, there is no product: one token alone needs but one pass over S.
+        smallest, carried = one, False
+        _fill_ones(F, Kp)
+        _fill_ones(Z, Vp)
+        _fill_ones(D, Kp)
+        _fill_ones(E, Vp)
         for t in range(start, end, BLOCK):
             if p.checkpoints != 0 and (t - start) % SEGMENT == 0:
                 at = ((checkpoint + (t - start) // SEGMENT) * p.G + head) * K * V + column
-                unstage(shift(pointer(p.checkpoints), at), V, columns, K, S, width)
+                _decay(shift(pointer(p.checkpoints), at), V, S, width, K, columns, F, Z)
             rows = min(BLOCK, end - t)
             reads = min(rows, end - t - late)
             at = offset(p.k_strides, batch, t, head)
@@ -205,20 +274,50 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
                 stage(x, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, reads, factor)
                 clear(shift(x, reads * Kp), (rows - reads) * Kp)
                 clear(y, rows * Vp)
-            if R == 1:
+            first, decays = 0, False
+            if gated:
+                product_f, product_z = F, Z
+                for i in range(rows):
+                    ft, zt = shift(f, i * Kp), shift(z, i * Vp)
+                    over = False
+                    if key_gate:
+                        over = _carry_on(product_f, ft, Kp, smallest)
+                    if value_gate:
+                        over = _carry_on(product_z, zt, Vp, smallest) or over
+                    if over:
+                        if first < i:
+                            _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, i, R)
+                        first, decays, smallest = i, True, float32(SMALLEST)
+                        if key_gate:
+                            _copy(D, ft, Kp)
+                            _fill_ones(ft, Kp)
+                        if value_gate:
+                            _copy(E, zt, Vp)
+                            _fill_ones(zt, Vp)
+                    carried = not over and (carried or smallest < one)
+                    if key_gate:
+                        product_f = ft
+                        if carried:
+                            _divide(shift(k, i * Kp), ft, Kp)
+                            for r in range(R):
+                                _multiply(shift(q, (r * BLOCK + i) * Kp), ft, Kp)
+                    if value_gate:
+                        product_z = zt
+                        if carried:
+                            _divide(shift(v, i * Vp), zt, Vp)
+                if key_gate:
+                    _copy(F, product_f, Kp)
                 if value_gate:
-                    _both_gates(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
-                elif key_gate:
-                    _key_gate(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
-                else:
-                    _no_gates(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
-            elif value_gate:
-                _both_gates_grouped(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
-            else:
-                _key_gate_grouped(S, width, k, f, q, Kp, v, z, o, Vp, rows, R)
+                    _copy(Z, product_z, Vp)
+            _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, rows, R)
             for r in range(R):
+                x = shift(o, r * BLOCK * Vp)
+                if value_gate:
+                    _multiply(x, z, reads * Vp)
                 at = ((batch * p.T + t + late) * H + head * R + r) * V + column
-                unstage(shift(pointer(out.o), at), H * V, columns, reads, shift(o, r * BLOCK * Vp), Vp)
+                unstage(shift(pointer(out.o), at), H * V, columns, reads, x, Vp)
+        if carried:
+            _decay(S, width, S, width, K, columns, F, Z)
         if not in_place:
             unstage(shift(pointer(out.final_state), state), V, columns, K, S, width)
 

@@ -264,7 +264,7 @@ def _power_of_two(typingctx, n):
 
 
 @intrinsic
-def _choose_below(typingctx, a, b, low, high):
+def choose_below(typingctx, a, b, low, high):
     """low where a < b, high elsewhere, NaN included."""
 
     def codegen(context, builder, sig, args):
@@ -284,7 +284,12 @@ def _arithmetic(symbol, method: str) -> None:
         return getattr(builder, method)(*args)
 
 
-for _symbol, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+for _symbol, _method in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _arithmetic(_symbol, _method)
 
 
@@ -305,7 +310,7 @@ def exp(x):
     p = fma(p, r * r, r) + fill(types.float32(1.0))
     # Below, 2**n is no normal number any more, and n and r are garbage at -inf.
     smallest = fill(types.float32(-87.0))
-    return _choose_below(x, smallest, fill(types.float32(0.0)), p * _power_of_two(n))
+    return choose_below(x, smallest, fill(types.float32(0.0)), p * _power_of_two(n))
 
 
 def _at(builder, args, pointee):
