@@ -39,6 +39,15 @@ def test_kernels_from_the_disk_are_not_announced(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture(params=["torch's threads", "our own"])
+def pool(request, monkeypatch):
+    if request.param == "our own":
+        monkeypatch.setattr(runtime, "_openmp", lambda: None)
+    elif runtime._openmp() is None:
+        pytest.skip("torch does not bring GNU's OpenMP here")
+
+
+@pytest.mark.usefixtures("pool")
 @pytest.mark.parametrize("units", [0, 1, 2, 7, 100])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_every_unit_is_done_once(units, threads):
@@ -52,6 +61,13 @@ def test_every_unit_is_done_once(units, threads):
     assert sorted(done) == list(range(units))
 
 
+@pytest.mark.usefixtures("pool")
+def test_several_threads_work_at_once():
+    meeting = threading.Barrier(2, timeout=60)
+    runtime.share_out(lambda first, end: meeting.wait(), 2, 2)
+
+
+@pytest.mark.usefixtures("pool")
 def test_an_error_in_another_thread_is_raised():
     def work(first, end):
         if first >= 1:

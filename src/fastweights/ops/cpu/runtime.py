@@ -1,12 +1,15 @@
 """Compiling the CPU kernels on first use, and sharing their work out among threads.
 
-The threads are a small pool of Python threads that run kernels without the GIL. Numba's own
-parallel loops would either crash when two Python threads enter them (workqueue) or add a second
-pool of spinning OpenMP threads beside torch's.
+The threads are those of torch, where it brings GNU's OpenMP: they spin for a while after each of
+torch's own operations, and others would have to wait for their cores. Elsewhere, and in a process
+after a fork, where OpenMP's are gone, they are a small pool of Python threads. Both run kernels
+without the GIL. Numba's own parallel loops would either crash when two Python threads enter them
+(workqueue) or add a second pool of spinning threads beside torch's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import os
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -24,6 +28,8 @@ logger = logging.getLogger("fastweights")
 
 _WORTH_A_THREAD = 1_000_000
 """State updates per thread; fewer are done before another thread has woken up."""
+_PROCESS = os.getpid()
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _SHARES_PER_THREAD = 4
 """Units are handed out in this many portions per thread, so that a thread that is held up gets fewer."""
 
@@ -80,6 +86,9 @@ def share_out(work: Callable[[int, int], None], units: int, threads: int) -> Non
         while (first := next(starts)) < units:
             work(first, min(first + portion, units))
 
+    if os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
+        _run_team(openmp, take_shares, threads)
+        return
     helpers = [_pool(threads - 1, os.getpid()).submit(take_shares) for _ in range(threads - 1)]
     take_shares()
     for helper in helpers:
@@ -92,6 +101,32 @@ def share_out(work: Callable[[int, int], None], units: int, threads: int) -> Non
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     # A fork copies the pool without its threads; the process's id makes the child start its own.
     return ThreadPoolExecutor(threads, thread_name_prefix="fastweights")
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The library that runs torch's threads, if it is GNU's."""
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+        library = ctypes.CDLL(str(path))
+        library.GOMP_parallel.argtypes = (_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+        return library
+    return None
+
+
+def _run_team(openmp: ctypes.CDLL, task: Callable[[], None], threads: int) -> None:
+    """Run `task` on this thread and on others of OpenMP's team at once, as `#pragma omp parallel` does."""
+    errors = []
+
+    def run(_) -> None:
+        try:
+            task()
+        except BaseException as error:  # it must not leave through C
+            errors.append(error)
+
+    openmp.GOMP_parallel(_TASK(run), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 def _say(line: str) -> None:
