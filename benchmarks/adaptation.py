@@ -115,7 +115,8 @@ def _hidden_states(base: PreTrainedModel, arguments: argparse.Namespace) -> tupl
     starts = torch.arange(count) * ((len(tokens) - 1 - run * T) // max(1, count - 1))
     starts = (starts[:, None] + T * torch.arange(run)).flatten()
     blocks = tokens[starts[:, None] + torch.arange(T + 1)]
-    hidden = [base.base_model(input_ids=block[None, :-1]).last_hidden_state for block in blocks]  # type: ignore[operator]
+    body = (base.model if isinstance(base, FastWeightsForCausalLM) else base).base_model
+    hidden = [body(input_ids=block[None, :-1]).last_hidden_state for block in blocks]  # type: ignore[operator]
     return torch.cat(hidden), blocks[:, 1:]
 
 
