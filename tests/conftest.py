@@ -15,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastweights.embedded import byte_tokenizer
+from tests.annotations import check_annotations
+
+check_annotations()
 
 VOCABULARY = 257
 

@@ -162,7 +162,7 @@ class DynamicEvaluation:
 
 
 def gradient_mean_squares(
-    model: PreTrainedModel, blocks: Iterable[Int[Tensor, " T"]], config: DynamicEvaluationConfig
+    model: PreTrainedModel, blocks: Iterable[Int[Tensor, " _"]], config: DynamicEvaluationConfig
 ) -> dict[str, Tensor]:
     """Mean square of each adapted parameter's gradient over segments of training text, for the rms rule.
 

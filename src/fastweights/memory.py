@@ -54,7 +54,7 @@ class Memory:
         """Bytes of the state."""
         return state_bytes(self.cache)
 
-    def read(self, pieces: Iterable[Int[Tensor, " n"]], *, progress: Callable[[int], None] | None = None) -> Memory:
+    def read(self, pieces: Iterable[Int[Tensor, " _"]], *, progress: Callable[[int], None] | None = None) -> Memory:
         """Read on, and return this memory.
 
         Args:

@@ -37,8 +37,12 @@ class Stream:
         self.context = context
         self.cache = self._fresh(None) if cache is None else cache
 
-    def read(self, input_ids: Int[Tensor, "B n"], **kwargs) -> Float[Tensor, "B n V"]:
-        """Logits of the token after each of the next ones, at most `context` of them at once."""
+    def read(self, input_ids: Int[Tensor, "B n"], **kwargs) -> Float[Tensor, "B kept V"]:
+        """Logits of the token after each of the next ones, at most `context` of them at once.
+
+        Args:
+            kwargs: for the model, such as `logits_to_keep`.
+        """
         if input_ids.shape[1] > self.context:
             raise FastWeightsError(f"a piece has {input_ids.shape[1]} tokens; allowed are up to {self.context}")
         return self.model(

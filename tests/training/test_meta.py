@@ -40,7 +40,7 @@ def test_scales_steps_and_decays_have_their_own_learning_rate(tmp_path):
     stage = trainer(tmp_path, model, learning_rate=1e-3, new_learning_rate=1e-1, base_learning_rate=1e-5)
     rates = {id(p): group["lr"] for group in stage.create_optimizer().param_groups for p in group["params"]}
     layer = model.fast_weight_layer
-    for parameter in (layer.log_step_size, layer.decay_logit, layer.output_scale, layer.norm_scale):
+    for parameter in (layer.log_step_size, layer.decay_gate.bias, layer.output_scale, layer.norm_scale):
         assert rates[id(parameter)] == 1e-1
     assert rates[id(layer.up.weight)] == 1e-3
     assert rates[id(model.model.lm_head.weight)] == 1e-5

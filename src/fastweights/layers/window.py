@@ -1,7 +1,7 @@
 """Exact softmax attention over the last few tokens, in time and memory linear in the length.
 
-Notation: B batch, T queries, P keys from before the first query (at most W - 1), W window, N blocks, H query heads,
-G key/value heads, D width of a head.
+Notation: B batch, T queries, L keys (those of the T tokens and of at most W - 1 before), W window, H query
+heads, G key/value heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 def window_attention(
     q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B P+T G D"],
-    v: Float[Tensor, "B P+T G D"],
+    k: Float[Tensor, "B L G D"],
+    v: Float[Tensor, "B L G D"],
     *,
     window: int,
     scale: float,
     bias: Float[Tensor, "H W"] | None = None,
-    key_mask: Bool[Tensor, "B P+T"] | None = None,
+    key_mask: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B T H D"]:
     """Causal softmax attention in which each query sees its own token and the `window` - 1 before it.
 
     Args:
         q: queries of the last T tokens.
-        k: keys of the same tokens, after those of P earlier ones.
+        k: keys of the same tokens, after those of earlier ones.
         v: values, like `k`.
         window: tokens that a query sees, at least 1.
         scale: factor on q·k.
@@ -43,7 +43,7 @@ def window_attention(
         mask = None if key_mask is None else key_mask[:, None, None, :]
         return _attend(q, k, v, scale, mask, None if bias is None else bias[:, :visible].flip(-1)[None, :, None])
 
-    # Queries in blocks of W; block n sees its own W keys and the W before them. Front padding makes P equal to W.
+    # Queries in blocks of W; a block sees its own W keys and the W before them, zeros in front of the first.
     blocks = -(-length // window)
     back = blocks * window - length
     front = window - (k.shape[1] - length)
@@ -64,11 +64,11 @@ def window_attention(
     return o.unflatten(0, (q.shape[0], blocks)).flatten(1, 2)[:, :length]
 
 
-def _blocks(x: Float[Tensor, "B N*W H D"], window: int) -> Float[Tensor, "B*N W H D"]:
+def _blocks(x: Float[Tensor, "B L H D"], window: int) -> Float[Tensor, "rows W H D"]:
     return x.unflatten(1, (-1, window)).flatten(0, 1)
 
 
-def _blocks_with_predecessor(x: Float[Tensor, "B (N+1)*W G D"], window: int) -> Float[Tensor, "B*N 2*W G D"]:
+def _blocks_with_predecessor(x: Float[Tensor, "B L G D"], window: int) -> Float[Tensor, "rows keys G D"]:
     blocks = x.unflatten(1, (-1, window))
     return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
@@ -112,7 +112,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         attention_records: list[AttentionRecord] | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> ModelOutput:
         """Like any causal LM's.
 
         Args:

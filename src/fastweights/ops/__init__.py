@@ -39,7 +39,7 @@ def decay_rule(
     initial_state: Float[Tensor, "N G K V"] | None = None,
     output_final_state: bool = False,
     inclusive: bool = True,
-    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"] | None]:
     """Decaying fast weights: a state that fades by gates on both of its sides, and is read with q.

@@ -33,7 +33,7 @@ def decay_rule_reference(
     key_log_decay: Float[Tensor, "B T G Kf"] | None,
     value_log_decay: Float[Tensor, "B T G Vz"] | None,
     initial_state: Float[Tensor, "N G K V"] | None,
-    cu_seqlens: Int[Tensor, " N+1"] | None,
+    cu_seqlens: Int[Tensor, " bounds"] | None,
     scale: float,
     inclusive: bool,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"]]:

@@ -1,0 +1,86 @@
+"""Shapes and dtypes that annotations promise, checked at every call while the tests run.
+
+jaxtyping's own import hook decorates functions before their module is whole, which torch's custom ops do not survive,
+and needs at run time what these modules import for type checkers alone. So functions are decorated here once everything
+is imported, wherever a module holds them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from types import FunctionType, ModuleType
+
+import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+import fastweights
+
+SELF_CHECKED = {"decay_rule"}
+"""Doors that refuse wrong shapes in words of their own."""
+_SHAPED = re.compile(r"\b(Float|Int|Bool)\[")
+
+
+def check_annotations() -> int:
+    """Decorate all functions of the package with annotated shapes; returns how many."""
+    modules = [fastweights, *_modules()]
+    for module in modules:
+        _import_for_type_checkers(module)
+    checked: dict[int, FunctionType] = {}
+    for module in modules:
+        for cls in {id(x): x for x in vars(module).values() if inspect.isclass(x)}.values():
+            if cls.__module__ == module.__name__:
+                for name, function in list(vars(cls).items()):
+                    if _is_shaped(function):
+                        setattr(cls, name, _checked(function, checked))
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] in ("fastweights", "benchmarks")]:
+        for name, function in list(vars(module).items()):
+            if _is_shaped(function) and function.__module__.startswith("fastweights"):
+                setattr(module, name, _checked(function, checked))
+    return len(checked)
+
+
+def _modules() -> list[ModuleType]:
+    # kernels compiles when imported, __main__ runs.
+    left_out = ("__main__", ".kernels", ".decay_forward", ".decay_backward", ".staging", ".vectors")
+    names = [info.name for info in pkgutil.walk_packages(fastweights.__path__, "fastweights.")]
+    return [importlib.import_module(name) for name in names if not name.endswith(left_out)]
+
+
+def _import_for_type_checkers(module: ModuleType) -> None:
+    """Make the names of the `if TYPE_CHECKING:` block known, now that no import can be circular any more."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            code = compile(ast.Module(node.body, type_ignores=[]), str(module.__file__), "exec")
+            exec(code, vars(module))
+
+
+def _is_shaped(x: object) -> bool:
+    if not isinstance(x, FunctionType) or x.__name__ in SELF_CHECKED:
+        return False
+    return any(_SHAPED.search(str(hint)) for hint in x.__annotations__.values())
+
+
+def _checked(function: FunctionType, done: dict[int, FunctionType]) -> FunctionType:
+    if id(function) in {id(f) for f in done.values()}:
+        return function
+    if id(function) not in done:
+        done[id(function)] = _decorated(function)
+    return done[id(function)]
+
+
+def _decorated(function: FunctionType) -> FunctionType:
+    checked = jaxtyped(typechecker=beartype)(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # torch.compile cannot look into the checks.
+        return (function if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
