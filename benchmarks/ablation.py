@@ -40,6 +40,7 @@ LLAMA = {
     "Llama, no rotary embedding": {"rotary": False},
     "Llama, not calibrated": {},
     "Llama, window 32": {"window": 32},
+    "Llama, window 32, no rotary embedding in the fast weights": {"window": 32, "rotary": False},
 }
 console = Console()
 

@@ -47,6 +47,7 @@ VARIANTS = {
     "control": (FastWeightLayerSettings(updates=False), 1),
     "fwl": (FastWeightLayerSettings(decay="none", segment=0), 1),  # the paper
     "fwl, scalar decay": (FastWeightLayerSettings(decay="scalar", segment=0), 1),
+    "fwl, scalar decay, blocks in a row": (FastWeightLayerSettings(decay="scalar", segment=0), MetaConfig().blocks),
     "fwl, segments": (FastWeightLayerSettings(decay="none"), MetaConfig().blocks),
     "fwl, scalar decay, segments": (FastWeightLayerSettings(decay="scalar"), MetaConfig().blocks),
     "fwl, channel decay, segments": (FastWeightLayerSettings(decay="channel"), MetaConfig().blocks),

@@ -35,7 +35,8 @@ def test_grouped_heads_read_the_state_they_share():
     x = torch.randn(1, 9, 32)
     positions = model.model.rotary_emb(x, torch.arange(9)[None])
     with torch.no_grad():
-        q, k, v = layer.projections.project(layer, x, positions)
+        q, k, v = layer.projections.project(layer, x)
+        q, k = layer.projections.rotate(q, k, positions)
         assert (q.shape[2], k.shape[2]) == (4, 2)
         gates = [gate.repeat_interleave(2, 2) for gate in layer.log_decays(x)]
         k, v = (y.repeat_interleave(2, 2) for y in (k, v))
@@ -46,15 +47,17 @@ def test_grouped_heads_read_the_state_they_share():
 
 
 @pytest.mark.parametrize("rotary", [True, False])
-def test_rotary_can_be_left_out(rotary):
+def test_rotary_can_be_left_out_of_the_fast_weights_but_not_of_the_window(rotary):
     model = make_llama()
-    layer = convert(model, ConversionConfig(rotary=rotary)).fast_weight_layers()[0]
+    layer = convert(model, ConversionConfig(rotary=rotary, window=4)).fast_weight_layers()[0]
     x = torch.randn(1, 9, 32)
     with torch.no_grad():
         first, second = (
-            layer(x, position_embeddings=model.model.rotary_emb(x, torch.arange(9)[None] * step))[0] for step in (1, 7)
+            layer.read(x, position_embeddings=model.model.rotary_emb(x, torch.arange(9)[None] * step))
+            for step in (1, 7)
         )
-    assert torch.equal(first, second) == (not rotary)
+    assert torch.equal(first[0], second[0]) == (not rotary)
+    assert not torch.equal(first[1], second[1])
 
 
 def test_gates_ignore_autocast():

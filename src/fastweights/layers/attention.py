@@ -46,7 +46,8 @@ class FastWeightSettings:
     window_bias: bool = False
     """Learn a bias for each head and distance in the window, for models that have lost their absolute positions."""
     rotary: bool = True
-    """Keep the rotary embedding of the base model, where it has one."""
+    """Give the fast weights queries and keys with the base model's rotary embedding, where it has one, as the window's
+    always are."""
     gate_bias: tuple[float, float] = (2.0, 6.0)
     """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
 
@@ -61,10 +62,12 @@ class FastWeightSettings:
 class Projections(Protocol):
     """How one architecture computes queries, keys, values and output from its own modules."""
 
-    def project(
-        self, attention: FastWeightAttention, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, K), k (B, T, G, K) and v (B, T, G, V), with rotary embedding where one is given."""
+    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, K), k (B, T, G, K) and v (B, T, G, V)."""
+        ...
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q and k with rotary embedding, in architectures that have one."""
         ...
 
     def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
@@ -154,8 +157,10 @@ class FastWeightAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
         """What the fast weights and the window (None without one) say, before their learned factors."""
         length = x.shape[1]
-        rotary = position_embeddings if self.settings.rotary else None
-        q, k, v = self.projections.project(self, x, rotary)
+        q, k, v = self.projections.project(self, x)
+        rotated = (q, k) if position_embeddings is None else self.projections.rotate(q, k, position_embeddings)
+        if self.settings.rotary:
+            q, k = rotated
         key_log_decay, value_log_decay = self.log_decays(x)
         real = None if padding_mask is None else padding_mask[:, -length:, None, None]
         if real is not None:
@@ -178,7 +183,7 @@ class FastWeightAttention(nn.Module):
         if past_key_values is not None:
             assert state is not None
             past_key_values.update_recurrent_state(state, self.layer_idx, tokens=length)
-        return fast, self._window(q, k, v, past_key_values, padding_mask) if self.settings.window else None
+        return fast, self._window(*rotated, v, past_key_values, padding_mask) if self.settings.window else None
 
     def mix(self, fast: Float[Tensor, "B T H V"], window: Float[Tensor, "B T H V"] | None) -> Float[Tensor, "B T d"]:
         """Scale by the learned factors, add, and project to the residual stream."""

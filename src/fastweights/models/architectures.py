@@ -25,9 +25,12 @@ class FusedProjections:
     out: str
     dropout: str
 
-    def project(self, attention: FastWeightAttention, x: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = attention.get_submodule(self.qkv)(x).unflatten(-1, (3, attention.heads, attention.head_dim))
         return qkv.unbind(2)
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        return q, k
 
     def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
         return attention.get_submodule(self.dropout)(attention.get_submodule(self.out)(y))
@@ -42,14 +45,15 @@ class SplitProjections:
     v: str = "v_proj"
     out: str = "o_proj"
 
-    def project(self, attention: FastWeightAttention, x: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             attention.get_submodule(name)(x).unflatten(-1, (-1, attention.head_dim))
             for name in (self.q, self.k, self.v)
         )
-        if position_embeddings is not None:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         return q, k, v
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
     def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
         return attention.get_submodule(self.out)(y)

@@ -30,7 +30,7 @@ class FastWeightsConfig(PreTrainedConfig):
             softmax window) or "full_attention" (the base model's own).
         window: tokens in the exact window of hybrid layers.
         value_gate: whether the state also decays per value channel.
-        rotary: whether queries and keys keep the base model's rotary embedding.
+        rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
         gate_bias: first and last gate bias of a head at the start.
         base_model: folder or hub name of the model that was converted: the teacher, when training.
         fast_weight_layer: what a Fast Weight Layer before the unembedding is made of (the fields of

@@ -33,7 +33,7 @@ class ConversionConfig:
     value_gate: Annotated[bool, ADVANCED] = True
     """Decay per value channel too, as in the paper."""
     rotary: Annotated[bool, ADVANCED] = True
-    """Keep the rotary embedding of queries and keys, where the base model has one."""
+    """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: Annotated[tuple[float, float], ADVANCED] = (2.0, 6.0)
     """First and last gate bias of a head at the start: a spread of time constants."""
     positions: Literal["keep", "drop"] = "keep"

@@ -77,10 +77,7 @@ def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -
 
 def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H W"]:
     """What absolute positions added to q·k on average, per head and distance, and the student's q·k now lack."""
-    with_positions, without = (
-        layer.projections.project(layer, x, record.position_embeddings)[:2]
-        for x in (record.teacher_inputs, record.inputs)
-    )
+    with_positions, without = (layer.projections.project(layer, x)[:2] for x in (record.teacher_inputs, record.inputs))
     length, group = record.inputs.shape[1], layer.heads // layer.kv_heads
     lost = torch.zeros(layer.heads, layer.settings.window, device=record.inputs.device)
     for distance in range(min(layer.settings.window, length)):
