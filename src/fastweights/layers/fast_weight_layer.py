@@ -280,13 +280,12 @@ class FastWeightLayer(nn.Module):
         self, h: Tensor, u: Tensor, labels: Tensor, unembedding: nn.Linear, seen: FastWeights | None
     ) -> _SlowPass:
         """Gradients of each position's loss with respect to the outputs of the block's layers; 0 without a label."""
-        scale, offset, down = self.norm_scale, self.norm_offset, self.down.weight
+        scale, offset = self.norm_scale, self.norm_offset
         if seen is not None:
             u = u + _change(h, seen.up)
             scale, offset = (
                 w + change for w, change in zip((scale, offset), seen.norm[:, 0].chunk(2, -1), strict=True)
             )
-            down = down + seen.down[:, 0, :-1].transpose(-1, -2)
         a = relu(u).square()
         r = self.down(a) if seen is None else self.down(a) + _change(a, seen.down)
         normalised, deviation = _normalise(r)
@@ -294,7 +293,10 @@ class FastWeightLayer(nn.Module):
         dn = self.output_scale * next_token_gradient(y, labels, unembedding)
         dr = dn * scale
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
-        du = (dr @ down) * 2 * relu(u)
+        da = dr @ self.down.weight
+        if seen is not None:
+            da = da + dr @ seen.down[:, 0, :-1].transpose(-1, -2)
+        du = da * 2 * relu(u)
         return _SlowPass(a, du, dr, torch.cat((dn * normalised, dn), -1))
 
     def _fast_pass(
