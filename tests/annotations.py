@@ -39,7 +39,7 @@ def check_annotations() -> int:
                 for name, function in list(vars(cls).items()):
                     if _is_shaped(function):
                         setattr(cls, name, _checked(function, checked))
-    for module in [m for name, m in sys.modules.items() if name.split(".")[0] in ("fastweights", "benchmarks")]:
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "fastweights"]:
         for name, function in list(vars(module).items()):
             if _is_shaped(function) and function.__module__.startswith("fastweights"):
                 setattr(module, name, _checked(function, checked))
@@ -62,7 +62,7 @@ def _import_for_type_checkers(module: ModuleType) -> None:
 
 
 def _is_shaped(x: object) -> bool:
-    if not isinstance(x, FunctionType) or x.__name__ in SELF_CHECKED:
+    if not isinstance(x, FunctionType) or x.__name__ in SELF_CHECKED or hasattr(x, "is_checked"):
         return False
     return any(_SHAPED.search(str(hint)) for hint in x.__annotations__.values())
 
@@ -83,4 +83,5 @@ def _decorated(function: FunctionType) -> FunctionType:
         # torch.compile cannot look into the checks.
         return (function if torch.compiler.is_compiling() else checked)(*args, **kwargs)
 
+    call.is_checked = True
     return call  # type: ignore[return-value]

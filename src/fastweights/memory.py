@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
 
-FORMAT = "fastweights-memory-1"
+FORMAT = "fastweights-memory-2"
 _PIECE = 1024
 
 

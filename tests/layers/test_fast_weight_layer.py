@@ -237,6 +237,16 @@ def test_a_row_does_not_depend_on_its_batch_mates_or_on_padding(segment, decay):
         close(padded_state, one)
 
 
+@pytest.mark.parametrize("segment", [0, 7])
+def test_no_tokens_pass_the_state_through(segment):
+    layer, unembedding = block(segment=segment)
+    hidden, labels = text(2, 9)
+    _, state = layer(hidden, labels, unembedding)
+    y, after = layer(hidden[:, :0], labels[:, :0], unembedding, state)
+    assert y.shape == (2, 0, D)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), after.tensors(), strict=True))
+
+
 def test_a_position_without_a_label_leaves_the_state_bit_for_bit():
     layer, unembedding = block("input", dtype=torch.float32)
     hidden, labels = text(2, 9, torch.float32)

@@ -198,12 +198,31 @@ def test_a_gate_of_zero_forgets_all_and_makes_no_nan(gates, inclusive, backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_nan_reaches_the_outputs_after_it(backend):
+@pytest.mark.parametrize("at", [0, 12])
+@pytest.mark.parametrize("name", ["v", "key_log_decay", "value_log_decay"])
+def test_nan_reaches_the_outputs_after_it(name, at, backend):
     tensors = inputs(Problem(20, 16, 16, H=1, G=1), torch.float32)
-    tensors["v"][:, 12] = torch.nan
+    for gate in ("key_log_decay", "value_log_decay"):
+        tensors[gate][:, :at] = 0.0
+    tensors[name][:, at] = torch.nan
     o, state = decay_rule(**tensors, output_final_state=True, backend=backend)
-    assert o[:, 12:].isnan().all()
+    assert backend == "chunked" or o[:, :at].isfinite().all()  # a masked product of NaN is NaN
+    assert o[:, at:].isnan().all()
     assert state.isnan().all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("strongest", [0.05, 3.0])
+def test_large_numbers_do_not_overflow_on_the_way(strongest, backend):
+    problem = Problem(600, 16, 16, H=2, G=2, strongest=strongest, seed=3)
+    tensors = inputs(problem, torch.float32)
+    for name in ("k", "v"):
+        tensors[name] *= 1e12
+    o, state = decay_rule(**tensors, **options(problem), backend=backend)
+    doubles = {name: x.double() for name, x in tensors.items()}
+    expected, expected_state = decay_rule(**doubles, **options(problem), backend="reference")
+    assert error(o, expected) <= tolerances.FLOAT32
+    assert error(state, expected_state) <= tolerances.FLOAT32
 
 
 @pytest.mark.parametrize("backend", FAST)

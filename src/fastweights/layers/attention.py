@@ -158,7 +158,9 @@ class FastWeightAttention(nn.Module):
         """What the fast weights and the window (None without one) say, before their learned factors."""
         length = x.shape[1]
         q, k, v = self.projections.project(self, x)
-        rotated = (q, k) if position_embeddings is None else self.projections.rotate(q, k, position_embeddings)
+        rotated = q, k
+        if position_embeddings is not None and (self.settings.rotary or self.settings.window):
+            rotated = self.projections.rotate(q, k, position_embeddings)
         if self.settings.rotary:
             q, k = rotated
         key_log_decay, value_log_decay = self.log_decays(x)

@@ -243,10 +243,11 @@ class FastWeightLayer(nn.Module):
     ) -> tuple[Tensor, FastWeightLayerState]:
         known = labels != NO_LABEL
         now, seen, steps = state
-        if seen is None:
+        if seen is None or h.shape[1] == 0:
             y, now = self._piece(h, labels, known, unembedding, now, None)
-            return y, FastWeightLayerState(now, None, steps)
-        # Rows end their segments at places of their own, since only positions with a label count.
+            return y, FastWeightLayerState(now, seen, steps)
+        # Rows end their segments at places of their own, since only positions with a label count. Finding out where
+        # waits for a GPU, once.
         taken, n = steps[:, None] + known.cumsum(1), self.settings.segment
         ends = known & (taken % n == 0)
         some, all_ = torch.stack((ends.any(0), ends.all(0))).tolist()

@@ -64,7 +64,7 @@ def decay_rule(
     Returns o in v's dtype and, if `output_final_state`, the state after the last token. States and
     sums are float32, or float64 when q, k or v is. Backends: "reference", "chunked", "cpu"; "auto"
     takes "cpu" for tensors on a CPU, except float64 ones, and "chunked" for all others. Only
-    "reference" and "chunked" can be differentiated twice.
+    "reference" and "chunked" can be differentiated twice; sums in "cpu" overflow from 1e28 on, and not from 1e38.
     """
     check_decay_inputs(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens)
     if backend == "auto":

@@ -82,7 +82,7 @@ class MetaConfig(StageConfig):
     base_learning_rate: float | None = None
     """Peak learning rate of the model below; by default it stays frozen."""
     blocks: int = 8
-    """Blocks in a row, one to a step, through which the fast weights go on; 1: they start anew with each."""
+    """Blocks in a row, one to a forward pass, through which the fast weights go on; 1: they start anew with each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fastweights.errors import FastWeightsError
 from fastweights.stream import Stream
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer
@@ -42,6 +43,11 @@ class MetaTrainer(StageTrainer):
         super().__init__(
             model, config, *args, **kwargs, new_parameters=(LAYER + n for n in layer.small_parameter_names())
         )
+        if self.args.n_gpu > 1:
+            raise FastWeightsError(
+                f"one process was given {self.args.n_gpu} GPUs; fast weights that go on from step to step need a "
+                "process for each: use `accelerate launch`"
+            )
         self.block_size = self.train_dataset.block_size  # type: ignore[union-attr]
         self.lanes = config.batch_size * self.args.world_size
         self.train_dataset = BlocksInRuns(self.train_dataset, config.blocks, self.lanes)  # type: ignore[arg-type]
@@ -111,7 +117,8 @@ class RunSampler(Sampler[int]):
 
     def __init__(self, blocks: int, run: int, lanes: int, seed: int) -> None:
         self.run, self.lanes, self.seed, self.epoch = run, lanes, seed, 0
-        self.runs = blocks // run // lanes * lanes
+        self.all_runs = blocks // run
+        self.runs = self.all_runs // lanes * lanes  # of an epoch; others are left out in the next
 
     def set_epoch(self, epoch: int) -> None:
         """Another order."""
@@ -122,5 +129,6 @@ class RunSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        starts = self.run * torch.randperm(self.runs, generator=generator).view(-1, self.lanes)
+        order = torch.randperm(self.all_runs, generator=generator)[: self.runs]
+        starts = self.run * order.view(-1, self.lanes)
         return iter((starts[:, None] + torch.arange(self.run)[:, None]).flatten().tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +42,7 @@ def test_kernels_from_the_disk_are_not_announced(capsys):
 
 @pytest.fixture(params=["torch's threads", "our own"])
 def pool(request, monkeypatch):
+    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 2)  # the size of torch's team
     if request.param == "our own":
         monkeypatch.setattr(runtime, "_openmp", lambda: None)
     elif runtime._openmp() is None:
@@ -75,6 +77,32 @@ def test_an_error_in_another_thread_is_raised():
 
     with pytest.raises(ZeroDivisionError):
         runtime.share_out(work, 2, 2)
+
+
+def test_work_that_an_interrupt_kept_from_starting_is_not_taken_for_done():
+    class Interrupted:
+        def GOMP_parallel(self, *args):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime._run_team(Interrupted(), lambda: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_fork_that_imports_us_first_has_threads_of_its_own():
+    script = """
+import os, torch
+torch.set_num_threads(2)
+torch.randn(4_000_000).exp()  # OpenMP's threads start, and stay behind in the fork
+child = os.fork()
+if not child:
+    from fastweights.ops.cpu import runtime
+    done = []
+    runtime.share_out(lambda first, end: done.extend(range(first, end)), 8, 2)
+    os._exit(0 if sorted(done) == list(range(8)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_small_problems_take_one_thread(monkeypatch):

@@ -8,7 +8,7 @@ and Z_t the products of the gates since some token,
 
     S_t = (F_t Z_t^T) * T_t      T_t = T_{t-1} + (k_t / F_t) (v_t / Z_t)^T      o_t = Z_t * T_t^T (F_t * q_t)
 
-so T only grows, and gates touch rows alone. A product that leaves [SMALLEST, 1 / SMALLEST] is made
+so T only grows, and gates touch rows alone. A product that leaves [RESCALE_BELOW, 1 / RESCALE_BELOW] is made
 good on T, and the products start anew at 1; which token that happens at depends on the gates up to
 it alone, and padding, whose gates are 1, changes nothing. So neither a later token nor padding
 changes one bit of the result. Token by token, a tile of 4 x 16 numbers of T stays in registers for
@@ -46,8 +46,8 @@ from .staging import (
 from .vectors import LANES, choose_below, fill, fma, load, pointer, record_at, shift, splat, store, store_first, total
 
 BLOCK = 16
-SMALLEST = 2.0**-30
-"""Of a product of gates. Numbers in scratch are at most SMALLEST**-2 times those that they stand for."""
+RESCALE_BELOW = 2.0**-16
+"""Numbers in scratch are at most RESCALE_BELOW**-2 times those that they stand for: 4e9 of float32's 3e38."""
 
 
 class Outputs(NamedTuple):
@@ -122,16 +122,16 @@ _grouped = _make_tiles(grouped=True)
 
 
 @njit(nogil=True)
-def _carry_on(product, gate, width, smallest):
-    """gate = product * gate; whether a number of it has left [smallest, 1 / smallest]."""
+def _accumulate(product, gate, width, smallest):
+    """gate = product * gate; whether a number of it has left [smallest, 1 / smallest], or is none."""
     low, high = fill(smallest), fill(float32(1.0) / smallest)
     zero, one = fill(float32(0.0)), fill(float32(1.0))
     outside = zero
     for i in range(0, width, LANES):
         x = load(product, i) * load(gate, i)
-        outside = outside + choose_below(x, low, one, zero) + choose_below(high, x, one, zero)
+        outside = outside + choose_below(x, low, one, zero) + choose_below(high, x, one, zero) + (x - x)
         store(gate, i, x)
-    return total(outside) > float32(0.0)
+    return not total(outside) <= float32(0.0)  # x - x is NaN for NaN, which compares to nothing
 
 
 @njit(nogil=True)
@@ -281,13 +281,13 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
                     ft, zt = shift(f, i * Kp), shift(z, i * Vp)
                     over = False
                     if key_gate:
-                        over = _carry_on(product_f, ft, Kp, smallest)
+                        over = _accumulate(product_f, ft, Kp, smallest)
                     if value_gate:
-                        over = _carry_on(product_z, zt, Vp, smallest) or over
+                        over = _accumulate(product_z, zt, Vp, smallest) or over
                     if over:
                         if first < i:
                             _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, i, R)
-                        first, decays, smallest = i, True, float32(SMALLEST)
+                        first, decays, smallest = i, True, float32(RESCALE_BELOW)
                         if key_gate:
                             _copy(D, ft, Kp)
                             _fill_ones(ft, Kp)

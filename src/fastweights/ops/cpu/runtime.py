@@ -14,9 +14,10 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -87,14 +88,18 @@ def share_out(work: Callable[[int, int], None], units: int, threads: int) -> Non
             work(first, min(first + portion, units))
 
     if os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
-        _run_team(openmp, take_shares, threads)
+        _run_team(openmp, take_shares)
         return
     helpers = [_pool(threads - 1, os.getpid()).submit(take_shares) for _ in range(threads - 1)]
-    take_shares()
-    for helper in helpers:
-        # One that has not started is busy elsewhere, and nothing is left for it to do.
-        if not helper.cancel():
-            helper.result()
+    try:
+        take_shares()
+    finally:
+        # One that has not started is busy elsewhere, and nothing is left for it to do. The others write to memory that
+        # must not be given back under them.
+        started = [helper for helper in helpers if not helper.cancel()]
+        wait(started)
+    for helper in started:
+        helper.result()
 
 
 @cache
@@ -105,7 +110,9 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """The library that runs torch's threads, if it is GNU's."""
+    """The library that runs torch's threads, if it is GNU's and its threads are there."""
+    if _forked():
+        return None
     for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
         library = ctypes.CDLL(str(path))
         library.GOMP_parallel.argtypes = (_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -114,19 +121,35 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-def _run_team(openmp: ctypes.CDLL, task: Callable[[], None], threads: int) -> None:
-    """Run `task` on this thread and on others of OpenMP's team at once, as `#pragma omp parallel` does."""
-    errors = []
+def _forked() -> bool:
+    """Whether this process is a copy of another, whose threads it does not have (Linux's PF_FORKNOEXEC)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return bool(int(fields[6]) & 0x40)
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def _run_team(openmp: ctypes.CDLL, task: Callable[[], None]) -> None:
+    """Run `task` on this thread and on all others of torch's team at once, as `#pragma omp parallel` does.
+
+    The whole team, as OpenMP would end the threads that a smaller one leaves over.
+    """
+    errors, ended = [], set()
 
     def run(_) -> None:
         try:
             task()
         except BaseException as error:  # it must not leave through C
             errors.append(error)
+        ended.add(threading.get_ident())
 
-    openmp.GOMP_parallel(_TASK(run), None, threads, 0)
+    openmp.GOMP_parallel(_TASK(run), None, torch.get_num_threads(), 0)
     if errors:
         raise errors[0]
+    if threading.get_ident() not in ended:
+        # A signal came before the first line of `run`, where ctypes takes the exception and drops it.
+        raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:
