@@ -59,7 +59,7 @@ def main() -> None:
                     }
                 )
                 console.print(rows[-1])
-    write_csv(arguments.output, rows, environment())
+                write_csv(arguments.output, rows, environment())
 
 
 def _small_model():
