@@ -34,7 +34,7 @@ def read(
     file
         UTF-8 text, plain or .gz.
     output
-        Memory file to write: a few MB, whatever the length of the text.
+        Memory file to write: of one size, some MB, whatever the length of the text.
     memory
         Memory to go on from, by the same model.
     """
