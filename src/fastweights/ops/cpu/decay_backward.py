@@ -35,6 +35,8 @@ from .staging import (
     SEGMENT,
     Problem,
     clear,
+    fill_ones,
+    multiply,
     offset,
     part_width,
     round_up,
@@ -208,13 +210,6 @@ def _gather(out, weights, x, rows, size):
 
 
 @njit(nogil=True)
-def _multiply(out, x, y, size):
-    """out = x * y"""
-    for i in range(0, size, LANES):
-        store(out, i, load(x, i) * load(y, i))
-
-
-@njit(nogil=True)
 def _add_product(out, x, y, size):
     """out += x * y"""
     for i in range(0, size, LANES):
@@ -227,13 +222,6 @@ def _sum(x, size):
     for i in range(0, size, LANES):
         s = s + load(x, i)
     return total(s)
-
-
-@njit(nogil=True)
-def _fill_ones(out, size):
-    one = fill(float32(1.0))
-    for i in range(0, size, LANES):
-        store(out, i, one)
 
 
 # --- gates inside a chunk ---------------------------------------------------------------------------
@@ -380,11 +368,11 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
             stage(v, Vp, Vp, shift(pointer(p.v), at), p.v_strides[1], columns, rows, one)
             if key_gate:
                 stage_key_gate(f, Kp, p, batch, head, t0, rows)
-                _fill_ones(shift(f, rows * Kp), (staged - rows) * Kp)
+                fill_ones(shift(f, rows * Kp), (staged - rows) * Kp)
             if value_gate:
                 at = offset(p.z_strides, batch, t0, head) + column
                 stage_gate(z, Vp, shift(pointer(p.z), at), p.z_strides[1], columns, rows)
-                _fill_ones(shift(z, rows * Vp), (staged - rows) * Vp)
+                fill_ones(shift(z, rows * Vp), (staged - rows) * Vp)
             for r in range(R):
                 qr, gr = shift(q, r * SEGMENT * Kp), shift(g, r * SEGMENT * Vp)
                 clear(shift(qr, reads * Kp), (staged - reads) * Kp)
@@ -435,10 +423,10 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
                 for r in range(R):
                     i, j = r * SEGMENT * Kp + i0, r * SEGMENT * Vp + j0
                     qFr, gZr = shift(qF, r * CHUNK * Kp), shift(gZ, r * CHUNK * Vp)
-                    _multiply(qFr, shift(q, i), F, CHUNK * Kp)
-                    _multiply(gZr, shift(g, j), Z, CHUNK * Vp)
+                    multiply(qFr, shift(q, i), F, CHUNK * Kp)
+                    multiply(gZr, shift(g, j), Z, CHUNK * Vp)
                     _columns(x, S, Kp, Vp, gZr)
-                    _multiply(shift(dq, i), F, x, CHUNK * Kp)
+                    multiply(shift(dq, i), F, x, CHUNK * Kp)
                     if key_gate:
                         _add_product(read_k, qFr, x, CHUNK * Kp)
                     if value_gate:

@@ -33,6 +33,8 @@ from .staging import (
     SEGMENT,
     Problem,
     clear,
+    fill_ones,
+    multiply,
     offset,
     part_width,
     round_up,
@@ -135,22 +137,9 @@ def _accumulate(product, gate, width, smallest):
 
 
 @njit(nogil=True)
-def _fill_ones(out, width):
-    for i in range(0, width, LANES):
-        store(out, i, fill(float32(1.0)))
-
-
-@njit(nogil=True)
 def _copy(out, x, width):
     for i in range(0, width, LANES):
         store(out, i, load(x, i))
-
-
-@njit(nogil=True)
-def _multiply(x, y, width):
-    """x *= y"""
-    for i in range(0, width, LANES):
-        store(x, i, load(x, i) * load(y, i))
 
 
 @njit(nogil=True)
@@ -248,10 +237,10 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
 
         # Until the first token that decays, there is no product: one token alone needs but one pass over S.
         smallest, carried = one, False
-        _fill_ones(F, Kp)
-        _fill_ones(Z, Vp)
-        _fill_ones(D, Kp)
-        _fill_ones(E, Vp)
+        fill_ones(F, Kp)
+        fill_ones(Z, Vp)
+        fill_ones(D, Kp)
+        fill_ones(E, Vp)
         for t in range(start, end, BLOCK):
             if p.checkpoints != 0 and (t - start) % SEGMENT == 0:
                 at = ((checkpoint + (t - start) // SEGMENT) * p.G + head) * K * V + column
@@ -290,17 +279,18 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
                         first, decays, smallest = i, True, float32(RESCALE_BELOW)
                         if key_gate:
                             _copy(D, ft, Kp)
-                            _fill_ones(ft, Kp)
+                            fill_ones(ft, Kp)
                         if value_gate:
                             _copy(E, zt, Vp)
-                            _fill_ones(zt, Vp)
+                            fill_ones(zt, Vp)
                     carried = not over and (carried or smallest < one)
                     if key_gate:
                         product_f = ft
                         if carried:
                             _divide(shift(k, i * Kp), ft, Kp)
                             for r in range(R):
-                                _multiply(shift(q, (r * BLOCK + i) * Kp), ft, Kp)
+                                qt = shift(q, (r * BLOCK + i) * Kp)
+                                multiply(qt, qt, ft, Kp)
                     if value_gate:
                         product_z = zt
                         if carried:
@@ -313,7 +303,7 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
             for r in range(R):
                 x = shift(o, r * BLOCK * Vp)
                 if value_gate:
-                    _multiply(x, z, reads * Vp)
+                    multiply(x, x, z, reads * Vp)
                 at = ((batch * p.T + t + late) * H + head * R + r) * V + column
                 unstage(shift(pointer(out.o), at), H * V, columns, reads, x, Vp)
         if carried:

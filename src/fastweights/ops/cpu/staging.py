@@ -121,6 +121,21 @@ def clear(out, size):
 
 
 @njit(nogil=True)
+def fill_ones(out, size):
+    """out = 1"""
+    one = fill(float32(1.0))
+    for i in range(0, size, LANES):
+        store(out, i, one)
+
+
+@njit(nogil=True)
+def multiply(out, x, y, size):
+    """out = x * y; `out` may be either of them"""
+    for i in range(0, size, LANES):
+        store(out, i, load(x, i) * load(y, i))
+
+
+@njit(nogil=True)
 def stage(out, out_stride, padded, x, stride, width, rows, scale):
     """Copy rows of a tensor to scratch, scaled; zeros from `width` to `padded`."""
     s = fill(scale)
