@@ -30,13 +30,22 @@ def documents(tokenizer):
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "pure", "fast weight layer"])
+MODELS = {
+    "softmax": make_gpt2,
+    "pure": lambda: convert(make_gpt2(), ConversionConfig(positions="drop")),
+    "pure, positions kept": lambda: convert(make_gpt2()),
+    "hybrid, positions kept": lambda: convert(make_gpt2(), ConversionConfig(window=4)),
+    "one layer converted": lambda: convert(
+        make_gpt2(), ConversionConfig(layer_types=("linear_attention", "full_attention", "full_attention"))
+    ),
+    "fast weight layer": lambda: add_fast_weight_layer(make_gpt2()),
+    "fast weight layer on pure, positions kept": lambda: add_fast_weight_layer(convert(make_gpt2())),
+}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
 def test_all_contexts_score_the_same_tokens(documents, kind):
-    model = make_gpt2()
-    if kind == "pure":
-        model = convert(model, ConversionConfig(positions="drop"))
-    elif kind == "fast weight layer":
-        model = add_fast_weight_layer(model)
+    model = MODELS[kind]()
     firsts = {0, *torch.tensor(documents.document_lengths).cumsum(0).tolist()}
     expected = [i for i in range(len(documents.tokens)) if i not in firsts]
     for context in ("block", "sliding", "stream"):

@@ -61,11 +61,11 @@ class Stream:
 
     def _fresh(self, old: Cache | None) -> Cache:
         cache = DynamicCache(config=self.model.config)
-        memory = None if old is None else fast_weight_layer_cache(old)
-        if memory is not None:
-            assert isinstance(self.model, FastWeightsForCausalLM)
+        if isinstance(self.model, FastWeightsForCausalLM):
             self.model.adopt(cache)
-            cache.layers[-1] = memory
+            memory = None if old is None else fast_weight_layer_cache(old)
+            if memory is not None:
+                cache.layers[-1] = memory
         return cache
 
 

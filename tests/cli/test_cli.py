@@ -1,10 +1,14 @@
 import json
 import sys
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from fastweights.cli import main
+from fastweights.cli import Recipe, app, main
 
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "demo")
 
 
@@ -25,6 +29,26 @@ def test_help_says_what_each_option_is(monkeypatch, capsys, command):
     assert code == 0
     assert "Usage: fastweights" in out
     assert "--config" in out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_all_that_a_recipe_says_arrives(monkeypatch, recipe):
+    """Sections, too, that are called like a command: [convert]."""
+    monkeypatch.setattr(app, "config", (Recipe(recipe),))
+    _, bound, _ = app.parse_args(["pretrain" if recipe.stem.startswith("pretrain") else "train"])
+    said, config = tomllib.loads(recipe.read_text()), asdict(bound.arguments["config"])
+    assert flat(said).items() <= flat(config).items()
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, str]:
+    items = {}
+    for key, value in settings.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain(value)}
+    return items
+
+
+def plain(value) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):

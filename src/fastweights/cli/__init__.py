@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
-from cyclopts.config import Toml
+from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts.config import Dict, Toml
 from rich.console import Console
 from rich.text import Text
 
@@ -36,6 +36,17 @@ app.command(demo.demo)
 app.meta.group_parameters = app.group_parameters
 
 
+class Recipe(Toml):
+    """A TOML file whose keys are the options of the command that is run.
+
+    cyclopts' own flat files leave out keys that are names of commands, such as train's section [convert].
+    """
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if commands:
+            Dict({commands[0]: self.config}, source=self.source)(app, commands, arguments)
+
+
 @app.meta.default
 def run(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -50,7 +61,7 @@ def run(
     """
     if config is not None and not config.is_file():
         raise FastWeightsError(f"{config} does not exist: give the TOML file of a recipe")
-    app.config = () if config is None else Toml(config, use_commands_as_keys=False)
+    app.config = () if config is None else Recipe(config)
     app(tokens)
 
 
