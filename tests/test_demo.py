@@ -30,7 +30,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
         row["evaluation"]["tokens"] == written["adaptation"][0]["evaluation"]["tokens"] for row in written["adaptation"]
     )
     teacher = written["decode"]["teacher"]
-    assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * (64 + 16) // (16 + 16)  # 16 tokens are timed
+    assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * 64 // 16
     for file in result.files:
         assert file.stat().st_size > 0
     assert {file.suffix for file in result.files} == {".png", ".json"}

@@ -113,10 +113,8 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     models = {"teacher": load_model(source), **models}
     say("the same prompt, by all three")
     samples = {name: sample(model, source) for name, model in models.items()}
-    decode = {}
-    for name, model in models.items():
-        say(f"time and memory per token at contexts up to {config.contexts[-1]:,}: {name}")
-        decode[name] = decode_costs(model, config.contexts)
+    say(f"time and memory per token at contexts up to {config.contexts[-1]:,}")
+    decode = decode_costs(models, config.contexts)
 
     say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
     adaptation = adapt(config, say)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.linear import linear
 from fastweights.layers.window import window_attention
 from fastweights.ops import decay_rule
 
