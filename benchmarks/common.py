@@ -21,6 +21,7 @@ def environment() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "cpu": _cpu_model(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
@@ -32,11 +33,12 @@ def environment() -> dict[str, object]:
 
 
 def time_side_by_side(
-    tasks: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 2, seconds: float = 20.0
+    tasks: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1, seconds: float = 30.0
 ) -> dict[str, dict[str, float]]:
     """p20, p50 and p80 in milliseconds of each task, taken in turns so that a busy moment hits all alike.
 
-    A task that has used up its `seconds` sits the later rounds out, but is timed once at least.
+    Each turn is two runs, of which the second counts: the first finds what the task before left in the processor's
+    caches and in torch's memory. A task that has used up its `seconds` sits the later rounds out, but is timed once at least.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     used = dict.fromkeys(tasks, 0.0)
@@ -44,10 +46,12 @@ def time_side_by_side(
         for name, task in tasks.items():
             if used[name] > seconds and times[name]:
                 continue
+            begin = time.perf_counter()
+            task()
             start = time.perf_counter()
             task()
             elapsed = time.perf_counter() - start
-            used[name] += elapsed
+            used[name] += time.perf_counter() - begin
             if round_ >= warmups or used[name] > seconds:
                 times[name].append(1e3 * elapsed)
     return {name: quantiles(values) for name, values in times.items()}

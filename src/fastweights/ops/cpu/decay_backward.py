@@ -47,9 +47,9 @@ from .staging import (
     stage_key_gate,
     unstage,
 )
-from .vectors import LANES, fill, fma, load, pointer, record_at, shift, splat, store, store_halves, total, totals
+from .vectors import LANES, fill, fma, load, pointer, record_at, shift, splat, store, store_fours, total, totals
 
-CHUNK = LANES  # one vector holds a number of each of a chunk's tokens, which `_columns` makes use of
+CHUNK = 8
 
 
 class Gradients(NamedTuple):
@@ -165,7 +165,7 @@ def _columns(out, S, Kp, Vp, b):
                 s = load(s3, value)
                 o30, o31 = fma(s, x0, o30), fma(s, x1, o31)
             sums = totals(o00, o10, o20, o30, o01, o11, o21, o31)
-            store_halves(out, t * Kp + key, (t + 1) * Kp + key, sums)
+            store_fours(out, t * Kp + key, (t + 1) * Kp + key, sums)
 
 
 # --- rows -------------------------------------------------------------------------------------------

@@ -25,12 +25,15 @@ from .vectors import (
     load,
     load_first,
     pointer,
+    prefetch,
     shift,
     splat,
     store,
     store_first,
 )
 
+LINE = 16
+"""Numbers in a line of the processor's cache."""
 COLUMNS = 2 * LANES
 """Value columns of a register tile; Vp is a multiple of it."""
 SEGMENT = 128
@@ -80,6 +83,7 @@ def sources_version() -> int:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
+    digest.update(bytes([LANES]))
     return int(digest.hexdigest()[:15], 16)
 
 
@@ -143,6 +147,9 @@ def stage(out, out_stride, padded, x, stride, width, rows, scale):
     whole = width // LANES * LANES
     for t in range(rows):
         to, source = shift(out, t * out_stride), shift(x, t * stride)
+        ahead = shift(source, rows * stride)
+        for i in range(0, width, LINE):
+            prefetch(ahead, i)
         for i in range(0, whole, LANES):
             store(to, i, load(source, i) * s)
         for i in range(whole, padded, LANES):
@@ -157,6 +164,9 @@ def unstage(x, stride, width, rows, out, out_stride):
     whole = width // LANES * LANES
     for t in range(rows):
         to, source = shift(x, t * stride), shift(out, t * out_stride)
+        ahead = shift(to, rows * stride)
+        for i in range(0, width, LINE):
+            prefetch(ahead, i)
         for i in range(0, whole, LANES):
             store(to, i, load(source, i))
         if whole < width:

@@ -1,14 +1,15 @@
-"""Eight float32 numbers at a time in Numba: a vector type, loads and stores, and exp.
+"""Eight or sixteen float32 numbers at a time in Numba: a vector type, loads and stores, and exp.
 
 Numba has no vector type. Left to itself, LLVM guards each inner loop with tests for overlapping
 arrays and forgets a tile of the state between two tokens; written with this type, the tile stays in
-registers. LLVM turns a vector of eight into whatever the machine has (AVX, two SSE or NEON halves).
+registers. A vector is a register of AVX-512 where there is one, and eight numbers elsewhere, which LLVM turns into
+whatever the machine has (AVX, two SSE or NEON halves).
 
 Memory is plain pointers to float32: an array in Numba is a struct of seven fields with a reference
 count, and passing it around costs compile time and keeps LLVM from inlining. Nothing checks bounds.
 
 Notation
-    x[i : i + 8]   what `load(x, i)` reads and `store(x, i, vector)` writes at the pointer x
+    x[i : i + LANES]   what `load(x, i)` reads and `store(x, i, vector)` writes at the pointer x
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import extending, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, codegen, config
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import models
 
-LANES = 8
+# What Numba compiles for, which its settings may hold below what the machine has.
+_features: str = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+LANES = 16 if "+avx512f" in _features else 8
 
 _extending: Any = extending  # its decorators have no types
 
@@ -41,10 +44,10 @@ def intrinsic(function: Callable) -> Any:
 
 
 class VectorType(types.Type):
-    """Numba's type of eight float32 numbers."""
+    """Numba's type of LANES float32 numbers."""
 
     def __init__(self) -> None:
-        super().__init__(name="float32x8")
+        super().__init__(name=f"float32x{LANES}")
 
 
 vector = VectorType()
@@ -115,7 +118,7 @@ def record_at(typingctx, address, kind):
 
 @intrinsic
 def load(typingctx, x, i):
-    """The vector x[i : i + 8]."""
+    """The vector x[i : i + LANES]."""
 
     def codegen(context, builder, sig, args):
         return builder.load(_at(builder, args, _floats), align=4)
@@ -124,8 +127,21 @@ def load(typingctx, x, i):
 
 
 @intrinsic
+def prefetch(typingctx, x, i):
+    """Have x[i] and its cache line fetched; an address that is not there does no harm."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(ir.IntType(8)), _int, _int, _int])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [_at(builder, args, ir.IntType(8)), _int(0), _int(3), _int(1)])
+        return context.get_dummy_value()
+
+    return types.void(_pointer_type, types.intp), codegen
+
+
+@intrinsic
 def store(typingctx, x, i, value):
-    """x[i : i + 8] = value."""
+    """x[i : i + LANES] = value."""
 
     def codegen(context, builder, sig, args):
         builder.store(args[2], _at(builder, args, _floats), align=4)
@@ -136,11 +152,11 @@ def store(typingctx, x, i, value):
 
 @intrinsic
 def load_first(typingctx, x, i, n):
-    """x[i : i + n] and zeros; n < 8. Numbers beyond are not touched."""
+    """x[i : i + n] and zeros; n < LANES. Numbers beyond are not touched."""
 
     def codegen(context, builder, sig, args):
         kind = ir.FunctionType(_floats, [ir.PointerType(_floats), _int, _masks, _floats])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.load.v8f32.p0")
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{LANES}f32.p0")
         zeros = ir.Constant(_floats, [0.0] * LANES)
         return builder.call(function, [_at(builder, args, _floats), _int(4), _mask(builder, args[2]), zeros])
 
@@ -149,11 +165,11 @@ def load_first(typingctx, x, i, n):
 
 @intrinsic
 def store_first(typingctx, x, i, value, n):
-    """x[i : i + n] = the first n numbers of value; n < 8."""
+    """x[i : i + n] = the first n numbers of value; n < LANES."""
 
     def codegen(context, builder, sig, args):
         kind = ir.FunctionType(ir.VoidType(), [_floats, ir.PointerType(_floats), _int, _masks])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v8f32.p0")
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v{LANES}f32.p0")
         builder.call(function, [args[2], _at(builder, args, _floats), _int(4), _mask(builder, args[3])])
         return context.get_dummy_value()
 
@@ -161,15 +177,13 @@ def store_first(typingctx, x, i, value, n):
 
 
 @intrinsic
-def store_halves(typingctx, x, i, j, value):
-    """x[i : i + 4] and x[j : j + 4] = the first and the second half of value."""
+def store_fours(typingctx, x, i, j, value):
+    """x[i : i + 4] and x[j : j + 4] = the first and the second four lanes of value."""
 
     def codegen(context, builder, sig, args):
         x, *places, value = args
-        for half, place in enumerate(places):
-            lanes = ir.Constant(
-                ir.VectorType(_int, LANES // 2), [half * LANES // 2 + lane for lane in range(LANES // 2)]
-            )
+        for first, place in zip((0, 4), places, strict=True):
+            lanes = ir.Constant(ir.VectorType(_int, 4), [first + lane for lane in range(4)])
             part = builder.shuffle_vector(value, value, lanes)
             builder.store(part, _at(builder, [x, place], part.type), align=4)
         return context.get_dummy_value()
@@ -179,7 +193,7 @@ def store_halves(typingctx, x, i, j, value):
 
 @intrinsic
 def splat(typingctx, x, i):
-    """x[i], eight times."""
+    """x[i] in every lane."""
 
     def codegen(context, builder, sig, args):
         return _splat(builder, builder.load(_at(builder, args, _float)))
@@ -189,7 +203,7 @@ def splat(typingctx, x, i):
 
 @intrinsic
 def fill(typingctx, x):
-    """One number, eight times."""
+    """One number in every lane."""
 
     def codegen(context, builder, sig, args):
         return _splat(builder, args[0])
@@ -202,14 +216,14 @@ def fma(typingctx, a, b, c):
     """a * b + c, rounded once where the machine can."""
 
     def codegen(context, builder, sig, args):
-        return _call(builder, "llvm.fmuladd.v8f32", *args)
+        return _call(builder, "llvm.fmuladd", *args)
 
     return vector(vector, vector, vector), codegen
 
 
 @intrinsic
 def total(typingctx, a):
-    """The sum of the eight numbers."""
+    """The sum of all lanes."""
 
     def codegen(context, builder, sig, args):
         x, half = args[0], LANES // 2
@@ -224,7 +238,7 @@ def total(typingctx, a):
 
 @intrinsic
 def totals(typingctx, a, b, c, d, e, f, g, h):
-    """The sums of eight vectors, as one vector."""
+    """The sums of eight vectors, in the first eight lanes."""
 
     def codegen(context, builder, sig, args):
         rows = list(args)
@@ -239,15 +253,19 @@ def totals(typingctx, a, b, c, d, e, f, g, h):
                 )
                 for x, y in zip(rows[::2], rows[1::2], strict=True)
             ]
-        return rows[0]
+        sums = rows[0]
+        if LANES == 16:
+            other_half = ir.Constant(_ints, [(i + 8) % 16 for i in range(16)])
+            sums = builder.fadd(sums, builder.shuffle_vector(sums, sums, other_half))
+        return sums
 
-    return vector(*[vector] * LANES), codegen
+    return vector(*[vector] * 8), codegen
 
 
 @intrinsic
 def _round(typingctx, a):
     def codegen(context, builder, sig, args):
-        return _call(builder, "llvm.rint.v8f32", args[0])
+        return _call(builder, "llvm.rint", args[0])
 
     return vector(vector), codegen
 
@@ -332,4 +350,4 @@ def _splat(builder, scalar):
 
 def _call(builder, name: str, *args):
     kind = ir.FunctionType(_floats, [_floats] * len(args))
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), args)
