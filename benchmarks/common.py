@@ -38,7 +38,8 @@ def time_side_by_side(
     """p20, p50 and p80 in milliseconds of each task, taken in turns so that a busy moment hits all alike.
 
     Each turn is two runs, of which the second counts: the first finds what the task before left in the processor's
-    caches and in torch's memory. A task that has used up its `seconds` sits the later rounds out, but is timed once at least.
+    caches and in torch's memory. A task that has used up its `seconds` sits the later rounds out, but is timed at
+    least once.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     used = dict.fromkeys(tasks, 0.0)

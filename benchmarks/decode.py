@@ -4,8 +4,8 @@
 
 Random weights do: time and memory do not depend on what the weights say. The promises checked: fast weights at any
 context up to 64k are no slower than transformers' own softmax model at 128, a token at 64k costs at most 1.05 of one at
-1k, and the state keeps its size. "softmax, our products" is the softmax model with the matrix products for a few tokens
-that all models of this library have (layers/linear.py). Each context is timed in rounds that take every model in turn.
+1k, and the state keeps its size. "softmax, our products" is the softmax model with the matrix products that all models
+of this library have (layers/linear.py). Each context is timed in rounds that take every model in turn.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     softmax = smollm2_shape()
     models = {
         "softmax": softmax,
-        "softmax, our products": convert(softmax, ConversionConfig(layer_types=("full_attention",) * 30)),
+        "softmax, our products": convert(softmax, ConversionConfig(layer_types=["full_attention"] * 30)),
         "pure": convert(softmax),
         "hybrid (window 64)": convert(softmax, ConversionConfig(window=64)),
     }

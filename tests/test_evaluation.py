@@ -36,7 +36,7 @@ MODELS = {
     "pure, positions kept": lambda: convert(make_gpt2()),
     "hybrid, positions kept": lambda: convert(make_gpt2(), ConversionConfig(window=4)),
     "one layer converted": lambda: convert(
-        make_gpt2(), ConversionConfig(layer_types=("linear_attention", "full_attention", "full_attention"))
+        make_gpt2(), ConversionConfig(layer_types=["linear_attention", "full_attention", "full_attention"])
     ),
     "fast weight layer": lambda: add_fast_weight_layer(make_gpt2()),
     "fast weight layer on pure, positions kept": lambda: add_fast_weight_layer(convert(make_gpt2())),

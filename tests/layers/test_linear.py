@@ -4,30 +4,30 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers import linear as module
-from fastweights.layers.linear import FEW_TOKENS, FewTokensConv1D, FewTokensLinear, linear, speed_up_few_tokens
+from fastweights.layers.linear import InferenceConv1D, InferenceLinear, linear, speed_up_inference
 from tests import tolerances
 from tests.ops.problems import error
 
-pytestmark = pytest.mark.skipif(module._PRODUCT is None, reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(module._onednn is None, reason="this torch has no oneDNN")
 M, N = 640, 512  # big enough to be worth it
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Every call of oneDNN's product."""
-    calls, product = [], module._PRODUCT
+    calls, product = [], module._onednn
 
     def counted(*arguments):
         calls.append(arguments)
         return product(*arguments)
 
-    monkeypatch.setattr(module, "_PRODUCT", counted)
+    monkeypatch.setattr(module, "_onednn", counted)
     return calls
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 5), (FEW_TOKENS,)])
-def test_a_few_tokens(products, shape, bias):
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 5), (100,)])
+def test_products(products, shape, bias):
     torch.manual_seed(0)
     x, weight, b = torch.randn(*shape, N), torch.randn(M, N), torch.randn(M) if bias else None
     expected = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -35,12 +35,18 @@ def test_a_few_tokens(products, shape, bias):
     assert len(products) == 1
 
 
+def test_views(products):
+    x, weight = torch.randn(3, 9, 2 * N)[:, ::2, N:], torch.randn(N, 2 * M).t()[::2]
+    expected = nn.functional.linear(x.double(), weight.double())
+    assert error(linear(x, weight), expected) <= tolerances.FLOAT32
+    assert len(products) == 1
+
+
 def test_everything_else_is_torchs(products):
     x, weight = torch.randn(2, N), torch.randn(M, N)
     trained = weight.clone().requires_grad_()
-    linear(torch.randn(FEW_TOKENS + 1, N), weight)  # many tokens
     linear(torch.randn(0, N), weight)
-    linear(x, weight[:64])  # a small matrix
+    linear(x, weight[:64])  # too small
     linear(x.double(), weight.double())
     linear(x.bfloat16(), weight.bfloat16())
     linear(x, trained).sum().backward()
@@ -63,8 +69,8 @@ def test_modules_keep_their_parameters(products):
     nn.init.normal_(model[1].weight)
     x, names = torch.randn(2, 1, N), list(model.state_dict())
     expected = model(x)
-    speed_up_few_tokens(model)
-    assert [type(layer) for layer in model] == [FewTokensLinear, FewTokensConv1D, nn.LayerNorm]
+    speed_up_inference(model)
+    assert [type(layer) for layer in model] == [InferenceLinear, InferenceConv1D, nn.LayerNorm]
     assert isinstance(model[0], nn.Linear)
     assert isinstance(model[1], Conv1D)
     assert list(model.state_dict()) == names

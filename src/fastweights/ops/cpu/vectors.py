@@ -26,7 +26,9 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import models
 
 # What Numba compiles for, which its settings may hold below what the machine has.
-_features: str = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+_features: str | None = getattr(config, "CPU_FEATURES", None)
+if _features is None:
+    _features = codegen.get_host_cpu_features()
 LANES = 16 if "+avx512f" in _features else 8
 
 _extending: Any = extending  # its decorators have no types
