@@ -4,8 +4,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers import linear as module
-from fastweights.layers.linear import InferenceConv1D, InferenceLinear, linear, speed_up_inference
+from fastweights.layers.linear import OneDNNConv1D, OneDNNLinear, linear, use_onednn
+from fastweights.models import convert
 from tests import tolerances
+from tests.conftest import make_gpt2
 from tests.ops.problems import error
 
 pytestmark = pytest.mark.skipif(module._onednn is None, reason="this torch has no oneDNN")
@@ -44,22 +46,48 @@ def test_views(products):
 
 def test_everything_else_is_torchs(products):
     x, weight = torch.randn(2, N), torch.randn(M, N)
-    trained = weight.clone().requires_grad_()
     linear(torch.randn(0, N), weight)
     linear(x, weight[:64])  # too small
     linear(x.double(), weight.double())
     linear(x.bfloat16(), weight.bfloat16())
-    linear(x, trained).sum().backward()
-    torch.testing.assert_close(trained.grad, x.sum(0).expand(M, N))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     torch.testing.assert_close(
         torch.compile(linear, backend="aot_eager", fullgraph=True)(x, weight), nn.functional.linear(x, weight)
     )
     assert not products
-    with torch.no_grad():
-        linear(x, trained)
-    assert len(products) == 1
+
+
+@pytest.mark.parametrize("which", [(True, True, True), (True, False, False), (False, True, True)])
+def test_gradients_of_first_and_second_order(products, which):
+    """Against torch's own product in float64."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, N), torch.randn(M, N), torch.randn(M)]
+    found, expected = [], []
+    for product, dtype, results in ((linear, torch.float32, found), (nn.functional.linear, torch.float64, expected)):
+        leaves = [x.to(dtype).requires_grad_(needed) for x, needed in zip(inputs, which, strict=True)]
+        wanted = [x for x, needed in zip(leaves, which, strict=True) if needed]
+        loss = product(*leaves).square().sum()
+        gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), wanted)
+        results += [loss, *gradients, *second]
+    for result, truth in zip(found, expected, strict=True):
+        assert error(result.detach(), truth.detach()) <= tolerances.FLOAT32
+    assert products
+
+
+def test_a_model_trains_as_with_torchs_products(monkeypatch):
+    torch.manual_seed(0)
+    ids = torch.randint(257, (2, 100))
+    model = convert(make_gpt2(n_embd=96))
+    gradients = []
+    for product in (module._onednn, None):
+        monkeypatch.setattr(module, "_onednn", product)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert not gradients[0].equal(gradients[1])  # they really were others
+    assert error(*gradients) <= tolerances.FLOAT32
 
 
 @torch.no_grad()
@@ -69,8 +97,8 @@ def test_modules_keep_their_parameters(products):
     nn.init.normal_(model[1].weight)
     x, names = torch.randn(2, 1, N), list(model.state_dict())
     expected = model(x)
-    speed_up_inference(model)
-    assert [type(layer) for layer in model] == [InferenceLinear, InferenceConv1D, nn.LayerNorm]
+    use_onednn(model)
+    assert [type(layer) for layer in model] == [OneDNNLinear, OneDNNConv1D, nn.LayerNorm]
     assert isinstance(model[0], nn.Linear)
     assert isinstance(model[1], Conv1D)
     assert list(model.state_dict()) == names

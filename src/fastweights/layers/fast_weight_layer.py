@@ -34,10 +34,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, logsigmoid, relu
+from torch.nn.functional import logsigmoid, relu
 from torch.utils.checkpoint import checkpoint
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.linear import linear
 from fastweights.ops import decay_rule
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ class FastWeightLayer(nn.Module):
         dn = self.output_scale * next_token_gradient(y, labels, unembedding)
         dr = dn * scale
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
-        da = dr @ self.down.weight
+        da = linear(dr, self.down.weight.t())
         if seen is not None:
             da = da + dr @ seen.down[:, 0, :-1].transpose(-1, -2)
         du = da * 2 * relu(u)
@@ -360,7 +361,7 @@ def next_token_gradient(
 def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     error = linear(hidden.to(weight.dtype), weight, bias).to(hidden.dtype).softmax(-1)
     error = error.scatter_add(-1, labels.clamp(min=0)[:, None], -torch.ones_like(error[:, :1]))
-    gradient = (error.to(weight.dtype) @ weight).to(hidden.dtype)
+    gradient = linear(error.to(weight.dtype), weight.t()).to(hidden.dtype)
     return gradient.masked_fill((labels == NO_LABEL)[:, None], 0.0)
 
 

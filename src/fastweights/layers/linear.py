@@ -1,8 +1,8 @@
-"""Matrix products while reading and generating.
+"""Matrix products as fast as the machine is.
 
 On x86 torch leaves a float32 product to MKL, which on AMD's CPUs goes half as fast as it could, and reads a matrix with
-one thread where there is one token to multiply it by. oneDNN, which torch carries for compiled models, goes as fast as
-the machine: 1.5 to 3 times as fast there (`python -m benchmarks.decode` has softmax attention both ways).
+one thread where there is one token to multiply it by. oneDNN, which torch carries for compiled models, is 1.5 to 3
+times as fast there (`python -m benchmarks.decode` has softmax attention both ways).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.bac
 def linear(
     x: Float[Tensor, "... n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
-    """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU, needs no gradients and is not too small."""
-    if not torch.compiler.is_compiling() and _is_for_onednn(x, weight):
-        return _onednn(x, weight, bias, "none", [], "")
-    return nn.functional.linear(x, weight, bias)
+    """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU and not too small."""
+    if torch.compiler.is_compiling() or not _is_for_onednn(x, weight):
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Product.apply(x, weight, bias)
+    return _onednn(x, weight, bias, "none", [], "")
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False
     return bool(
         _onednn is not None
         and torch.backends.mkldnn.enabled
@@ -45,14 +45,34 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class InferenceLinear(nn.Linear):
+class _Product(torch.autograd.Function):
+    """oneDNN's product with gradients, which are such products again."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        x, weight = ctx.saved_tensors
+        rows = do.reshape(-1, do.shape[-1])
+        dx = linear(do, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class OneDNNLinear(nn.Linear):
     """nn.Linear with this module's product."""
 
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         return linear(input, self.weight, self.bias)
 
 
-class InferenceConv1D(Conv1D):
+class OneDNNConv1D(Conv1D):
     """GPT-2's linear layer, whose matrix is stored transposed, with this module's product."""
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
@@ -61,10 +81,10 @@ class InferenceConv1D(Conv1D):
         return super().forward(x)
 
 
-_FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: InferenceLinear, Conv1D: InferenceConv1D}
+_FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}
 
 
-def speed_up_inference(model: nn.Module) -> None:
+def use_onednn(model: nn.Module) -> None:
     """Let the linear layers of `model` take these products; its parameters and their names stay as they are."""
     for module in model.modules():
         if type(module) in _FASTER:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.modeling import FastWeightsForCausalLM
@@ -106,6 +107,7 @@ def load_model(
             f"the weights in {source} are not those of its config: {len(missing)} names do not match, "
             f"such as {missing[0]}; save the model again with save_pretrained"
         )
+    use_onednn(model)
     return model.eval()
 
 

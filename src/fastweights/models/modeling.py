@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
 from fastweights.layers.fast_weight_layer import NO_LABEL, FastWeightLayer
-from fastweights.layers.linear import speed_up_inference
+from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import PendingPosition, adopt_cache, fast_weight_layer_cache
 from fastweights.models.configuration import FastWeightsConfig
@@ -62,12 +62,12 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         config.dtype = config.base.dtype = self.model.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.model._no_split_modules
         self.fast_layers = _replace_attention(self.model, config)
-        speed_up_inference(self.model)
         if config.positions == "drop" and self.architecture.positions is not None:
             _drop_positions(self.model, self.architecture.positions)
         self.max_positions = None if config.positions == "drop" else position_limit(config.base)
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
+        use_onednn(self)
         self.post_init()
         for layer in self.fast_weight_layers():
             layer.reset_new_parameters()
