@@ -4,7 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers import linear as module
-from fastweights.layers.linear import OneDNNConv1D, OneDNNLinear, linear, use_onednn
+from fastweights.layers.linear import OneDNNConv1D, OneDNNLinear, linear, linear_by_row, use_onednn
 from fastweights.models import convert
 from tests import tolerances
 from tests.conftest import make_gpt2
@@ -35,6 +35,16 @@ def test_products(products, shape, bias):
     expected = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
     assert error(linear(x, weight, b), expected) <= tolerances.FLOAT32
     assert len(products) == 1
+
+
+def test_a_matrix_for_each_row(products):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, N), torch.randn(3, M, N)
+    assert error(linear_by_row(x, weight), x.double() @ weight.double().mT) <= tolerances.FLOAT32
+    assert len(products) == 3
+    torch.testing.assert_close(linear_by_row(x[:0], weight[:0]), torch.empty(0, 5, M))
+    torch.testing.assert_close(linear_by_row(x[:, :, :4], weight[:, :4, :4]), x[:, :, :4] @ weight[:, :4, :4].mT)
+    assert len(products) == 3
 
 
 def test_views(products):

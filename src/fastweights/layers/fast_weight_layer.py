@@ -38,7 +38,7 @@ from torch.nn.functional import logsigmoid, relu
 from torch.utils.checkpoint import checkpoint
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.linear import linear
+from fastweights.layers.linear import linear, linear_by_row
 from fastweights.ops import decay_rule
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class FastWeightLayer(nn.Module):
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
         da = linear(dr, self.down.weight.t())
         if seen is not None:
-            da = da + dr @ seen.down[:, 0, :-1].transpose(-1, -2)
+            da = da + linear_by_row(dr, seen.down[:, 0, :-1])
         du = da * 2 * relu(u)
         return _SlowPass(a, du, dr, torch.cat((dn * normalised, dn), -1))
 
@@ -367,7 +367,7 @@ def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
 
 def _change(x: Float[Tensor, "B T n"], change: Float[Tensor, "B 1 n+1 k"]) -> Float[Tensor, "B T k"]:
     """What a change of a dense layer's weights and bias changes in its output."""
-    return x @ change[:, 0, :-1] + change[:, 0, -1:]
+    return linear_by_row(x, change[:, 0, :-1].mT) + change[:, 0, -1:]
 
 
 def _steps(

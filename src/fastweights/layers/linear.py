@@ -27,14 +27,23 @@ def linear(
     x: Float[Tensor, "... n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
     """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU and not too small."""
-    if torch.compiler.is_compiling() or not _is_for_onednn(x, weight):
+    if not _is_for_onednn(x, weight):
         return nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Product.apply(x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
 
 
+def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
+    """x weightᵀ for each row of a batch with a matrix of its own."""
+    if len(x) > 0 and _is_for_onednn(x[0], weight[0]):
+        return torch.stack([linear(*row) for row in zip(x, weight, strict=True)])
+    return x @ weight.mT
+
+
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     return bool(
         _onednn is not None
         and torch.backends.mkldnn.enabled
@@ -76,7 +85,7 @@ class OneDNNConv1D(Conv1D):
     """GPT-2's linear layer, whose matrix is stored transposed, with this module's product."""
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        if not torch.compiler.is_compiling() and _is_for_onednn(x, self.weight):
+        if _is_for_onednn(x, self.weight):
             return linear(x, self.weight.t(), self.bias)
         return super().forward(x)
 
