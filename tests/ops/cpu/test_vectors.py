@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -72,3 +76,16 @@ def test_numbers_beyond_the_first_are_not_touched(n):
     x, out = np.arange(1, LANES + 1, dtype=np.float32), np.full(LANES, -1, dtype=np.float32)
     _copy_first(out.ctypes.data, x.ctypes.data, n)
     np.testing.assert_array_equal(out, np.where(np.arange(LANES) < n, x, -1))
+
+
+@pytest.mark.skipif(LANES == 8, reason="all other tests have run with eight lanes")
+def test_kernels_with_eight_lanes_pass_the_same_tests():
+    """As on a machine without AVX-512."""
+    from numba.core.codegen import get_host_cpu_features
+
+    features = ",".join(name for name in get_host_cpu_features().split(",") if "avx512" not in name)
+    tests = ("tests/ops/test_decay_rule.py", "tests/ops/cpu/test_vectors.py", "tests/ops/cpu/test_decay_rule.py")
+    command = [sys.executable, "-m", "pytest", "-q", *tests, "-k", "not chunked and not compile"]
+    environment = {**os.environ, "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
