@@ -62,6 +62,8 @@ class ComparisonConfig:
             unknown = sorted(set(getattr(self, name) or ()) - set(known))
             if unknown:
                 raise FastWeightsError(f"{name} has {', '.join(unknown)}; known are {', '.join(known)}")
+        if self.statistics_blocks < 1:
+            raise FastWeightsError(f"statistics_blocks is {self.statistics_blocks}; it must be at least 1")
         if not self.contexts or self.methods == ():
             raise FastWeightsError("methods and contexts need at least one entry each")
         for rule in ("sgd", "rms"):

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from transformers import set_seed
 
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
 from fastweights.data import DataConfig, load_documents, tokenize
+from fastweights.errors import FastWeightsError
 from fastweights.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
+from fastweights.options import SEVERAL
 from fastweights.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.timing import DecodeCost, decode_costs
@@ -34,7 +37,7 @@ CONTEXTS = (256, 1024, 4096, 16384, 65536)
 PROMPT = 'def read_lines(path):\n    """Read '
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The demo's size; the defaults take about seven minutes on two cores."""
 
@@ -46,13 +49,15 @@ class DemoConfig:
     """Tokens that the pure model is trained on; the hybrid one needs two thirds of it."""
     held_out_tokens: int = 24576
     """Tokens of unseen text on which each stage is evaluated."""
-    contexts: tuple[int, ...] = CONTEXTS
-    """Contexts after which a token is timed."""
+    contexts: Annotated[tuple[int, ...], SEVERAL] = CONTEXTS
+    """Contexts after which a token is timed, in rising order."""
     meta_steps: int = 300
     """Steps in which the Fast Weight Layer is trained."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        if not self.contexts or self.contexts[0] < 1 or any(a >= b for a, b in pairwise(self.contexts)):
+            raise FastWeightsError(f"contexts are {list(self.contexts)}; give numbers of tokens in rising order")
 
 
 @dataclass(frozen=True)

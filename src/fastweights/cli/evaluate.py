@@ -52,11 +52,12 @@ def evaluate(
         text = replace(text, split="train")  # a file has no other
     say = Console(stderr=True, soft_wrap=True).print
     results: dict[str, list[MethodResult]] = {}
-    held_out: dict[str, TokenizedText] = {}
-    for source in models or ("embedded",):
-        held_out[source] = _read(text, source)
+    # All are loaded first, so that a wrong name is noticed before hours of work.
+    loaded = {source: load_model(resolve_model(source)) for source in models or ("embedded",)}
+    held_out = {source: _read(text, source) for source in loaded}
+    for source, model in loaded.items():
         results[source] = compare(
-            load_model(resolve_model(source)),
+            model,
             held_out[source],
             comparison,
             block_size=text.block_size,

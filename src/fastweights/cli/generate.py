@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from transformers import TextStreamer, set_seed
+from cyclopts import Parameter
+from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory
-from fastweights.models import load_model
+from fastweights.models import FastWeightsForCausalLM, load_model
+from fastweights.models.architectures import position_limit
 from fastweights.sources import load_tokenizer, resolve_model
 
 
 def generate(
     model: str = "embedded",
     *,
-    prompt: str = "",
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int = 50,
@@ -46,10 +49,10 @@ def generate(
     memory
         File that `fastweights read` made: go on from the text that was read.
     """
-    if max_new_tokens < 1 or beams < 1 or temperature < 0:
+    if max_new_tokens < 1 or beams < 1 or top_k < 1 or not 0 <= temperature < float("inf"):
         raise FastWeightsError(
-            f"max_new_tokens is {max_new_tokens}, beams {beams}, temperature {temperature}; "
-            "allowed are at least 1, 1 and 0"
+            f"max_new_tokens is {max_new_tokens}, beams {beams}, top_k {top_k}, temperature {temperature}; "
+            "allowed are at least 1, 1, 1 and 0"
         )
     prompt = sys.stdin.read() if prompt == "-" else prompt
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
@@ -71,8 +74,19 @@ def generate(
         inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
             raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
+        _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)  # type: ignore[union-attr]
         print(prompt, end="", flush=True)
         with torch.no_grad():
             output = loaded.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator,union-attr]
     if beams > 1:
         print(tokenizer.decode(output, skip_special_tokens=True))
+
+
+def _check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
+    ours = isinstance(model, FastWeightsForCausalLM)
+    limit = model.max_positions if ours else position_limit(model.config)
+    if limit is not None and prompt + new > limit + 1:  # the last token is not read
+        raise FastWeightsError(
+            f"the prompt has {prompt} tokens, max_new_tokens is {new}, and this model's absolute positions end at "
+            f"{limit}: take fewer, or a model that was converted with --positions drop"
+        )

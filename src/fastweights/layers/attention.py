@@ -13,6 +13,7 @@ Notation: B batch, T time, H query heads, G key/value heads, K and V widths of a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,6 +57,8 @@ class FastWeightSettings:
         for name, allowed in (("rule", RULES), ("feature_map", FEATURE_MAPS)):
             if (given := getattr(self, name)) not in allowed:
                 raise FastWeightsError(f"{name} {given!r} is unknown; known are {', '.join(allowed)}")
+        if not all(math.isfinite(bias) for bias in self.gate_bias):
+            raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
         if self.window < 0 or self.window == 1:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
 

@@ -29,9 +29,7 @@ def linear(
     """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU and not too small."""
     if not _is_for_onednn(x, weight):
         return nn.functional.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Product.apply(x, weight, bias)
-    return _onednn(x, weight, bias, "none", [], "")
+    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias, "none", [], "")
 
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
@@ -42,7 +40,7 @@ def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> 
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return bool(
         _onednn is not None
@@ -55,7 +53,9 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """oneDNN's product with gradients, which are such products again."""
+    """oneDNN's product with derivatives, which are such products again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,6 +64,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, do: Tensor):
@@ -72,6 +73,14 @@ class _Product(torch.autograd.Function):
         dx = linear(do, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
         return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+    @staticmethod
+    def jvp(ctx, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None):
+        x, weight = ctx.saved_tensors
+        parts = [] if dx is None else [linear(dx, weight)]
+        parts += [] if dweight is None else [linear(x, dweight)]
+        parts += [] if dbias is None else [dbias.expand(*x.shape[:-1], -1)]
+        return sum(parts[1:], parts[0])
 
 
 class OneDNNLinear(nn.Linear):
@@ -94,7 +103,10 @@ _FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` take these products; its parameters and their names stay as they are."""
+    """Let the linear layers of `model` take these products; its parameters and their names stay as they are.
+
+    (What looks for nn.Linear itself and for no subclass, such as torch's old `quantize_dynamic`, overlooks them.)
+    """
     for module in model.modules():
         if type(module) in _FASTER:
             module.__class__ = _FASTER[type(module)]

@@ -98,6 +98,10 @@ class FastWeightsConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.base.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.base.vocab_size = value
+
     @property
     def sliding_window(self) -> int:
         """The name under which transformers' caches look for the window."""
@@ -140,4 +144,6 @@ def _checked_layer_types(layer_types: list[str] | None, layers: int, window: int
         raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")
     if "hybrid_sliding" in layer_types and window < 2:
         raise FastWeightsError(f"layer_types has hybrid_sliding and window is {window}; give a window of 2 or more")
+    if window and "hybrid_sliding" not in layer_types:
+        raise FastWeightsError(f"window is {window} and layer_types has no hybrid_sliding: no layer would have it")
     return list(layer_types)

@@ -16,10 +16,10 @@ from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.modeling import FastWeightsForCausalLM
-from fastweights.options import ADVANCED
+from fastweights.options import ADVANCED, SEVERAL, SWITCH
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConversionConfig:
     """How a model's attention becomes fast weights."""
 
@@ -29,11 +29,11 @@ class ConversionConfig:
     """Feature map of queries and keys: identity."""
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; memory stays constant either way."""
-    layer_types: Annotated[list[str] | None, ADVANCED] = None
+    layer_types: Annotated[list[str] | None, ADVANCED, SEVERAL] = None
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
-    value_gate: Annotated[bool, ADVANCED] = True
+    value_gate: Annotated[bool, ADVANCED, SWITCH] = True
     """Decay per value channel too, as in the paper."""
-    rotary: Annotated[bool, ADVANCED] = True
+    rotary: Annotated[bool, ADVANCED, SWITCH] = True
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: Annotated[tuple[float, float], ADVANCED] = (2.0, 6.0)
     """First and last gate bias of a head at the start: a spread of time constants."""
@@ -66,7 +66,7 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
             rotary=config.rotary,
             gate_bias=list(config.gate_bias),
             positions=config.positions,
-            base_model=base.config.name_or_path or None,
+            base_model=name_of(base),
         ),
         base=base,
     )
@@ -108,7 +108,15 @@ def load_model(
             f"such as {missing[0]}; save the model again with save_pretrained"
         )
     use_onednn(model)
+    if gguf_file is not None:
+        model.config.name_or_path = str(Path(source) / gguf_file)
     return model.eval()
+
+
+def name_of(model: PreTrainedModel) -> str | None:
+    """Where a model came from: an absolute path, if it is on this machine, or a hub name."""
+    name = model.config.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).exists() else name or None
 
 
 def _is_local(source: str) -> bool:

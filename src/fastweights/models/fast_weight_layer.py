@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerSettings
+from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.conversion import load_model
+from fastweights.models.conversion import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def add_fast_weight_layer(
     if not isinstance(model, FastWeightsForCausalLM):
         architecture_of(model.config)
         layer_types = ["full_attention"] * model.config.num_hidden_layers
-        base_model = model.config.name_or_path or None
+        base_model = name_of(model)
         config = FastWeightsConfig(
             base_config=model.config,
             layer_types=layer_types,
@@ -46,4 +47,5 @@ def add_fast_weight_layer(
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
     model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
+    use_onednn(model.fast_weight_layer)
     return model

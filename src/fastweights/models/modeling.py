@@ -166,6 +166,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             return self.model(labels=labels, logits_to_keep=logits_to_keep, **arguments)
         if input_ids is None:
             raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
+        return_dict = arguments.pop("return_dict", None)
         outputs = self.model.base_model(**arguments)
         hidden = self._read_and_learn(outputs.last_hidden_state, input_ids, padding_mask, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -173,13 +174,14 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.model.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def _read_and_learn(
         self, hidden: Float[Tensor, "B T d"], input_ids: Tensor, padding_mask: Tensor | None, cache: Cache | None

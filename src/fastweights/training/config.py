@@ -112,6 +112,6 @@ class RunConfig:
     """Where transformers' Trainer reports to: none, tensorboard, trackio, wandb and others."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("save_every", 1), ("log_every", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least {least}")

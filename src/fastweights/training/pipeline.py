@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> list[StageResult]:
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
     check_block_size(teacher, config.data.block_size)
     if process.is_main_process:
-        save_run(config, config.output)
+        save_run(config, config.output, resume=config.resume)
 
     results = _Results(config, held_out)
     results.add("teacher", 0, teacher)
@@ -116,11 +116,15 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     check_block_size(base, config.data.block_size)
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
+    _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
+    if has_layer:
+        known = "the model has a Fast Weight Layer already, which keeps its settings"
+        _refuse(config.fast_weight_layer, FastWeightLayerSettings(), "fast_weight_layer", known)
     model: FastWeightsForCausalLM = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)  # type: ignore[assignment]
     model.to(process.device)  # type: ignore[arg-type]
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
     if process.is_main_process:
-        save_run(config, config.output)
+        save_run(config, config.output, resume=config.resume)
 
     del base
     results, folder = _Results(config, held_out), config.output / "meta"
@@ -135,6 +139,11 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     results.add("meta, stream", tokens, model, context="stream")
     _save(model, tokenizer, config.output, process)
     return results.list
+
+
+def _refuse(given: object, default: object, section: str, reason: str) -> None:
+    if given != default:
+        raise FastWeightsError(f"{section} was given, but {reason}")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, process: PartialState) -> None:
@@ -171,10 +180,12 @@ def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks
     """
     tokenizer = load_tokenizer(model)
     documents = load_documents(data)
+    if held_out == data.split:
+        raise FastWeightsError(f"held_out is {held_out}, which is trained on: name another split")
     try:
         rest = load_documents(replace(data, split=held_out))
     except FastWeightsError:
-        if data.text == STDLIB:
+        if data.text == STDLIB or held_out != TrainConfig.held_out:
             raise
         documents, rest = _without_the_end(documents)
     return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
@@ -192,6 +203,7 @@ def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
 def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
     model = load_model(resolve_model(config.model))
     if isinstance(model, FastWeightsForCausalLM):
+        _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
         if config.stage != "finetune" and not model.fast_weight_layers():
             raise FastWeightsError(
                 f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "
@@ -200,6 +212,7 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
         return model, load_teacher(model, config.teacher)
     if config.stage == "finetune":
         raise FastWeightsError(f"{config.model} has no fast weights to finetune: convert it first, or use --stage all")
+    _refuse(config.teacher, None, "teacher", f"{config.model} is still to be converted and its own teacher")
     transformers.set_seed(config.run.seed)
     student = convert(model, config.convert)
     return student, model.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
 from fastweights.errors import FastWeightsError
+from fastweights.options import ADVANCED
 from fastweights.training.config import RunConfig, StageConfig
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer, is_finished, save_run
@@ -40,6 +41,26 @@ class GPT2Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortStageConfig(StageConfig):
+    """Training on short blocks."""
+
+    steps: int = 1800
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    schedule: Annotated[Literal["linear", "cosine", "constant_with_warmup"], ADVANCED] = "constant_with_warmup"
+    weight_decay: Annotated[float, ADVANCED] = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongStageConfig(StageConfig):
+    """Training on blocks of the whole context."""
+
+    steps: int = 300
+    learning_rate: float = 2e-3
+    weight_decay: Annotated[float, ADVANCED] = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Train a byte-level GPT-2 from random weights, on short blocks first and then on blocks of its full context."""
 
@@ -51,21 +72,8 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     short_block_size: int = 256
     """Tokens in a block of the first stage; each block lies at a random place among the positions."""
-    short: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=1800,
-            batch_size=8,
-            learning_rate=2e-3,
-            warmup_steps=50,
-            schedule="constant_with_warmup",
-            weight_decay=0.1,
-        )
-    )
-    long: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=300, batch_size=4, learning_rate=2e-3, warmup_steps=20, weight_decay=0.1
-        )
-    )
+    short: ShortStageConfig = field(default_factory=ShortStageConfig)
+    long: LongStageConfig = field(default_factory=LongStageConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -97,7 +105,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tokens = tokenize(load_documents(config.data), tokenizer).tokens
     set_seed(config.run.seed)
     model = _new_model(config, tokenizer)
-    save_run(config, config.output)
+    save_run(config, config.output, resume=config.resume)
     stages = (("short", config.short, config.short_block_size), ("long", config.long, config.data.block_size))
     for name, stage, block_size in stages:
         folder = config.output / name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,9 +51,19 @@ class StageTrainer(Trainer):
         title: str,
         new_parameters: Iterable[str] = (),
     ) -> None:
+        arguments = _arguments(config, run, output)
+        try:
+            get_reporting_integration_callbacks(arguments.report_to)
+        except ValueError as error:
+            raise FastWeightsError(f"report_to is {run.report_to!r}: {error}") from error
+        if len(blocks) < (needed := config.batch_size * arguments.world_size):
+            raise FastWeightsError(
+                f"the training text has {len(blocks)} blocks of {blocks.block_size} tokens and a batch takes {needed}: "
+                "give more text, a smaller block_size or a smaller batch_size"
+            )
         super().__init__(
             model=model,
-            args=_arguments(config, run, output),
+            args=arguments,
             train_dataset=blocks,
             processing_class=tokenizer,
             data_collator=default_data_collator,  # blocks need no padding
@@ -129,10 +141,16 @@ def is_finished(folder: Path) -> bool:
     return (folder / _FINISHED_FILE).exists()
 
 
-def save_run(config: object, folder: Path) -> None:
-    """Write the resolved config and the versions it ran with, so that the run can be repeated."""
+def save_run(config: object, folder: Path, *, resume: bool) -> None:
+    """Write the resolved config and the versions it ran with, so that the run can be repeated.
+
+    Args:
+        resume: the run goes on with one that was started in `folder`, which must have had the same config.
+    """
     import fastweights
 
+    if folder.exists() and not folder.is_dir():
+        raise FastWeightsError(f"output {folder} is a file: give a folder")
     run = {
         "stage": type(config).__name__,
         "config": dataclasses.asdict(config),  # type: ignore[call-overload]
@@ -142,8 +160,38 @@ def save_run(config: object, folder: Path) -> None:
             "transformers": transformers.__version__,
         },
     }
+    text = json.dumps(run, indent=2, default=str)
+    if not resume:
+        # What a run of another config has left to go on from, this one must not.
+        for mark in folder.glob(f"*/{_FINISHED_FILE}"):
+            mark.unlink()
+        for checkpoint in folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(checkpoint)
+    elif (folder / RUN_FILE).exists():
+        _check_same_run(folder, json.loads((folder / RUN_FILE).read_text()), json.loads(text))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(json.dumps(run, indent=2, default=str) + "\n")
+    (folder / RUN_FILE).write_text(text + "\n")
+
+
+# What may change when a run goes on.
+_FREE = {"config.resume", "config.output", "config.run.save_every", "config.run.log_every", "config.run.report_to"}
+
+
+def _check_same_run(folder: Path, started: dict, now: dict) -> None:
+    before, after = _flat(started), _flat(now)
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name) and not name.startswith("versions.") and name not in _FREE:
+            raise FastWeightsError(
+                f"the run in {folder} was started with {name.removeprefix('config.')} {before.get(name)} and not "
+                f"{after.get(name)}: resume it as it was started, or start anew without --resume"
+            )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def last_checkpoint(folder: Path) -> Path | None:
