@@ -159,6 +159,36 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
             "fewer than one block",
         ),
         (("train", "--transfer.steps", "0"), "steps is 0"),
+        (("train", "--model", "MODEL", "--data.text", "TEXT", "--held-out", "train"), "trained on"),
+        (("train", "--model", "MODEL", "--data.text", "TEXT", "--held-out", "nosuch"), "nosuch"),
+        (("train", "--model", "MODEL", "--teacher", "embedded"), "its own teacher"),
+        (("train", "--model", "MODEL", "--stage", "meta", "--convert.window", "8"), "converts nothing"),
+        (
+            (
+                "train",
+                "--model",
+                "MODEL",
+                "--data.text",
+                "TEXT",
+                "--data.block-size",
+                "64",
+                "--transfer.batch-size",
+                "999",
+            ),
+            "a batch takes 999",
+        ),
+        (
+            ("train", "--model", "MODEL", "--data.text", "TEXT", "--data.block-size", "64", "--output", "short.txt"),
+            "is a file",
+        ),
+        (
+            ("train", "--model", "MODEL", "--data.text", "TEXT", "--data.block-size", "64", "--run.report-to", "odd"),
+            "report_to is 'odd'",
+        ),
+        (("train", "--run.seed", "-1"), "seed is -1"),
+        (("convert", "MODEL", "out", "--window", "8", "--layer-types", *["linear_attention"] * 3), "no hybrid_sliding"),
+        (("convert", "MODEL", "out", "--gate-bias", "nan", "1"), "finite"),
+        (("demo", "--contexts", "1024", "256"), "rising order"),
         (("eval", "MODEL", "--text", "TEXT"), "block_size is 1024; this model's absolute positions end at 128"),
         (("eval", "MODEL", "--contexts", "all"), "stream"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--methods", "fwl"), "no Fast Weight Layer"),
@@ -171,6 +201,8 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--evaluation.context", "stream"), "contexts"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
         (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
+        (("generate", "MODEL", "--prompt", "text"), "absolute positions end at 128"),
+        (("generate", "MODEL", "--temperature", "0.7", "--top-k", "-3"), "top_k -3"),
         (("--config", "missing.toml", "train"), "missing.toml does not exist"),
         (("train", "--no-such-option", "1"), "no-such-option"),
     ],
@@ -202,6 +234,24 @@ def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
     config = parsed("train", "--evaluation.stride", 64, "--finetune.steps", 7, "--meta.steps", 7)["config"]
     assert config.evaluation.max_tokens == 131072
     assert (config.finetune.learning_rate, config.meta.batch_size) == (3e-4, 1)
+    config = parsed("pretrain", "--short.steps", 100, "--long.batch-size", 2)["config"]
+    assert (config.short.batch_size, config.short.schedule) == (8, "constant_with_warmup")
+    assert (config.long.steps, config.long.learning_rate) == (300, 2e-3)
+
+
+def test_lists_and_switches_arrive():
+    from fastweights.cli import app
+
+    def parsed(*tokens):
+        _, bound, _ = app.parse_args(list(tokens), print_error=False, exit_on_error=False)
+        return bound.arguments
+
+    arguments = parsed("convert", "a", "b", "--layer-types", "linear_attention", "full_attention", "--no-rotary")
+    assert arguments["config"].layer_types == ["linear_attention", "full_attention"]
+    assert (arguments["config"].rotary, arguments["config"].value_gate) == (False, True)
+    assert parsed("train", "--convert.no-value-gate")["config"].convert.value_gate is False
+    assert parsed("demo", "--contexts", "256", "1024")["config"].contexts == (256, 1024)
+    assert parsed("generate", "embedded", "--prompt", "-")["prompt"] == "-"
 
 
 def test_nothing_is_overwritten_by_an_error(monkeypatch, capsys, model_folder, tmp_path):

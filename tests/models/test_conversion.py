@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
+from fastweights.training.teacher import load_teacher
 from tests.conftest import VOCABULARY, make_gpt2, make_llama, random_ids
 
 
@@ -137,7 +138,10 @@ def test_gguf_checkpoint(tmp_path):
     loaded = load_model(tmp_path / "model.gguf")
     ids = random_ids(1, 20)
     torch.testing.assert_close(loaded(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
-    assert convert(tmp_path / "model.gguf")(ids).logits.isfinite().all()
+    converted = convert(tmp_path / "model.gguf")
+    assert converted(ids).logits.isfinite().all()
+    assert converted.config.base_model == str(tmp_path / "model.gguf")
+    load_teacher(converted)
 
 
 def write_gguf(gguf, model, path) -> None:

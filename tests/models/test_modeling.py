@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from fastweights.models.cache import state_bytes
 from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
@@ -169,6 +169,19 @@ def test_assisted_decoding_is_refused_with_a_reason(model):
     ids = random_ids(1, 8)
     with pytest.raises(ValueError, match=r"(?i)stateful"):
         model.generate(ids, assistant_model=make_gpt2(), max_new_tokens=4, do_sample=False)
+
+
+def test_the_vocabulary_can_grow(base):
+    model = convert(base)
+    model.resize_token_embeddings(300)
+    assert model.config.vocab_size == 300
+    assert model(torch.full((1, 4), 299)).logits.shape == (1, 4, 300)
+
+
+def test_tuples_instead_of_named_outputs(base):
+    model = add_fast_weight_layer(convert(base))
+    ids = random_ids(1, 9)
+    torch.testing.assert_close(model(ids, return_dict=False)[0], model(ids).logits)
 
 
 def test_forward_without_input(base):

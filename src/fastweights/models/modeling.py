@@ -114,7 +114,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         attention_records: list[AttentionRecord] | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> ModelOutput | tuple:
         """Like any causal LM's.
 
         Args:
@@ -181,7 +181,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
+        return output.to_tuple() if return_dict is False else output
 
     def _read_and_learn(
         self, hidden: Float[Tensor, "B T d"], input_ids: Tensor, padding_mask: Tensor | None, cache: Cache | None

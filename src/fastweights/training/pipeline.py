@@ -111,12 +111,12 @@ def train(config: TrainConfig) -> list[StageResult]:
 
 
 def _train_meta(config: TrainConfig) -> list[StageResult]:
+    _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
     tokenizer, process = load_tokenizer(config.model), process_state()
     base = load_model(resolve_model(config.model))
     check_block_size(base, config.data.block_size)
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
-    _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
     if has_layer:
         known = "the model has a Fast Weight Layer already, which keeps its settings"
         _refuse(config.fast_weight_layer, FastWeightLayerSettings(), "fast_weight_layer", known)

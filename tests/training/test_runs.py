@@ -1,0 +1,58 @@
+"""A run goes on from its own past and from no other's."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fastweights.data import DataConfig
+from fastweights.errors import FastWeightsError
+from fastweights.evaluation import HeldOutConfig
+from fastweights.models import ConversionConfig, convert, load_model
+from fastweights.sources import load_tokenizer
+from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
+
+
+@pytest.fixture
+def config(tmp_path, model_folder, text_file) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_folder),
+        output=tmp_path / "run",
+        data=DataConfig(text=str(text_file), block_size=32),
+        transfer=TransferConfig(steps=4),
+        finetune=FinetuneConfig(steps=2),
+        evaluation=HeldOutConfig(max_tokens=128),
+        run=RunConfig(save_every=2),
+    )
+
+
+def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
+    train(config)
+    other = replace(config, convert=ConversionConfig(window=8))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastweights.training.trainer.StageTrainer.run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(other)
+    train(replace(other, resume=True))
+    assert load_model(config.output).config.window == 8
+
+
+def test_a_run_resumes_only_with_its_own_config(config):
+    train(config)
+    before = (config.output / "run.json").read_text()
+    with pytest.raises(FastWeightsError, match=r"started with convert.window 0 and not 8"):
+        train(replace(config, convert=ConversionConfig(window=8), resume=True))
+    assert (config.output / "run.json").read_text() == before
+    train(replace(config, run=RunConfig(save_every=3), resume=True))  # how often to save is free
+    assert json.loads((config.output / "run.json").read_text())["config"]["run"]["save_every"] == 3
+
+
+def test_settings_of_a_conversion_that_is_over_are_refused(config, tmp_path, model_folder):
+    convert(model_folder).save_pretrained(tmp_path / "converted")
+    load_tokenizer(str(model_folder)).save_pretrained(tmp_path / "converted")
+    with pytest.raises(FastWeightsError, match=r"convert was given, but .* is converted already"):
+        train(replace(config, model=str(tmp_path / "converted"), convert=ConversionConfig(window=8)))
