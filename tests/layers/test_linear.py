@@ -28,7 +28,7 @@ def products(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 5), (100,)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 5), (100,), (2, 32), (2, 33), (17,)])
 def test_products(products, shape, bias):
     torch.manual_seed(0)
     x, weight, b = torch.randn(*shape, N), torch.randn(M, N), torch.randn(M) if bias else None

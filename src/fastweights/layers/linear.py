@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WORTH_ALL_THREADS = 300_000
 """Multiplications; one thread is done with fewer before others have woken up."""
+FEW, ROUND = 16, 32
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -29,7 +30,7 @@ def linear(
     """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU and not too small."""
     if not _is_for_onednn(x, weight):
         return nn.functional.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias, "none", [], "")
+    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _multiply(x, weight, bias)
 
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
@@ -37,6 +38,15 @@ def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> 
     if len(x) > 0 and _is_for_onednn(x[0], weight[0]):
         return torch.stack([linear(*row) for row in zip(x, weight, strict=True)])
     return x @ weight.mT
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By oneDNN, which compiles a kernel for each number of rows and keeps it; so it is given round numbers of them."""
+    rows = prod(x.shape[:-1])
+    if rows <= FEW or rows % ROUND == 0:
+        return _onednn(x, weight, bias, "none", [], "")
+    padded = nn.functional.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % ROUND))
+    return _onednn(padded, weight, bias, "none", [], "")[:rows].unflatten(0, x.shape[:-1])
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -59,7 +69,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _onednn(x, weight, bias, "none", [], "")
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
