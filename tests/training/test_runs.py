@@ -48,6 +48,8 @@ def test_a_run_resumes_only_with_its_own_config(config):
         train(replace(config, convert=ConversionConfig(window=8), resume=True))
     assert (config.output / "run.json").read_text() == before
     train(replace(config, run=RunConfig(save_every=3), resume=True))  # how often to save is free
+    (config.output / "run.json").write_text('{"stage": "Tra')  # killed while writing it
+    train(replace(config, run=RunConfig(save_every=3), resume=True))
     assert json.loads((config.output / "run.json").read_text())["config"]["run"]["save_every"] == 3
 
 

@@ -52,12 +52,11 @@ def evaluate(
         text = replace(text, split="train")  # a file has no other
     say = Console(stderr=True, soft_wrap=True).print
     results: dict[str, list[MethodResult]] = {}
-    # All are loaded first, so that a wrong name is noticed before hours of work.
-    loaded = {source: load_model(resolve_model(source)) for source in models or ("embedded",)}
-    held_out = {source: _read(text, source) for source in loaded}
-    for source, model in loaded.items():
+    # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
+    held_out = {source: _read(text, source) for source in models or ("embedded",)}
+    for source in held_out:
         results[source] = compare(
-            model,
+            load_model(resolve_model(source)),
             held_out[source],
             comparison,
             block_size=text.block_size,

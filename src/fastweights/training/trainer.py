@@ -167,8 +167,8 @@ def save_run(config: object, folder: Path, *, resume: bool) -> None:
             mark.unlink()
         for checkpoint in folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"):
             shutil.rmtree(checkpoint)
-    elif (folder / RUN_FILE).exists():
-        _check_same_run(folder, json.loads((folder / RUN_FILE).read_text()), json.loads(text))
+    else:
+        _check_same_run(folder, json.loads(text))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).write_text(text + "\n")
 
@@ -177,8 +177,11 @@ def save_run(config: object, folder: Path, *, resume: bool) -> None:
 _FREE = {"config.resume", "config.output", "config.run.save_every", "config.run.log_every", "config.run.report_to"}
 
 
-def _check_same_run(folder: Path, started: dict, now: dict) -> None:
-    before, after = _flat(started), _flat(now)
+def _check_same_run(folder: Path, run: dict) -> None:
+    try:
+        before, after = _flat(json.loads((folder / RUN_FILE).read_text())), _flat(run)
+    except (OSError, ValueError):
+        return  # none was started here, or it was killed before it began
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name) and not name.startswith("versions.") and name not in _FREE:
             raise FastWeightsError(
