@@ -24,6 +24,7 @@ def products(monkeypatch):
         return product(*arguments)
 
     monkeypatch.setattr(module, "_onednn", counted)
+    monkeypatch.setattr(module, "WORTH_A_FUNCTION", module.WORTH_ALL_THREADS)  # what a test need not wait for
     return calls
 
 
@@ -105,6 +106,7 @@ def test_derivatives_of_functions(products):
 
 
 def test_a_model_trains_as_with_torchs_products(monkeypatch):
+    monkeypatch.setattr(module, "WORTH_A_FUNCTION", module.WORTH_ALL_THREADS)
     torch.manual_seed(0)
     ids = torch.randint(257, (2, 100))
     model = convert(make_gpt2(n_embd=96))

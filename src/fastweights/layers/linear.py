@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WORTH_ALL_THREADS = 300_000
 """Multiplications; one thread is done with fewer before others have woken up."""
+WORTH_A_FUNCTION = 30_000_000
+"""Multiplications, where gradients may be needed: with fewer, autograd's own product is done sooner than one of ours."""
 FEW, ROUND = 16, 32
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -55,7 +57,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return bool(
         _onednn is not None
         and torch.backends.mkldnn.enabled
-        and prod(x.shape[:-1]) * weight.numel() >= WORTH_ALL_THREADS
+        and prod(x.shape[:-1]) * weight.numel() >= (WORTH_A_FUNCTION if torch.is_grad_enabled() else WORTH_ALL_THREADS)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
