@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WORTH_ALL_THREADS = 300_000
 """Multiplications; one thread is done with fewer before others have woken up."""
 WORTH_A_FUNCTION = 30_000_000
-"""Multiplications, where gradients may be needed: with fewer, autograd's own product is done sooner than one of ours."""
+"""Multiplications, where gradients may be needed: fewer are done sooner by autograd itself."""
 FEW, ROUND = 16, 32
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
