@@ -78,10 +78,14 @@ def reads_without_end(model: PreTrainedModel) -> bool:
     )
 
 
+def last_position(model: PreTrainedModel) -> int | None:
+    """Where a model's absolute positions end; None for a model, of ours or not, that has none."""
+    return model.max_positions if isinstance(model, FastWeightsForCausalLM) else position_limit(model.config)
+
+
 def check_block_size(model: PreTrainedModel, block_size: int) -> None:
     """Refuse blocks that reach beyond a model's absolute positions."""
-    ours = isinstance(model, FastWeightsForCausalLM)
-    limit = model.max_positions if ours else position_limit(model.config)
+    limit = last_position(model)
     if limit is not None and block_size > limit:
         raise FastWeightsError(
             f"block_size is {block_size}; this model's absolute positions end at {limit}: give a block_size up to that"

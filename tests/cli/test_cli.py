@@ -35,9 +35,14 @@ def test_help_says_what_each_option_is(monkeypatch, capsys, command):
 def test_all_that_a_recipe_says_arrives(monkeypatch, recipe):
     """Sections, too, that are called like a command: [convert]."""
     monkeypatch.setattr(app, "config", (Recipe(recipe),))
-    _, bound, _ = app.parse_args(["pretrain" if recipe.stem.startswith("pretrain") else "train"])
-    said, config = tomllib.loads(recipe.read_text()), asdict(bound.arguments["config"])
+    config = asdict(parsed("pretrain" if recipe.stem.startswith("pretrain") else "train")["config"])
+    said = tomllib.loads(recipe.read_text())
     assert flat(said).items() <= flat(config).items()
+
+
+def parsed(*tokens) -> dict:
+    _, bound, _ = app.parse_args([str(token) for token in tokens], print_error=False, exit_on_error=False)
+    return bound.arguments
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, str]:
@@ -222,12 +227,6 @@ def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_f
 
 def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
     """The command line builds nested configs from their classes, so defaults must be those of a class."""
-    from fastweights.cli import app
-
-    def parsed(*tokens):
-        _, bound, _ = app.parse_args([str(token) for token in tokens], print_error=False, exit_on_error=False)
-        return bound.arguments
-
     arguments = parsed("eval", "embedded", "--block-size", 64, "--rms.segment", 16)
     assert arguments["text"].split == "test"
     assert arguments["comparison"].rms.rule == "rms"
@@ -240,12 +239,6 @@ def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
 
 
 def test_lists_and_switches_arrive():
-    from fastweights.cli import app
-
-    def parsed(*tokens):
-        _, bound, _ = app.parse_args(list(tokens), print_error=False, exit_on_error=False)
-        return bound.arguments
-
     arguments = parsed("convert", "a", "b", "--layer-types", "linear_attention", "full_attention", "--no-rotary")
     assert arguments["config"].layer_types == ["linear_attention", "full_attention"]
     assert (arguments["config"].rotary, arguments["config"].value_gate) == (False, True)

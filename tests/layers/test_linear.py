@@ -105,8 +105,7 @@ def test_derivatives_of_functions(products):
         assert error(result, truth) <= tolerances.FLOAT32
 
 
-def test_a_model_trains_as_with_torchs_products(monkeypatch):
-    monkeypatch.setattr(module, "WORTH_A_FUNCTION", module.WORTH_ALL_THREADS)
+def test_a_model_trains_as_with_torchs_products(monkeypatch, products):
     torch.manual_seed(0)
     ids = torch.randint(257, (2, 100))
     model = convert(make_gpt2(n_embd=96))

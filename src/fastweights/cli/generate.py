@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory
-from fastweights.models import FastWeightsForCausalLM, load_model
-from fastweights.models.architectures import position_limit
+from fastweights.models import load_model
 from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.stream import last_position
 
 
 def generate(
@@ -83,8 +83,7 @@ def generate(
 
 
 def _check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
-    ours = isinstance(model, FastWeightsForCausalLM)
-    limit = model.max_positions if ours else position_limit(model.config)
+    limit = last_position(model)
     if limit is not None and prompt + new > limit + 1:  # the last token is not read
         raise FastWeightsError(
             f"the prompt has {prompt} tokens, max_new_tokens is {new}, and this model's absolute positions end at "

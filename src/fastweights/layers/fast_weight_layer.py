@@ -38,7 +38,7 @@ from torch.nn.functional import logsigmoid, relu
 from torch.utils.checkpoint import checkpoint
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.linear import linear, linear_by_row
+from fastweights.layers.linear import OneDNNLinear, linear, linear_by_row
 from fastweights.ops import decay_rule
 from fastweights.options import SWITCH
 
@@ -142,8 +142,8 @@ class FastWeightLayer(nn.Module):
         self.settings = settings or FastWeightLayerSettings()
         width = self.settings.expansion * hidden_size
         # fp32 whatever the model's dtype, as sums over a long text have no room in bf16.
-        self.up = nn.Linear(hidden_size, width, dtype=torch.float32)
-        self.down = nn.Linear(width, hidden_size, dtype=torch.float32)
+        self.up = OneDNNLinear(hidden_size, width, dtype=torch.float32)
+        self.down = OneDNNLinear(width, hidden_size, dtype=torch.float32)
         self.norm_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
         self.norm_offset = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
         self.output_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
@@ -156,7 +156,7 @@ class FastWeightLayer(nn.Module):
         if self.settings.decay == "scalar":
             self.decay_logit = nn.Parameter(torch.empty(3, dtype=torch.float32))
         elif self.settings.decay == "input":
-            self.decay_gate = nn.Linear(hidden_size, 3, dtype=torch.float32)
+            self.decay_gate = OneDNNLinear(hidden_size, 3, dtype=torch.float32)
         elif self.settings.decay == "channel":
             sizes = {"up_key": hidden_size + 1, "up_value": width, "down_key": width + 1, "down_value": hidden_size}
             sizes["norm_value"] = 2 * hidden_size

@@ -52,10 +52,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
     return bool(
-        _onednn is not None
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _onednn is not None
         and torch.backends.mkldnn.enabled
         and prod(x.shape[:-1]) * weight.numel() >= (WORTH_A_FUNCTION if torch.is_grad_enabled() else WORTH_ALL_THREADS)
         and x.dtype == weight.dtype == torch.float32
@@ -106,9 +106,7 @@ class OneDNNConv1D(Conv1D):
     """GPT-2's linear layer, whose matrix is stored transposed, with this module's product."""
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        if _is_for_onednn(x, self.weight):
-            return linear(x, self.weight.t(), self.bias)
-        return super().forward(x)
+        return linear(x, self.weight.t(), self.bias)
 
 
 _FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerSettings
-from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.conversion import load_model, name_of
@@ -47,5 +46,4 @@ def add_fast_weight_layer(
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
     model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
-    use_onednn(model.fast_weight_layer)
     return model

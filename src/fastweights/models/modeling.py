@@ -59,6 +59,7 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.architecture = architecture_of(config.base)
         self.model = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        use_onednn(self.model)
         config.dtype = config.base.dtype = self.model.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.model._no_split_modules
         self.fast_layers = _replace_attention(self.model, config)
@@ -67,7 +68,6 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         self.max_positions = None if config.positions == "drop" else position_limit(config.base)
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
-        use_onednn(self)
         self.post_init()
         for layer in self.fast_weight_layers():
             layer.reset_new_parameters()
