@@ -11,7 +11,7 @@ and Z_t the products of the gates since some token,
 so T only grows, and gates touch rows alone. A product that leaves [RESCALE_BELOW, 1 / RESCALE_BELOW] is made
 good on T, and the products start anew at 1; which token that happens at depends on the gates up to
 it alone, and padding, whose gates are 1, changes nothing. So neither a later token nor padding
-changes one bit of the result. Token by token, a tile of 4 x 16 numbers of T stays in registers for
+changes one bit of the result. Token by token, a tile of 4 x COLUMNS numbers of T stays in registers for
 up to BLOCK tokens.
 
 Notation

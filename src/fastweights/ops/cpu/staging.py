@@ -83,7 +83,6 @@ def sources_version() -> int:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    digest.update(bytes([LANES]))
     return int(digest.hexdigest()[:15], 16)
 
 
@@ -139,6 +138,13 @@ def multiply(out, x, y, size):
         store(out, i, load(x, i) * load(y, i))
 
 
+@njit(nogil=True, forceinline=True)
+def _fetch(row, width):
+    """Have a row, which the next block of as many rows will want, on its way from memory."""
+    for i in range(0, width, LINE):
+        prefetch(row, i)
+
+
 @njit(nogil=True)
 def stage(out, out_stride, padded, x, stride, width, rows, scale):
     """Copy rows of a tensor to scratch, scaled; zeros from `width` to `padded`."""
@@ -147,9 +153,7 @@ def stage(out, out_stride, padded, x, stride, width, rows, scale):
     whole = width // LANES * LANES
     for t in range(rows):
         to, source = shift(out, t * out_stride), shift(x, t * stride)
-        ahead = shift(source, rows * stride)
-        for i in range(0, width, LINE):
-            prefetch(ahead, i)
+        _fetch(shift(source, rows * stride), width)
         for i in range(0, whole, LANES):
             store(to, i, load(source, i) * s)
         for i in range(whole, padded, LANES):
@@ -164,9 +168,7 @@ def unstage(x, stride, width, rows, out, out_stride):
     whole = width // LANES * LANES
     for t in range(rows):
         to, source = shift(x, t * stride), shift(out, t * out_stride)
-        ahead = shift(to, rows * stride)
-        for i in range(0, width, LINE):
-            prefetch(ahead, i)
+        _fetch(shift(to, rows * stride), width)
         for i in range(0, whole, LANES):
             store(to, i, load(source, i))
         if whole < width:
