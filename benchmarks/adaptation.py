@@ -52,6 +52,7 @@ VARIANTS = {
     "fwl, scalar decay, segments": (FastWeightLayerSettings(decay="scalar"), MetaConfig().blocks),
     "fwl, channel decay, segments": (FastWeightLayerSettings(decay="channel"), MetaConfig().blocks),
     "fwl, input decay, segments": (FastWeightLayerSettings(decay="input"), MetaConfig().blocks),
+    "fwl, slow vocabulary 4096": (FastWeightLayerSettings(slow_vocabulary=4096), MetaConfig().blocks),
 }
 DEFAULT_VARIANTS = ("control", "fwl", "fwl, scalar decay", "fwl, input decay, segments")  # the last is the default
 WAYS = {

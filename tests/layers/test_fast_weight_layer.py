@@ -23,12 +23,12 @@ DECAYS = ("none", "scalar", "channel", "input")
 
 
 def block(
-    decay: str = "scalar", *, dtype=torch.float64, d: int = D, seed: int = 0, updates: bool = True, segment: int = 7
+    decay: str = "scalar", *, dtype=torch.float64, d: int = D, updates: bool = True, segment: int = 7, **settings
 ):
     """A layer whose every parameter is away from its starting point, and an unembedding with a bias."""
-    torch.manual_seed(seed)
-    layer = FastWeightLayer(d, FastWeightLayerSettings(decay=decay, updates=updates, expansion=2, segment=segment))  # type: ignore[arg-type]
-    layer.to(dtype)
+    torch.manual_seed(0)
+    settings |= {"decay": decay, "updates": updates, "segment": segment}
+    layer = FastWeightLayer(d, FastWeightLayerSettings(expansion=2, **settings)).to(dtype)
     unembedding = nn.Linear(d, VOCABULARY).to(dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -73,12 +73,18 @@ def by_hand(layer: FastWeightLayer, unembedding: nn.Linear, hidden, labels):
         if segment and taken and taken % segment == 0:
             seen = [w.detach().requires_grad_() for w in weights]
         taken += 1
-        loss = cross_entropy(unembedding(run(seen, h))[None], label[None])
+        loss = loss_among(unembedding(run(seen, h)), int(label), layer.settings.slow_vocabulary)
         gradients = torch.autograd.grad(loss, seen)
         kept = kept_shares(layer, h)
         for i, step in enumerate(layer.log_step_size.detach().exp()):
             changes[i] = kept[i] * changes[i] - step * gradients[i]
     return torch.stack(outputs)
+
+
+def loss_among(logits, label: int, vocabulary: int):
+    """Cross-entropy over the first tokens, or all, and the label."""
+    among = {*range(min(vocabulary or len(logits), len(logits))), label}
+    return logits[[*among]].logsumexp(-1) - logits[label]
 
 
 def kept_shares(layer: FastWeightLayer, h):
@@ -96,9 +102,9 @@ def kept_shares(layer: FastWeightLayer, h):
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("segment", [0, 1, 5, 100])
-def test_equals_gradient_steps_taken_one_by_one(segment, decay):
-    layer, unembedding = block(decay, segment=segment)
+@pytest.mark.parametrize(("segment", "slow_vocabulary"), [(0, 0), (1, 0), (5, 0), (100, 0), (5, 4)])
+def test_equals_gradient_steps_taken_one_by_one(segment, slow_vocabulary, decay):
+    layer, unembedding = block(decay, segment=segment, slow_vocabulary=slow_vocabulary)
     with torch.no_grad():
         layer.log_step_size.sub_(1.0)  # large ones, against gradients of weights that they have changed, diverge
     hidden, labels = text(3, 21)
@@ -174,6 +180,28 @@ def test_slow_gradient_is_autograds():
     loss = cross_entropy(unembedding(hidden).flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
     (expected,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(next_token_gradient(hidden, labels, unembedding), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocabulary", [1, 4, VOCABULARY - 1, VOCABULARY, 2 * VOCABULARY])
+def test_slow_gradient_over_some_tokens_and_the_label(vocabulary, bias):
+    _, unembedding = block()
+    unembedding.bias = unembedding.bias if bias else None
+    hidden, labels = text(2, 7)
+    hidden.requires_grad_()
+    rows = zip(unembedding(hidden).flatten(0, 1), labels.flatten().tolist(), strict=True)
+    losses = [loss_among(logits, label, vocabulary) for logits, label in rows if label != NO_LABEL]
+    (expected,) = torch.autograd.grad(sum(losses), hidden)
+    got = next_token_gradient(hidden, labels, unembedding, vocabulary)
+    torch.testing.assert_close(got, expected)
+
+    def run(hidden, *parameters):
+        other = nn.Linear(D, VOCABULARY, bias=bias)
+        for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+            set_path(other, name, parameter)
+        return next_token_gradient(hidden, labels, other, vocabulary)
+
+    torch.autograd.gradcheck(run, [hidden, *unembedding.parameters()], fast_mode=True)
 
 
 def test_slow_gradient_does_not_depend_on_its_chunks(monkeypatch):
@@ -306,6 +334,7 @@ def test_bf16_hidden_states_keep_fp32_weights():
         ({"decay": "magic"}, "known are none, scalar, channel, input"),
         ({"expansion": 0}, "at least 1"),
         ({"segment": -1}, "allowed are 0"),
+        ({"slow_vocabulary": -1}, "allowed are 0"),
         ({"initial_step_size": 0.0}, "positive"),
         ({"initial_decay": 1.0}, "between 0 and 1"),
     ],

@@ -66,6 +66,9 @@ class FastWeightLayerSettings:
     one for each of their channels, or by one for each layer computed from each token."""
     segment: int = 128
     """Steps after which gradients are taken at the weights as they have become; 0 for always at the trained ones."""
+    slow_vocabulary: int = 0
+    """Tokens that share the slow pass's softmax with a position's own label: the first so many of the vocabulary, in
+    most tokenizers the most frequent; 0 for all. A few thousand make a model with a large vocabulary cheaper."""
     initial_step_size: float = 0.01
     """Step size of all parameter groups before training."""
     initial_decay: float = 0.999
@@ -78,6 +81,10 @@ class FastWeightLayerSettings:
             raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
         if self.segment < 0:
             raise FastWeightsError(f"segment is {self.segment}; allowed are 0 (none) and 1 or more steps")
+        if self.slow_vocabulary < 0:
+            raise FastWeightsError(
+                f"slow_vocabulary is {self.slow_vocabulary}; allowed are 0 (all tokens) and 1 or more of them"
+            )
         if not self.initial_step_size > 0:
             raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive")
         if not 0 < self.initial_decay < 1:
@@ -293,7 +300,7 @@ class FastWeightLayer(nn.Module):
         r = self.down(a) if seen is None else self.down(a) + _change(a, seen.down)
         normalised, deviation = _normalise(r)
         y = h + self.output_scale * (normalised * scale + offset)
-        dn = self.output_scale * next_token_gradient(y, labels, unembedding)
+        dn = self.output_scale * next_token_gradient(y, labels, unembedding, self.settings.slow_vocabulary)
         dr = dn * scale
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
         da = linear(dr, self.down.weight.t())
@@ -334,14 +341,21 @@ class FastWeightLayer(nn.Module):
 
 
 def next_token_gradient(
-    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear
+    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear, vocabulary: int = 0
 ) -> Float[Tensor, "B T d"]:
     """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
 
     Uᵀ (softmax(U y) - onehot), a few positions at a time, with their logits computed again in the backward pass: the
     logits of a whole text are never held.
+
+    Args:
+        hidden: what the unembedding is given.
+        labels: the next tokens.
+        unembedding: U.
+        vocabulary: the softmax is over the first so many tokens and the position's own label; 0 for all tokens.
     """
-    chunk = max(1, _LOGITS // max(1, unembedding.out_features))
+    classes = vocabulary if 0 < vocabulary < unembedding.out_features else unembedding.out_features
+    chunk = max(1, _LOGITS // max(1, classes))
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
     parts = []
     for start in range(0, len(flat), chunk):
@@ -350,6 +364,7 @@ def next_token_gradient(
             flat_labels[start : start + chunk],
             unembedding.weight,
             unembedding.bias,
+            classes,
         )
         if torch.is_grad_enabled() and hidden.requires_grad:
             part = checkpoint(_gradient, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -359,11 +374,28 @@ def next_token_gradient(
     return torch.cat(parts).view_as(hidden) if parts else hidden
 
 
-def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    error = linear(hidden.to(weight.dtype), weight, bias).to(hidden.dtype).softmax(-1)
-    error = error.scatter_add(-1, labels.clamp(min=0)[:, None], -torch.ones_like(error[:, :1]))
-    gradient = linear(error.to(weight.dtype), weight.t()).to(hidden.dtype)
-    return gradient.masked_fill((labels == NO_LABEL)[:, None], 0.0)
+def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, classes: int) -> Tensor:
+    known, labels = labels != NO_LABEL, labels.clamp(min=0)
+    if classes == len(weight):
+        logits, own = linear(hidden.to(weight.dtype), weight, bias), None
+    else:
+        own = weight[labels]
+        logits = _logits_of_some(hidden.to(weight.dtype), labels, own, weight, bias, classes)
+    error = logits.to(hidden.dtype).softmax(-1)
+    error = error.scatter_add(-1, labels.clamp(max=classes)[:, None], -torch.ones_like(error[:, :1]))
+    gradient = linear(error[:, :classes].to(weight.dtype), weight[:classes].t()).to(hidden.dtype)
+    if own is not None:
+        gradient = gradient + error[:, classes:] * own
+    return gradient.masked_fill(~known[:, None], 0.0)
+
+
+def _logits_of_some(
+    hidden: Tensor, labels: Tensor, own: Tensor, weight: Tensor, bias: Tensor | None, classes: int
+) -> Tensor:
+    """Of the first `classes` tokens, then of each position's label, -inf where it is one of these."""
+    logits = linear(hidden, weight[:classes], None if bias is None else bias[:classes])
+    last = (hidden * own).sum(-1) if bias is None else (hidden * own).sum(-1) + bias[labels]
+    return torch.cat((logits, last.masked_fill(labels < classes, -torch.inf)[:, None]), -1)
 
 
 def _change(x: Float[Tensor, "B T n"], change: Float[Tensor, "B 1 n+1 k"]) -> Float[Tensor, "B T k"]:
