@@ -55,6 +55,13 @@ def test_views(products):
     assert len(products) == 1
 
 
+def test_part_of_the_columns_transposed_is_not_slow(products):
+    x, weight = torch.randn(256, 128), torch.randn(128, M + 1)[:, :M].t()
+    expected = nn.functional.linear(x.double(), weight.double())
+    assert error(linear(x, weight), expected) <= tolerances.FLOAT32
+    assert products[0][1].is_contiguous()  # as it is, oneDNN would multiply one number after the other
+
+
 def test_everything_else_is_torchs(products):
     x, weight = torch.randn(2, N), torch.randn(M, N)
     linear(torch.randn(0, N), weight)

@@ -44,6 +44,8 @@ def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By oneDNN, which compiles a kernel for each number of rows and keeps it; so it is given round numbers of them."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # part of the columns, transposed, takes it a thousand times as long
     rows = prod(x.shape[:-1])
     if rows <= FEW or rows % ROUND == 0:
         return _onednn(x, weight, bias, "none", [], "")
