@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--output", type=Path, default=None, help="default: runs/adaptation/TEXT-MODEL")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT_VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--block-size", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=65536, help="of the test split")

@@ -68,7 +68,9 @@ def models(tokens: int, width: int, repeats: int) -> list[dict]:
             eos_token_id=None,
         )
         model = add_fast_weight_layer(GPT2LMHeadModel(config))
-        _leave_the_identity(model.fast_weight_layer)
+        layer = model.fast_weight_layer
+        assert layer is not None
+        _leave_the_identity(layer)
         ids = torch.randint(vocabulary, (1, tokens))
 
         def forward(model=model, ids=ids):
@@ -86,7 +88,7 @@ def models(tokens: int, width: int, repeats: int) -> list[dict]:
 
             return task
 
-        def with_few(run, layer=model.fast_weight_layer):
+        def with_few(run, layer=layer):
             def task():
                 whole = layer.settings
                 layer.settings = replace(whole, slow_vocabulary=FEW)

@@ -126,7 +126,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     folders = {name: config.output / name for name in stages}
     names = ("training.png", "decoding.png", "adaptation.png", "results.json")
     files = [config.output / name for name in names]
-    plot_training(folders, {name: _tokens_per_step(name, config) for name in stages}, files[0])
+    plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
     plot_comparison(adaptation, files[2])
     files[3].write_text(json.dumps(results(stages, decode, samples, adaptation), indent=2) + "\n")
@@ -158,11 +158,6 @@ def adapt(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
         validation=validation,
         say=say,
     )
-
-
-def _tokens_per_step(name: str, config: DemoConfig) -> int:
-    run = train_config(name, config)
-    return run.transfer.tokens_per_step(run.data.block_size)  # and as many in the other stage
 
 
 def results(

@@ -22,21 +22,18 @@ _STAGES = {
 }
 
 
-def plot_training(folders: dict[str, Path], tokens_per_step: dict[str, int], output: Path) -> None:
+def plot_training(folders: dict[str, Path], output: Path) -> None:
     """Training loss of both stages against tokens, one line per model.
 
     Args:
         folders: a training run's output folder per model name.
-        tokens_per_step: of each model.
         output: PNG file to write.
     """
     figure, panels = _figure(2, width=10)
     for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
         for name, folder in folders.items():
             history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
-            points = [
-                (entry["step"] * tokens_per_step[name] / 1000, entry["loss"]) for entry in history if "loss" in entry
-            ]
+            points = [(entry["num_input_tokens_seen"] / 1000, entry["loss"]) for entry in history if "loss" in entry]
             tokens, losses = zip(*points, strict=True) if points else ((), ())
             panel.plot(tokens, losses, color=_COLORS[name], label=name, marker="o", markersize=3)
         _label(panel, x="tokens (thousands)", y=label)

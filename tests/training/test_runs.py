@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastweights.data import DataConfig
+from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import HeldOutConfig
 from fastweights.models import ConversionConfig, convert, load_model
@@ -39,6 +39,17 @@ def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
             train(other)
     train(replace(other, resume=True))
     assert load_model(config.output).config.window == 8
+
+
+def test_tokens_are_those_that_were_read(config, text_file):
+    """An epoch of three batches ends with a step of one where a step takes two."""
+    blocks = len(TokenBlocks(tokenize(load_documents(config.data), load_tokenizer(config.model)).tokens, 32))
+    batch = blocks * 3 // 10  # a twentieth is held out
+    steps = {"batch_size": batch, "gradient_accumulation": 2}
+    config = replace(config, transfer=TransferConfig(steps=4, **steps), finetune=FinetuneConfig(steps=1, **steps))
+    results = {result.stage: result.tokens for result in train(config)}
+    assert results == {"teacher": 0, "converted": 0, "transfer": 6 * batch * 32, "finetune": 8 * batch * 32}
+    assert {r.stage: r.tokens for r in train(replace(config, resume=True))} == results
 
 
 def test_a_run_resumes_only_with_its_own_config(config):

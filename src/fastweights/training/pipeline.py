@@ -22,7 +22,7 @@ from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, S
 from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.meta import MetaTrainer
 from fastweights.training.teacher import load_teacher
-from fastweights.training.trainer import is_finished, process_state, save_run
+from fastweights.training.trainer import is_finished, process_state, save_run, tokens_seen
 from fastweights.training.transfer import TransferTrainer
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> list[StageResult]:
             trainer = TRAINERS[name](student, teacher, stage, config.run, folder, train_blocks, tokenizer, title=name)
             trainer.run(resume=config.resume)
         student = load_model(folder).to(process.device)  # type: ignore[arg-type]
-        tokens += stage.tokens_per_step(config.data.block_size) * process.num_processes * stage.steps
+        tokens += tokens_seen(folder)
         results.add(name, tokens, student)
 
     _save(student, tokenizer, config.output, process)
@@ -134,7 +134,7 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
         trainer = MetaTrainer(model, config.meta, config.run, folder, train_blocks, tokenizer, title="meta")
         trainer.run(resume=config.resume)
     model = load_model(folder).to(process.device)  # type: ignore[arg-type,assignment]
-    tokens = config.meta.tokens_per_step(config.data.block_size) * process.num_processes * config.meta.steps
+    tokens = tokens_seen(folder)
     results.add("meta", tokens, model)
     results.add("meta, stream", tokens, model, context="stream")
     _save(model, tokenizer, config.output, process)

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -136,6 +137,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def tokens_seen(folder: Path) -> int:
+    """Tokens that the stage that trained in `folder` has read, in all processes."""
+    return json.loads((folder / TRAINER_STATE_NAME).read_text())["num_input_tokens_seen"]
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the stage that trains in `folder` came to its end."""
     return (folder / _FINISHED_FILE).exists()
@@ -209,7 +215,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     """The Trainer writes its state last; a kill within that leaves JSON that ends early."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
@@ -240,6 +246,7 @@ def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArg
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=run.report_to,
+        include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         dataloader_drop_last=True,
         # Pinned memory needs an accelerator, and the Trainer warns without one.
