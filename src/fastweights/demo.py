@@ -21,7 +21,7 @@ from fastweights.data import DataConfig, load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
-from fastweights.options import SEVERAL
+from fastweights.options import SEVERAL, check_folder
 from fastweights.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.timing import DecodeCost, decode_costs
@@ -106,6 +106,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     Args:
         say: called with a line about each part before it begins.
     """
+    check_folder(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     stages = {}
     for name in ("pure", "hybrid"):

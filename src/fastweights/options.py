@@ -1,8 +1,11 @@
-"""How the fields of a config show as options on the command line."""
+"""How the fields of a config show as options on the command line, and a check that several commands share."""
 
 import os
+from pathlib import Path
 
 from cyclopts import Parameter
+
+from fastweights.errors import FastWeightsError
 
 # Set to anything, it makes help list every option.
 SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
@@ -15,3 +18,10 @@ SWITCH = Parameter(negative=None, negative_bool="no-")
 
 # Takes several values after one name: --contexts block stream.
 SEVERAL = Parameter(consume_multiple=True)
+
+
+def check_folder(output: Path) -> None:
+    """Refuse what cannot be, or become, a folder to write to."""
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise FastWeightsError(f"output {output}: {path} is a file, give a folder")

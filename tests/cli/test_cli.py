@@ -202,6 +202,9 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("read", "MODEL", "TEXT", "-o", "."), "is a folder"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--methods", "rms"), "is one file"),
         (("eval", "MODEL", "--text", "TEXT", "--output", "short.txt"), "is a file"),
+        (("convert", "MODEL", "short.txt/folder"), "short.txt is a file"),
+        (("demo", "--output", "short.txt"), "is a file"),
+        (("--config", "none.toml", "eval"), "models is empty"),
         (("eval", "MODEL", "--methods", "rms", "--rms.rule", "sgd"), "rms.rule is 'sgd'"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--evaluation.context", "stream"), "contexts"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
@@ -217,6 +220,7 @@ def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_f
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "none.toml").write_text("models = []")
     known = {"MODEL": str(model_folder), "TEXT": str(text_file)}
     code, _, err = run(monkeypatch, capsys, *[known.get(argument, argument) for argument in arguments])
     assert code in (1, 2)  # 2: the command line itself is wrong
@@ -236,6 +240,15 @@ def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
     config = parsed("pretrain", "--short.steps", 100, "--long.batch-size", 2)["config"]
     assert (config.short.batch_size, config.short.schedule) == (8, "constant_with_warmup")
     assert (config.long.steps, config.long.learning_rate) == (300, 2e-3)
+
+
+def test_the_models_of_eval_may_stand_in_a_recipe(monkeypatch, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('models = ["a", "b"]')
+    assert parsed("eval", "x", "y", "--block-size", 64)["models"] == ("x", "y")
+    assert parsed("eval").get("models", ("embedded",)) == ("embedded",)
+    monkeypatch.setattr(app, "config", (Recipe(recipe),))
+    assert parsed("eval")["models"] == ("a", "b")
 
 
 def test_lists_and_switches_arrive():

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fastweights.errors import FastWeightsError
 from fastweights.models import ConversionConfig
 from fastweights.models import convert as run
+from fastweights.options import check_folder
 from fastweights.sources import load_tokenizer, resolve_model
 
 
@@ -25,8 +25,7 @@ def convert(
     output
         Folder for the converted model.
     """
-    if output.exists() and not output.is_dir():
-        raise FastWeightsError(f"{output} is a file: give a folder for the converted model")
+    check_folder(output)
     model = run(resolve_model(source), config)
     model.save_pretrained(output)
     load_tokenizer(source).save_pretrained(output)

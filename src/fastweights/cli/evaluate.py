@@ -18,11 +18,13 @@ from fastweights.data import DataConfig, HeldOutDataConfig, TokenizedText, load_
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import EvaluationConfig
 from fastweights.models import load_model
+from fastweights.options import check_folder
 from fastweights.sources import load_tokenizer, resolve_model
 
 
 def evaluate(
-    *models: str,
+    models: tuple[str, ...] = ("embedded",),
+    *,
     text: Annotated[HeldOutDataConfig, Parameter(name="*")] = HeldOutDataConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
@@ -40,8 +42,10 @@ def evaluate(
     output
         Folder for results.json and pictures: bits per byte and cost, and where each method gains.
     """
-    if output is not None and output.exists() and not output.is_dir():
-        raise FastWeightsError(f"{output} is a file: give a folder for results and pictures")
+    if not models:
+        raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
+    if output is not None:
+        check_folder(output)
     adapts = set(comparison.methods or ()) & {"sgd", "rms"}
     if Path(text.text).is_file():
         if "rms" in adapts or (adapts and comparison.tune_tokens):
@@ -53,7 +57,7 @@ def evaluate(
     say = Console(stderr=True, soft_wrap=True).print
     results: dict[str, list[MethodResult]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
-    held_out = {source: _read(text, source) for source in models or ("embedded",)}
+    held_out = {source: _read(text, source) for source in models}
     for source in held_out:
         results[source] = compare(
             load_model(resolve_model(source)),

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastweights.errors import FastWeightsError
+from fastweights.options import check_folder
 from fastweights.training.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ def save_run(config: object, folder: Path, *, resume: bool) -> None:
     """
     import fastweights
 
-    if folder.exists() and not folder.is_dir():
-        raise FastWeightsError(f"output {folder} is a file: give a folder")
+    check_folder(folder)
     run = {
         "stage": type(config).__name__,
         "config": dataclasses.asdict(config),  # type: ignore[call-overload]
