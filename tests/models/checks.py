@@ -37,16 +37,23 @@ def check_a_padded_batch_generates_what_each_row_does_alone(model) -> None:
         assert together[row, 20:].tolist() == alone[0, ids.shape[1] :].tolist()
 
 
+PADDING = {"left": slice(0, 9), "right": slice(30, 39), "holes": slice(5, 39, 4)}
+
+
 @torch.no_grad()
-def check_padding_gives_each_row_what_it_has_alone(model, side: str):
-    """A row of 30 tokens beside one of 39; returns the cache, the mask and the shorter row's tokens."""
-    ids, other = random_ids(1, 30), random_ids(1, 39, seed=1)
-    pad = torch.full((1, 9), 256)
-    padded = torch.cat([torch.cat([pad, ids] if side == "left" else [ids, pad], 1), other])
-    mask = torch.ones(2, 39, dtype=torch.long)
-    mask[0, slice(0, 9) if side == "left" else slice(30, 39)] = 0
-    output = model(padded, attention_mask=mask, use_cache=True)
-    row = output.logits[0, 9:] if side == "left" else output.logits[0, :30]
-    assert error(row, model(ids).logits[0]) <= tolerances.FLOAT32
-    assert error(output.logits[1], model(other).logits[0]) <= tolerances.FLOAT32
-    return output.past_key_values, mask, ids
+def check_padding_gives_each_row_what_it_has_alone(model, where: str):
+    """A row of 30 tokens beside one of 39, read together, and then on: twice, the second time with padding again."""
+    real = torch.ones(2, 39, dtype=torch.bool)
+    real[0, PADDING[where]] = False
+    parts = [real, torch.ones(2, 8, dtype=torch.bool), torch.tensor([[True, False, True], [True, True, False]])]
+    ids, mask, cache, got = random_ids(2, 50), torch.empty(2, 0, dtype=torch.long), None, []
+    for part in parts:
+        new = ids[:, mask.shape[1] :][:, : part.shape[1]].masked_fill(~part, 256)
+        mask = torch.cat((mask, part.long()), 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        got.append(output.logits)
+    for row, together in enumerate(torch.cat(got, 1)):
+        kept = mask[row].bool()
+        assert error(together[kept], model(ids[row : row + 1, kept]).logits[0]) <= tolerances.FLOAT32

@@ -47,6 +47,24 @@ def test_reordered_rows_go_on_as_the_rows_they_are(filled):
 
 
 @torch.no_grad()
+def test_padded_rows_go_on_as_the_rows_they_are(filled):
+    model, _ = filled
+    ids, mask = random_ids(3, 20), torch.ones(3, 20, dtype=torch.long)
+    mask[2, 15:] = 0
+    cache = DynamicCache(config=model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    token = random_ids(2, 1, seed=5)
+    mask = torch.cat((mask[[2, 0]], torch.ones(2, 1, dtype=torch.long)), 1)
+    after = model(token, attention_mask=mask, past_key_values=cache).logits[:, 0]
+    for row, (of, length) in enumerate(((2, 15), (0, 20))):
+        alone = model(torch.cat((ids[of : of + 1, :length], token[row : row + 1]), 1)).logits[0, -1]
+        assert error(after[row], alone) <= tolerances.FLOAT32
+
+
+@torch.no_grad()
 def test_repeated_and_selected_rows(filled):
     model, cache = filled
     cache.batch_repeat_interleave(2)

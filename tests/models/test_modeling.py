@@ -7,6 +7,7 @@ from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from fastweights.models.cache import state_bytes
 from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
+    PADDING,
     check_a_padded_batch_generates_what_each_row_does_alone,
     check_padding_gives_each_row_what_it_has_alone,
     check_pieces_equal_one_pass,
@@ -30,9 +31,22 @@ def test_pieces_of_any_size_equal_one_pass(model):
     check_pieces_equal_one_pass(model, (7, 8, 9, 25))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gives_each_row_what_it_has_alone(model, side):
-    check_padding_gives_each_row_what_it_has_alone(model, side)
+@pytest.mark.parametrize("where", PADDING)
+def test_padding_gives_each_row_what_it_has_alone(model, where):
+    check_padding_gives_each_row_what_it_has_alone(model, where)
+
+
+@torch.no_grad()
+def test_a_mask_that_leaves_out_earlier_padding_is_refused(model):
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    more = random_ids(2, 4, seed=1)
+    for given in (None, torch.ones(2, 4, dtype=torch.long)):
+        with pytest.raises(FastWeightsError, match=r"among the 12 tokens .* of length 16"):
+            model(more, attention_mask=given, past_key_values=cache)
+    cache.reset()
+    model(more, attention_mask=torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
 
 
 def test_padded_batch_generates_what_each_row_does_alone(model):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from fastweights.layers.window import window_attention
 from fastweights.ops import decay_rule
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import Cache
 
@@ -209,15 +209,26 @@ class FastWeightAttention(nn.Module):
         return gates[0], gates[1]
 
     def _window(self, q, k, v, past_key_values, padding_mask):
+        """Padding takes no room in the window: each row's real tokens stand together at its end."""
+        cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        real = None if padding_mask is None else padding_mask[:, -q.shape[1] :]
         if past_key_values is not None:
             keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        visible = k.shape[1]
-        key_mask = None
-        if padding_mask is not None:
-            key_mask = padding_mask[:, -visible:]
-            # A mask of the new tokens alone says that the ones before them are real.
-            key_mask = nn.functional.pad(key_mask, (visible - key_mask.shape[1], 0), value=True)
-        return window_attention(
-            q, k, v, window=self.settings.window, scale=self.scaling, bias=self.window_bias, key_mask=key_mask
+            real = cache.with_kept(real, k.shape[1])
+        back = None
+        if real is not None and (real[:, :-1] & ~real[:, 1:]).any():
+            order = real[:, -q.shape[1] :].byte().argsort(dim=1, stable=True)
+            q, back = _take(q, order), order.argsort(1)
+            order = real.byte().argsort(dim=1, stable=True)
+            k, v, real = _take(k, order), _take(v, order), real.gather(1, order)
+        if cache is not None:
+            cache.keep(k.transpose(1, 2), v.transpose(1, 2), real)
+        o = window_attention(
+            q, k, v, window=self.settings.window, scale=self.scaling, bias=self.window_bias, key_mask=real
         )
+        return o if back is None else _take(o, back)
+
+
+def _take(x: Float[Tensor, "B T H D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T H D"]:
+    return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
+from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
 
 if TYPE_CHECKING:
@@ -76,28 +79,53 @@ class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
-    """The state of a hybrid layer: fast weights, and the keys and values of the window's last tokens."""
+    """The state of a hybrid layer: fast weights, and the keys and values of the window's last real tokens."""
+
+    real: Bool[Tensor, "B kept"] | None = None
+    """False where a row has had fewer real tokens than are kept; None if none has."""
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
         return _keep(self, recurrent_states, state_idx)  # the window counts the tokens
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        visible = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[-2] > 1:
-            # What is kept is a view, and would keep all the keys of a long text alive.
-            self.keys, self.values = (kept.clone() for kept in (self.keys, self.values) if kept is not None)
-        return visible
+    def with_kept(self, new: Bool[Tensor, "B T"] | None, length: int) -> Bool[Tensor, "B L"] | None:
+        """Which of `length` keys are real, those that were kept and the new ones; None if all are."""
+        if new is None and self.real is None:
+            return None
+        assert self.keys is not None
+        ones = self.keys.new_ones(len(self.keys), length, dtype=torch.bool)
+        n_new = length if self.real is None else length - self.real.shape[1]
+        new = ones[:, :n_new] if new is None else new
+        kept = ones[:, : length - new.shape[1]] if self.real is None else self.real
+        return torch.cat((kept, new), 1)
+
+    def keep(self, keys: Tensor, values: Tensor, real: Bool[Tensor, "B L"] | None) -> None:
+        """The last of these, of which padding stands in front, for the tokens to come."""
+        room = self.sliding_window - 1
+        if keys.shape[-2] > room + 1 or real is not None:
+            # The view that transformers keeps would hold all the keys of a long text alive.
+            self.keys, self.values = (kept[:, :, -room:].clone() for kept in (keys, values))
+        self.real = None if real is None else real[:, -room:].clone()
 
     batch_repeat = FastWeightsCacheLayer.batch_repeat_interleave
     batch_select = FastWeightsCacheLayer.batch_select_indices
 
+    def reset(self) -> None:
+        super().reset()
+        self.real = None
+
+    def reorder_cache(self, beam_idx) -> None:
+        super().reorder_cache(beam_idx)
+        self.real = None if self.real is None else self.real.index_select(0, beam_idx.to(self.real.device))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.batch_repeat(repeats)
+        self.real = None if self.real is None else self.real.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices) -> None:
         super().batch_select_indices(indices)
         self.batch_select(indices)
+        self.real = None if self.real is None else self.real[indices]
 
 
 class FastWeightLayerCache(FastWeightsCacheLayer):
@@ -150,6 +178,13 @@ def adopt_cache(cache: Cache, layer_types: list[str], window: int, *, fast_weigh
             cache.layers[i] = FastWeightsCacheLayer()
         elif layer_type == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             cache.layers[i] = HybridCacheLayer(sliding_window=window)
+    ours = (FastWeightsCacheLayer, HybridCacheLayer)
+    if any(isinstance(x, StaticLayer) for x in cache.layers) and any(isinstance(x, ours) for x in cache.layers):
+        # transformers would leave out the mask that hides the empty places of its static layers.
+        raise FastWeightsError(
+            "a static cache was given, and this model has layers with softmax attention beside its fast weights: leave "
+            "cache_implementation out, or use a DynamicCache"
+        )
     return cache
 
 

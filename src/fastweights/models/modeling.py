@@ -118,7 +118,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
         """Like any causal LM's.
 
         Args:
-            attention_mask: 0 where a token is padding, for the new tokens (L = T) or for all so far (L > T).
+            attention_mask: 0 where a token is padding, for all tokens so far; for the new ones alone (L = T), or left
+                out, if no earlier one was padding.
             position_ids: by default the number of real tokens before each token.
             past_key_values: state to start from; it is updated in place. Without one the state is zero.
             use_cache: whether to return the state; by default when not training.
@@ -140,6 +141,8 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_key_values is not None:
+            _check_mask_covers_padding(attention_mask, past_key_values, past, given.shape[1])
         if position_ids is None and attention_mask is not None:
             position_ids = _positions(attention_mask, given.shape[1], past)
         if offset := getattr(past_key_values, "position_offset", 0):
@@ -305,6 +308,19 @@ def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"
     return PendingPosition(
         hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True)
     )
+
+
+def _check_mask_covers_padding(attention_mask: Tensor | None, cache: Cache, past: int, length: int) -> None:
+    """Refuse to take padding that `cache` has read for tokens; remember whether it has read any."""
+    covers = attention_mask is not None and attention_mask.shape[1] == past + length
+    if past and getattr(cache, "has_padding", False) and not covers:
+        given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
+        raise FastWeightsError(
+            f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one for "
+            f"all of them, of length {past + length}"
+        )
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    cache.has_padding = padded  # type: ignore[attr-defined]
 
 
 def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:
