@@ -28,7 +28,27 @@ def test_documents_end_with_the_end_token(tokenizer):
     text = tokenize(["ab", "c"], tokenizer)
     assert text.tokens.tolist() == [97, 98, 256, 99, 256]
     assert text.document_lengths == [3, 2]
-    assert (text.n_bytes, text.n_words) == (3, 2)
+    assert text.bytes_and_words(len(text.tokens)) == (3, 2)
+
+
+def test_what_a_tokenizer_was_last_used_with_changes_nothing(tokenizer):
+    whole = tokenize(["ab" * 50, "c"], tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["ab"], truncation=True, max_length=4, padding="max_length")
+    assert tokenize(["ab" * 50, "c"], tokenizer).tokens.tolist() == whole.tokens.tolist()
+
+
+def test_bytes_and_words_of_the_tokens_that_are_read(tokenizer):
+    text = tokenize(["漢字 か", "a b c d e f g"], tokenizer)
+    assert text.bytes_and_words(11) == (10, 2)
+    assert text.bytes_and_words(11 + 7) == (10 + 13 / 2, 2 + 7 / 2)
+    assert text.bytes_and_words(1000) == (23, 9)
+
+
+def test_a_column_of_numbers_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 5}\n{"text": 6}\n')
+    with pytest.raises(FastWeightsError, match="holds int and not text, such as 5"):
+        load_documents(DataConfig(text=str(tmp_path / "a.jsonl")))
 
 
 def test_blocks_leave_out_the_rest():

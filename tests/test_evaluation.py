@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import EvaluationConfig, _spans, evaluate, score
+from fastweights.evaluation import EvaluationConfig, _spans, evaluate, plain, score
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from tests.conftest import make_gpt2
 
@@ -111,7 +112,31 @@ def test_loss_is_the_models_own(tokenizer):
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert result.tokens == len(text.tokens) - 1
     bits_per_token = expected / math.log(2)
-    assert result.bits_per_byte == pytest.approx(bits_per_token * len(text.tokens) / text.n_bytes, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(bits_per_token * len(text.tokens) / sum(text.document_bytes), rel=1e-5)
+
+
+def test_bits_per_byte_are_those_of_what_was_read(tokenizer):
+    model = make_gpt2()
+    texts = ["漢字かな " * 4, "plain words " * 8]
+    first = tokenize(texts[:1], tokenizer)
+    both = replace(tokenize(texts, tokenizer), document_bytes=[1000, 96])  # as if its tokens were of many bytes
+    limit = EvaluationConfig(max_tokens=len(first.tokens))
+    alone = evaluate(model, replace(first, document_bytes=[1000]), block_size=64)
+    beside = evaluate(model, both, block_size=64, config=limit)
+    assert beside == alone
+
+
+def test_a_model_that_is_not_finite_is_refused(tokenizer):
+    model = make_gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight[0] = math.nan
+    with pytest.raises(FastWeightsError, match="the loss is nan"):
+        evaluate(model, tokenize(["some text"], tokenizer), block_size=64)
+
+
+def test_what_json_has_no_number_for():
+    data = {"a": [1.0, math.nan, (math.inf, "x")], "b": {"c": -math.inf, "d": None, "e": 3}}
+    assert plain(data) == {"a": [1.0, None, [None, "x"]], "b": {"c": None, "d": None, "e": 3}}
 
 
 def test_sliding_equals_block_on_one_window(tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
-from fastweights.memory import load_memory, new_memory
+from fastweights.memory import fingerprint, load_memory, new_memory
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
 from fastweights.peak_memory import PeakMemory
 from tests.conftest import make_gpt2, make_llama, random_ids
@@ -143,6 +144,55 @@ def test_bad_files(tmp_path):
         new_memory(model).generate()
 
 
+def test_what_does_not_compute_does_not_tell_models_apart(tmp_path):
+    model = make("pure")
+    before = fingerprint(model)
+    for config in (model.config, model.config.base):
+        config.pad_token_id, config.use_cache = 5, False
+    assert fingerprint(model) == before
+    model.config.gate_bias = [0.0, 1.0]
+    assert fingerprint(model) != before
+
+
+def test_reading_that_was_interrupted_left_what_was_read(monkeypatch):
+    model = make("pure")
+    ids = random_ids(1, 60)[0]
+    memory, other = new_memory(model).read([ids[:20]]), new_memory(model).read([ids[:20]])
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            memory.read([ids[20:40]])
+    assert (memory.tokens, memory.last_token) == (other.tokens, other.last_token)
+    assert memory.generate(**ARGUMENTS).tolist() == other.generate(**ARGUMENTS).tolist()
+
+
+def test_a_memory_that_is_not_finite_is_not_saved(tmp_path):
+    model = make("pure")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = math.nan
+    memory = new_memory(model).read([torch.tensor([5, 7, 5])])
+    with pytest.raises(FastWeightsError, match="not finite, and nothing was saved"):
+        memory.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_or_read_are_refused(tmp_path, monkeypatch):
+    model = make("pure")
+    memory = new_memory(model).read([random_ids(1, 20)[0]])
+    file = memory.save(tmp_path / "x")
+    with pytest.raises(FastWeightsError, match="is a folder"):
+        load_memory(model, tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(FastWeightsError, match="may not be written to"):
+        memory.save(tmp_path / "y")
+    with pytest.raises(FastWeightsError, match="may not be read"):
+        load_memory(model, file)
+
+
 def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     model = make("pure")
     file = new_memory(model).read([random_ids(1, 20)[0]]).save(tmp_path / "x")
@@ -154,7 +204,7 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("fastweights.memory.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FastWeightsError, match=r"cannot save the memory to .*disk full"):
         new_memory(model).read([random_ids(1, 50)[0]]).save(file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

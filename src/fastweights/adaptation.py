@@ -20,7 +20,7 @@ from fastweights.dynamic_evaluation import (
     gradient_mean_squares,
 )
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import CONTEXTS, Evaluation, EvaluationConfig, evaluate, score, summary
+from fastweights.evaluation import CONTEXTS, Evaluation, EvaluationConfig, evaluate, plain, score, summary
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.options import ADVANCED, SEVERAL
 from fastweights.peak_memory import PeakMemory
@@ -100,7 +100,8 @@ class MethodResult:
 
     def plain(self) -> dict[str, object]:
         """All but the single losses, as JSON has it."""
-        return {name: value for name, value in asdict(replace(self, losses=torch.empty(0))).items() if name != "losses"}
+        fields = asdict(replace(self, losses=torch.empty(0)))
+        return plain({name: value for name, value in fields.items() if name != "losses"})
 
 
 def compare(
@@ -220,7 +221,7 @@ def _run(
     return MethodResult(
         method=method,
         context=evaluation.context,
-        evaluation=summary(total, count, text),
+        evaluation=summary(total, count, text, evaluation),
         seconds=seconds,
         time_ratio=1.0 if unit is None else seconds / unit.seconds,
         peak_bytes=peak.bytes,

@@ -7,6 +7,7 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastweights.embedded.stdlib import stdlib_documents
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, reason_of
 from fastweights.options import ADVANCED
 
 if TYPE_CHECKING:
@@ -69,10 +70,21 @@ class TokenizedText:
     tokens: Int[Tensor, " n_tokens"]
     document_lengths: list[int]
     """Tokens in each document, in order; they add up to n_tokens."""
-    n_bytes: int
-    """UTF-8 bytes of all documents, for bits per byte."""
-    n_words: int
-    """Words between white space of all documents, for word perplexity."""
+    document_bytes: list[int]
+    """UTF-8 bytes of each, for bits per byte."""
+    document_words: list[int]
+    """Words between white space in each, for word perplexity."""
+
+    def bytes_and_words(self, n_tokens: int) -> tuple[float, float]:
+        """Of the first `n_tokens`; a document that they end within counts in proportion."""
+        n_bytes = n_words = 0.0
+        for length, size, words in zip(self.document_lengths, self.document_bytes, self.document_words, strict=True):
+            share = min(1.0, n_tokens / length)
+            n_bytes, n_words = n_bytes + share * size, n_words + share * words
+            n_tokens -= length
+            if n_tokens <= 0:
+                break
+        return n_bytes, n_words
 
 
 class TokenBlocks(Dataset):
@@ -111,8 +123,8 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
     return TokenizedText(
         tokens=torch.cat(documents_ids),
         document_lengths=[len(document) for document in documents_ids],
-        n_bytes=sum(len(text.encode()) for text in documents),
-        n_words=sum(len(text.split()) for text in documents),
+        document_bytes=[len(text.encode()) for text in documents],
+        document_words=[len(text.split()) for text in documents],
     )
 
 
@@ -125,8 +137,7 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
     Args:
         size: characters of a piece, about.
     """
-    if not path.is_file():
-        raise FastWeightsError(f"{path} does not exist: give an existing text file")
+    check_text_file(path)
     rest, found = "", False
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         while True:
@@ -148,6 +159,16 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
         raise FastWeightsError(f"{path} is empty: give a file with text in it")
 
 
+def check_text_file(path: Path) -> None:
+    """Refuse what is no file that can be read."""
+    if path.is_dir():
+        raise FastWeightsError(f"{path} is a folder: give a text file")
+    if not path.is_file():
+        raise FastWeightsError(f"{path} does not exist: give an existing text file")
+    if not os.access(path, os.R_OK):
+        raise FastWeightsError(f"{path} may not be read: give a file that you have the right to read")
+
+
 def _last_word_start(text: str) -> int:
     """Where the last space between two words, or end of a line after one, stands; nowhere: the end of the text."""
     for place in range(len(text) - 2, 0, -1):
@@ -161,6 +182,8 @@ def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     if tokenizer.is_fast:
         # Without the offsets that transformers asks for, this is several times faster.
         backend: Any = tokenizer.backend_tokenizer
+        backend.no_truncation()  # what a tokenizer was last used with is saved with it
+        backend.no_padding()
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
@@ -182,7 +205,13 @@ def _load_with_datasets(config: DataConfig) -> list[str]:
         columns = ", ".join(loaded.column_names)
         raise FastWeightsError(f"{config.text} has no column {config.text_column!r}; its columns are {columns}")
     assert isinstance(loaded, datasets.Dataset)
-    return [text or "" for text in loaded[config.text_column]]
+    rows = [text or "" for text in loaded[config.text_column]]
+    if other := next((row for row in rows if not isinstance(row, str)), None):
+        raise FastWeightsError(
+            f"column {config.text_column!r} of {config.text} holds {type(other).__name__} and not text, such as "
+            f"{str(other)[:40]}: name another with text_column"
+        )
+    return rows
 
 
 def _looks_like_a_path(text: str) -> bool:
@@ -225,5 +254,5 @@ def _load_named(builder: str, config: DataConfig, **arguments):
     try:
         return datasets.load_dataset(builder, split=config.split, **arguments)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
         raise FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}") from error

@@ -12,6 +12,7 @@ Weight Layers, and works on any causal language model.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -53,12 +54,14 @@ class DynamicEvaluationConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise FastWeightsError(f"rule {self.rule!r} is unknown; known are {', '.join(RULES)}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise FastWeightsError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise FastWeightsError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
         if not 0 <= self.decay <= 1:
             raise FastWeightsError(f"decay is {self.decay}; allowed are 0 to 1")
         if self.segment < 1:
             raise FastWeightsError(f"segment is {self.segment}; it must be at least 1")
+        if not self.epsilon > 0:
+            raise FastWeightsError(f"epsilon is {self.epsilon}; it must be positive")
 
     @property
     def step_size(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -97,25 +97,35 @@ def evaluate(
     for _, losses in score(model, text, block_size=block_size, config=config, adaptation=adaptation):
         loss += losses.double().sum().item()
         count += len(losses)
-    return summary(loss, count, text)
+    return summary(loss, count, text, config)
 
 
-def summary(loss: float, count: int, text: TokenizedText) -> Evaluation:
-    """All measures of a loss in nats, summed over `count` predicted tokens of `text`."""
+def summary(loss: float, count: int, text: TokenizedText, config: EvaluationConfig | None = None) -> Evaluation:
+    """All measures of a loss in nats, summed over the `count` tokens that were predicted of what `config` reads."""
     if count == 0:
         raise FastWeightsError("no document has a second token to predict: give longer text")
-    mean, n_tokens = loss / count, len(text.tokens)
+    mean, n_tokens = loss / count, len(text.tokens[: config.max_tokens if config else None])
+    n_bytes, n_words = text.bytes_and_words(n_tokens)
     return Evaluation(
         loss=mean,
         perplexity=_exp(mean),
-        bits_per_byte=mean / math.log(2) * n_tokens / max(1, text.n_bytes),
-        word_perplexity=_exp(mean * n_tokens / max(1, text.n_words)),
+        bits_per_byte=mean / math.log(2) * n_tokens / max(1, n_bytes),
+        word_perplexity=_exp(mean * n_tokens / max(1, n_words)),
         tokens=count,
     )
 
 
 def _exp(x: float) -> float:
     return math.inf if x > 700 else math.exp(x)
+
+
+def plain(data: Any) -> Any:
+    """The same with None for what JSON has no number for, in dicts and lists of any depth."""
+    if isinstance(data, dict):
+        return {name: plain(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def score(
@@ -136,8 +146,7 @@ def score(
     if block_size < 2:
         raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
     check_block_size(model, block_size)
-    if config.stride is not None and config.stride >= block_size:
-        raise FastWeightsError(f"stride is {config.stride}; it must be smaller than block_size ({block_size})")
+    check_stride(config, block_size)
     tokens = text.tokens[: config.max_tokens].to(model.device)
     if len(tokens) < 2:
         raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
@@ -152,10 +161,21 @@ def score(
         else:
             pieces = _windows(model, tokens, block_size, config)
         for positions, losses in pieces:
+            if adaptation is None and losses.isnan().any():
+                raise FastWeightsError(
+                    "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
+                    "computes; give another model"
+                )
             counted = ~begins[positions]
             yield positions[counted], losses[counted]
     finally:
         model.train(was_training)
+
+
+def check_stride(config: EvaluationConfig, block_size: int) -> None:
+    """Refuse a window that would leave tokens out."""
+    if config.stride is not None and config.stride >= block_size:
+        raise FastWeightsError(f"stride is {config.stride}; it must be smaller than block_size ({block_size})")
 
 
 def _document_starts(text: TokenizedText, length: int) -> Bool[Tensor, " N"]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, reason_of
 from fastweights.models.cache import FastWeightLayerCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.stream import Stream, reads_without_end
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
 
-FORMAT = "fastweights-memory-2"
+FORMAT = "fastweights-memory-3"
 _PIECE = 1024
 
 
@@ -74,9 +74,9 @@ class Memory:
     def _read(self, stream: Stream, part: Int[Tensor, " n"]) -> None:
         before = part.new_tensor([] if self.last_token is None else [self.last_token])
         ready = torch.cat((before, part[:-1]))
-        self.last_token, self.tokens = int(part[-1]), self.tokens + len(part)
         if len(ready):
             stream.read(ready[None].to(self.model.device), logits_to_keep=1)
+        self.last_token, self.tokens = int(part[-1]), self.tokens + len(part)
 
     @torch.no_grad()
     def generate(self, prompt: Int[Tensor, " n"] | None = None, **arguments) -> Int[Tensor, " m"]:
@@ -120,6 +120,8 @@ class Memory:
             "last_token": json.dumps(self.last_token),
             "lengths": json.dumps([layer.cumulative_length for layer in self.cache.layers]),  # type: ignore[attr-defined]
         }
+        if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+            raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
         check_output(path)
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
         os.close(handle)
@@ -129,8 +131,10 @@ class Memory:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its maker's alone
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
+            if isinstance(error, OSError | SafetensorError):
+                raise FastWeightsError(f"cannot save the memory to {path}: {reason_of(error)}") from error
             raise
         return path
 
@@ -141,6 +145,8 @@ def check_output(path: Path) -> None:
         raise FastWeightsError(f"{path.parent} is no folder: make it first, or save the memory elsewhere")
     if path.is_dir():
         raise FastWeightsError(f"{path} is a folder: give the name of a file for the memory")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise FastWeightsError(f"{path.parent} may not be written to: save the memory elsewhere")
 
 
 def _umask() -> int:
@@ -164,8 +170,12 @@ def new_memory(model: PreTrainedModel) -> Memory:
 def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
     """The memory in a file that this same model made."""
     path = Path(path)
+    if path.is_dir():
+        raise FastWeightsError(f"{path} is a folder: give the file that `fastweights read` made")
     if not path.is_file():
         raise FastWeightsError(f"{path} does not exist: make it with `fastweights read MODEL FILE -o {path}`")
+    if not os.access(path, os.R_OK):
+        raise FastWeightsError(f"{path} may not be read: give a file that you have the right to read")
     memory = new_memory(model)
     try:
         with safe_open(path, framework="pt") as file:
@@ -203,6 +213,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _lasting(config: dict) -> dict:
     """What of a config says how the model computes, and not where it came from."""
     passing = {"_name_or_path", "base_model", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    passing |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+    passing |= {"use_cache", "return_dict", "output_hidden_states", "output_attentions"}
     return {
         name: _lasting(value) if isinstance(value, dict) else value
         for name, value in config.items()
