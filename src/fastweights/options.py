@@ -22,6 +22,15 @@ SEVERAL = Parameter(consume_multiple=True)
 
 def check_folder(output: Path) -> None:
     """Refuse what cannot be, or become, a folder to write to."""
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise FastWeightsError(f"output {output}: {path} is a file, give a folder")
+    output = output.absolute()
+    path = next(path for path in (output, *output.parents) if path.exists())
+    if not path.is_dir():
+        raise FastWeightsError(f"output {output}: {path} is a file, give a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FastWeightsError(f"output {output}: {path} may not be written to, give another folder")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what NumPy takes for no seed."""
+    if not 0 <= seed < 2**32:
+        raise FastWeightsError(f"seed is {seed}; allowed are 0 to {2**32 - 1}")

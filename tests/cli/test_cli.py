@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 import tomllib
 from dataclasses import asdict
@@ -150,10 +151,34 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("convert", "./nowhere", "out"), "is no folder"),
+        (("convert", "./nowhere", "out"), "nowhere does not exist"),
         (("convert", "MODEL", "out", "--rule", "delta"), "rule 'delta' is unknown; known are decay"),
         (("convert", "MODEL", "out", "--window", "1"), "window is 1"),
-        (("train", "--model", "./nowhere"), "cannot load a tokenizer"),
+        (("train", "--model", "./nowhere"), "nowhere does not exist"),
+        (("eval", "./nowhere/model"), "model does not exist"),
+        (("generate", "some/where/else"), "some/where/else does not exist"),
+        (("generate", "no-such-model"), "cannot load a tokenizer from no-such-model"),
+        (("generate", "MODEL", "--prompt", "\udcff"), "no UTF-8 text"),
+        (("generate", "MODEL", "--seed", "-1"), "seed is -1; allowed are 0 to 4294967295"),
+        (("train", "--run.seed", "99999999999"), "seed is 99999999999"),
+        (("train", "--run.adam-beta2", "5"), "adam_beta2 is 5"),
+        (("train", "--meta.learning-rate", "inf"), "learning_rate is inf"),
+        (
+            ("generate", "MODEL", "--prompt", "a", "--max-new-tokens", "4", "--temperature", "1e-45"),
+            "no token can be drawn",
+        ),
+        (("convert", "MODEL", "MODEL"), "own folder"),
+        (
+            ("train", "--model", "MODEL", "--output", "MODEL", "--data.text", "TEXT", "--data.block-size", "32"),
+            "own folder",
+        ),
+        (("train", "--model", "MODEL", "--data.text", "binary.txt"), "utf-8"),
+        (("train", "--model", "MODEL", "--data.text", "cut.jsonl"), "cut.jsonl"),
+        (("read", "MODEL", "."), "output|is a folder"),
+        (("read", "MODEL", ".", "-o", "x.memory"), "is a folder"),
+        (("eval", "MODEL", "--rms.epsilon", "-1"), "epsilon is -1"),
+        (("--config", "binary.txt", "train"), "binary.txt is no TOML file"),
+        (("--config", "short.txt", "train"), "short.txt is no TOML file"),
         (("train", "--model", "MODEL", "--data.text", "./nothing.txt"), "does not exist"),
         (
             ("train", "--model", "MODEL", "--stage", "finetune", "--data.text", "TEXT", "--data.block-size", "32"),
@@ -190,7 +215,6 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
             ("train", "--model", "MODEL", "--data.text", "TEXT", "--data.block-size", "64", "--run.report-to", "odd"),
             "report_to is 'odd'",
         ),
-        (("train", "--run.seed", "-1"), "seed is -1"),
         (("convert", "MODEL", "out", "--window", "8", "--layer-types", *["linear_attention"] * 3), "no hybrid_sliding"),
         (("convert", "MODEL", "out", "--gate-bias", "nan", "1"), "finite"),
         (("demo", "--contexts", "1024", "256"), "rising order"),
@@ -221,12 +245,58 @@ def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_f
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "none.toml").write_text("models = []")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
+    (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
     known = {"MODEL": str(model_folder), "TEXT": str(text_file)}
     code, _, err = run(monkeypatch, capsys, *[known.get(argument, argument) for argument in arguments])
     assert code in (1, 2)  # 2: the command line itself is wrong
     assert "Traceback" not in err
     assert err.strip().count("\n") == 0
     assert re.search(expected, err), err
+
+
+@pytest.mark.parametrize(("command", "expected"), [("train", "--resume goes on"), ("convert", "nothing new was saved")])
+def test_an_interrupt_is_one_line(monkeypatch, capsys, model_folder, text_file, tmp_path, command, expected):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastweights.cli.convert.run", interrupted)
+    monkeypatch.setattr("fastweights.training.pipeline._begin", interrupted)
+    options = {
+        "train": (
+            "--model",
+            model_folder,
+            "--data.text",
+            text_file,
+            "--data.block-size",
+            "32",
+            "--output",
+            tmp_path / "x",
+        ),
+        "convert": (model_folder, tmp_path / "x"),
+    }
+    code, _, err = run(monkeypatch, capsys, command, *options[command])
+    assert code == 130
+    assert err.strip().splitlines()[-1].startswith("stopped; ")
+    assert expected in err
+
+
+def test_a_folder_that_may_not_be_written_is_refused_at_once(monkeypatch, capsys, model_folder, text_file, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    options = ("--text", text_file, "--block-size", "64", "--output", tmp_path / "new")
+    code, _, err = run(monkeypatch, capsys, "eval", model_folder, *options)
+    assert code == 1
+    assert "may not be written to" in err
+
+
+def test_a_reader_that_has_had_enough(model_folder):
+    """As in `fastweights generate ... | head -c 1`."""
+    command = [sys.executable, "-m", "fastweights", "generate", str(model_folder), "--max-new-tokens", "20"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 141
+    assert "Error" not in err
 
 
 def test_one_nested_option_leaves_the_other_defaults(monkeypatch):

@@ -126,7 +126,7 @@ def test_damaged_checkpoints_get_one_line(tmp_path, damage):
 
 
 def test_missing_folder():
-    with pytest.raises(FastWeightsError, match="is no folder"):
+    with pytest.raises(FastWeightsError, match="does not exist"):
         load_model("./nowhere")
 
 

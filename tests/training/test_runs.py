@@ -41,6 +41,30 @@ def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
     assert load_model(config.output).config.window == 8
 
 
+def test_a_new_run_touches_nothing_but_its_own_stages(config):
+    others = config.output / "other" / "checkpoint-500"
+    others.mkdir(parents=True)
+    train(config)
+    assert others.is_dir()
+
+
+def test_a_run_that_is_refused_leaves_the_one_before_it(config):
+    train(config)
+    before = set(config.output.rglob("*"))
+    refused = (
+        (replace(config, run=RunConfig(report_to="nonsense")), "report_to"),
+        (replace(config, finetune=FinetuneConfig(batch_size=10_000)), "a batch takes 10000"),
+        (replace(config, evaluation=HeldOutConfig(context="sliding", stride=64)), "stride is 64"),
+        (replace(config, model=str(config.output)), "was given, but|own folder"),
+    )
+    for other, message in refused:
+        with pytest.raises(FastWeightsError, match=message):
+            train(other)
+    assert set(config.output.rglob("*")) == before
+    results = train(replace(config, resume=True, evaluation=HeldOutConfig(max_tokens=64)))
+    assert results[-1].evaluation.tokens == 63
+
+
 def test_tokens_are_those_that_were_read(config, text_file):
     """An epoch of three batches ends with a step of one where a step takes two."""
     blocks = len(TokenBlocks(tokenize(load_documents(config.data), load_tokenizer(config.model)).tokens, 32))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,7 @@ app = App(
     error_formatter=lambda error: _error_line(error),
     error_console=Console(stderr=True, soft_wrap=True),
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
 )
 app.command(pretrain.pretrain)
 app.command(convert.convert)
@@ -34,6 +37,7 @@ app.command(generate.generate)
 app.command(read.read)
 app.command(demo.demo)
 app.meta.group_parameters = app.group_parameters
+app.meta.suppress_keyboard_interrupt = False
 
 
 class Recipe(Toml):
@@ -59,8 +63,8 @@ def run(
     config
         TOML recipe whose keys are the command's options; options on the command line come before it.
     """
-    if config is not None and not config.is_file():
-        raise FastWeightsError(f"{config} does not exist: give the TOML file of a recipe")
+    if config is not None:
+        _check_recipe(config)
     app.config = () if config is None else Recipe(config)
     app(tokens)
 
@@ -75,8 +79,22 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; what was saved stays, and training goes on from there with --resume")
+        trains = {"train", "pretrain"} & set(sys.argv[1:])
+        go_on = "; what was saved stays, and --resume goes on from there" if trains else "; nothing new was saved"
+        Console(stderr=True, soft_wrap=True).print(f"stopped{go_on}")
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads our output has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _check_recipe(path: Path) -> None:
+    if not path.is_file():
+        raise FastWeightsError(f"{path} does not exist: give the TOML file of a recipe")
+    try:
+        tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FastWeightsError(f"{path} is no TOML file that can be read: {error}") from error
 
 
 def _error_line(error: Exception) -> Text:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from fastweights.models import ConversionConfig
 from fastweights.models import convert as run
 from fastweights.options import check_folder
-from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.sources import check_apart, load_tokenizer, resolve_model
 
 
 def convert(
@@ -26,6 +26,7 @@ def convert(
         Folder for the converted model.
     """
     check_folder(output)
+    check_apart(source, output)
     model = run(resolve_model(source), config)
     model.save_pretrained(output)
     load_tokenizer(source).save_pretrained(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from cyclopts import Parameter
@@ -13,8 +13,13 @@ from transformers import PreTrainedModel, TextStreamer, set_seed
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory
 from fastweights.models import load_model
+from fastweights.options import check_seed
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.stream import last_position
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(
@@ -54,7 +59,8 @@ def generate(
             f"max_new_tokens is {max_new_tokens}, beams {beams}, top_k {top_k}, temperature {temperature}; "
             "allowed are at least 1, 1, 1 and 0"
         )
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    check_seed(seed)
+    prompt = _given(prompt)
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
     set_seed(seed)
     arguments = {
@@ -65,21 +71,49 @@ def generate(
         "num_beams": beams,
         "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if beams == 1 else None,
     }
-    if memory is not None:
-        remembered = load_memory(loaded, memory)
-        print(prompt, end="", flush=True)
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
-        output = remembered.generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
-    else:
-        inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:  # type: ignore[union-attr]
-            raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
-        _check_room(loaded, inputs["input_ids"].shape[1], max_new_tokens)  # type: ignore[union-attr]
-        print(prompt, end="", flush=True)
-        with torch.no_grad():
-            output = loaded.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator,union-attr]
+    try:
+        output = _go_on(loaded, tokenizer, prompt, memory, arguments)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise FastWeightsError(
+            f"no token can be drawn at temperature {temperature}: the model's logits are not finite, or divided by so "
+            "low a temperature they are not; take 0 for the likeliest token, or give a model that predicts"
+        ) from error
     if beams > 1:
         print(tokenizer.decode(output, skip_special_tokens=True))
+
+
+def _given(prompt: str) -> str:
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()
+    except UnicodeError as error:
+        raise FastWeightsError(f"the prompt is no UTF-8 text ({error}): give text") from error
+    return prompt
+
+
+def _go_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    memory: Path | None,
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Print the prompt, and what comes after it if it streams; its token ids."""
+    if memory is not None:
+        remembered = load_memory(model, memory)
+        print(prompt, end="", flush=True)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
+        return remembered.generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
+    inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
+    length = inputs["input_ids"].shape[1]  # type: ignore[union-attr]
+    if length == 0:
+        raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
+    _check_room(model, length, arguments["max_new_tokens"])
+    print(prompt, end="", flush=True)
+    with torch.no_grad():
+        return model.generate(**inputs, **arguments)[0, length:]  # type: ignore[operator]
 
 
 def _check_room(model: PreTrainedModel, prompt: int, new: int) -> None:

@@ -10,8 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fastweights.data import token_pieces
-from fastweights.errors import FastWeightsError
+from fastweights.data import check_text_file, token_pieces
 from fastweights.memory import check_output, load_memory, new_memory
 from fastweights.models import load_model
 from fastweights.peak_memory import PeakMemory
@@ -38,8 +37,7 @@ def read(
     memory
         Memory to go on from, by the same model.
     """
-    if not file.is_file():
-        raise FastWeightsError(f"{file} does not exist: give an existing text file")
+    check_text_file(file)
     check_output(output)
     loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)

@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, reason_of
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.options import ADVANCED, SEVERAL, SWITCH
+from fastweights.sources import check_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,12 @@ def load_model(
         dtype: of the weights; states and gates are fp32 in any case.
         gguf_file: name of a GGUF file inside `source`.
     """
+    check_source(str(source))
     path = Path(source)
     if path.suffix == ".gguf":
         source, gguf_file = path.parent, path.name
         path = path.parent
-    if _is_local(str(source)) and not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise FastWeightsError(f"{source} is no folder: give a save_pretrained folder, a .gguf file or a hub name")
     arguments = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
@@ -99,8 +101,7 @@ def load_model(
     except FastWeightsError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FastWeightsError(f"cannot load a model from {source}: {reason}") from error
+        raise FastWeightsError(f"cannot load a model from {source}: {reason_of(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
         raise FastWeightsError(
@@ -117,7 +118,3 @@ def name_of(model: PreTrainedModel) -> str | None:
     """Where a model came from: an absolute path, if it is on this machine, or a hub name."""
     name = model.config.name_or_path
     return str(Path(name).resolve()) if name and Path(name).exists() else name or None
-
-
-def _is_local(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()

@@ -1,10 +1,11 @@
 """What a training stage, and a run of stages, can be told."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastweights.errors import FastWeightsError
-from fastweights.options import ADVANCED
+from fastweights.options import ADVANCED, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class StageConfig:
                 raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "new_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise FastWeightsError(f"{name} is {value}; it must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise FastWeightsError(f"{name} is {value}; it must be positive and finite")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
 
@@ -112,6 +113,11 @@ class RunConfig:
     """Where transformers' Trainer reports to: none, tensorboard, trackio, wandb and others."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("log_every", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_seed(self.seed)
+        if not 0 <= self.adam_beta2 < 1:
+            raise FastWeightsError(f"adam_beta2 is {self.adam_beta2}; allowed are 0 up to, and without, 1")
+        if not self.max_grad_norm > 0:
+            raise FastWeightsError(f"max_grad_norm is {self.max_grad_norm}; it must be positive")

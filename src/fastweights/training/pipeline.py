@@ -13,19 +13,21 @@ import transformers
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, HeldOutConfig, evaluate
+from fastweights.evaluation import Evaluation, HeldOutConfig, check_stride, evaluate, plain
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
-from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.sources import check_apart, load_tokenizer, resolve_model
 from fastweights.stream import check_block_size
 from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
 from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.meta import MetaTrainer
 from fastweights.training.teacher import load_teacher
-from fastweights.training.trainer import is_finished, process_state, save_run, tokens_seen
+from fastweights.training.trainer import check_stage, is_finished, process_state, save_run, tokens_seen
 from fastweights.training.transfer import TransferTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,16 +89,15 @@ def train(config: TrainConfig) -> list[StageResult]:
     process = process_state()
     student, teacher = (model.to(process.device) for model in _load_models(config))  # type: ignore[arg-type]
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
-    check_block_size(teacher, config.data.block_size)
-    if process.is_main_process:
-        save_run(config, config.output, resume=config.resume)
+    names = ("transfer", "finetune") if config.stage == "all" else (config.stage,)
+    _begin(config, names, teacher, train_blocks, process)
 
     results = _Results(config, held_out)
     results.add("teacher", 0, teacher)
     if config.stage != "finetune":
         results.add("converted", 0, student)
     tokens = 0
-    for name in ("transfer", "finetune") if config.stage == "all" else (config.stage,):
+    for name in names:
         stage: StageConfig = getattr(config, name)
         folder = config.output / name
         if not (config.resume and is_finished(folder)):
@@ -114,7 +115,6 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
     tokenizer, process = load_tokenizer(config.model), process_state()
     base = load_model(resolve_model(config.model))
-    check_block_size(base, config.data.block_size)
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
     if has_layer:
@@ -123,8 +123,7 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     model: FastWeightsForCausalLM = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)  # type: ignore[assignment]
     model.to(process.device)  # type: ignore[arg-type]
     train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
-    if process.is_main_process:
-        save_run(config, config.output, resume=config.resume)
+    _begin(config, ("meta",), base, train_blocks, process)
 
     del base
     results, folder = _Results(config, held_out), config.output / "meta"
@@ -139,6 +138,19 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
     results.add("meta, stream", tokens, model, context="stream")
     _save(model, tokenizer, config.output, process)
     return results.list
+
+
+def _begin(
+    config: TrainConfig, names: Sequence[str], model: PreTrainedModel, blocks: TokenBlocks, process: PartialState
+) -> None:
+    """Refuse what could not be trained or evaluated; then write down what the run is."""
+    check_block_size(model, config.data.block_size)
+    check_stride(config.evaluation, config.data.block_size)
+    for name in names:
+        check_stage(getattr(config, name), config.run, blocks)
+    check_apart(config.model, config.output)
+    if process.is_main_process:
+        save_run(config, config.output, stages=STAGES, resume=config.resume)
 
 
 def _refuse(given: object, default: object, section: str, reason: str) -> None:
@@ -168,7 +180,7 @@ class _Results:
         result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
         self.list.append(result)
         if process_state().is_main_process:
-            text = json.dumps([asdict(result) for result in self.list], indent=2)
+            text = json.dumps(plain([asdict(result) for result in self.list]), indent=2)
             (self.config.output / RESULTS_FILE).write_text(text + "\n")
 
 

@@ -16,7 +16,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.options import ADVANCED
 from fastweights.training.config import RunConfig, StageConfig
 from fastweights.training.finetune import next_token_loss
-from fastweights.training.trainer import StageTrainer, is_finished, save_run
+from fastweights.training.trainer import StageTrainer, check_stage, is_finished, save_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -105,8 +105,10 @@ def pretrain(config: PretrainConfig) -> Path:
     tokens = tokenize(load_documents(config.data), tokenizer).tokens
     set_seed(config.run.seed)
     model = _new_model(config, tokenizer)
-    save_run(config, config.output, resume=config.resume)
     stages = (("short", config.short, config.short_block_size), ("long", config.long, config.data.block_size))
+    for _, stage, block_size in stages:
+        check_stage(stage, config.run, TokenBlocks(tokens, block_size))
+    save_run(config, config.output, stages=("short", "long"), resume=config.resume)
     for name, stage, block_size in stages:
         folder = config.output / name
         if config.resume and is_finished(folder):

@@ -53,19 +53,10 @@ class StageTrainer(Trainer):
         title: str,
         new_parameters: Iterable[str] = (),
     ) -> None:
-        arguments = _arguments(config, run, output)
-        try:
-            get_reporting_integration_callbacks(arguments.report_to)
-        except ValueError as error:
-            raise FastWeightsError(f"report_to is {run.report_to!r}: {error}") from error
-        if len(blocks) < (needed := config.batch_size * arguments.world_size):
-            raise FastWeightsError(
-                f"the training text has {len(blocks)} blocks of {blocks.block_size} tokens and a batch takes {needed}: "
-                "give more text, a smaller block_size or a smaller batch_size"
-            )
+        check_stage(config, run, blocks)
         super().__init__(
             model=model,
-            args=arguments,
+            args=_arguments(config, run, output),
             train_dataset=blocks,
             processing_class=tokenizer,
             data_collator=default_data_collator,  # blocks need no padding
@@ -133,6 +124,19 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> None:
+    """Refuse what a stage could not train with, before anything of an earlier run is touched."""
+    try:
+        get_reporting_integration_callbacks([] if run.report_to == "none" else [run.report_to])
+    except ValueError as error:
+        raise FastWeightsError(f"report_to is {run.report_to!r}: {error}") from error
+    if len(blocks) < (needed := config.batch_size * process_state().num_processes):
+        raise FastWeightsError(
+            f"the training text has {len(blocks)} blocks of {blocks.block_size} tokens and a batch takes {needed}: "
+            "give more text, a smaller block_size or a smaller batch_size"
+        )
+
+
 def process_state() -> PartialState:
     """This process among those that accelerate or torchrun launched; on a machine without accelerator they use gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -148,10 +152,11 @@ def is_finished(folder: Path) -> bool:
     return (folder / _FINISHED_FILE).exists()
 
 
-def save_run(config: object, folder: Path, *, resume: bool) -> None:
+def save_run(config: object, folder: Path, *, stages: Iterable[str], resume: bool) -> None:
     """Write the resolved config and the versions it ran with, so that the run can be repeated.
 
     Args:
+        stages: that such a run may have, each with a folder of its own in `folder`.
         resume: the run goes on with one that was started in `folder`, which must have had the same config.
     """
     import fastweights
@@ -169,10 +174,10 @@ def save_run(config: object, folder: Path, *, resume: bool) -> None:
     text = json.dumps(run, indent=2, default=str)
     if not resume:
         # What a run of another config has left to go on from, this one must not.
-        for mark in folder.glob(f"*/{_FINISHED_FILE}"):
-            mark.unlink()
-        for checkpoint in folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(checkpoint)
+        for stage in stages:
+            (folder / stage / _FINISHED_FILE).unlink(missing_ok=True)
+            for checkpoint in (folder / stage).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(checkpoint)
     else:
         _check_same_run(folder, json.loads(text))
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +185,8 @@ def save_run(config: object, folder: Path, *, resume: bool) -> None:
 
 
 # What may change when a run goes on.
-_FREE = {"config.resume", "config.output", "config.run.save_every", "config.run.log_every", "config.run.report_to"}
+_FREE = ("config.resume", "config.output", "config.run.save_every", "config.run.log_every", "config.run.report_to")
+_FREE += ("config.evaluation.", "versions.")
 
 
 def _check_same_run(folder: Path, run: dict) -> None:
@@ -189,7 +195,7 @@ def _check_same_run(folder: Path, run: dict) -> None:
     except (OSError, ValueError):
         return  # none was started here, or it was killed before it began
     for name in sorted({*before, *after}):
-        if before.get(name) != after.get(name) and not name.startswith("versions.") and name not in _FREE:
+        if before.get(name) != after.get(name) and not name.startswith(_FREE):
             raise FastWeightsError(
                 f"the run in {folder} was started with {name.removeprefix('config.')} {before.get(name)} and not "
                 f"{after.get(name)}: resume it as it was started, or start anew without --resume"
