@@ -140,9 +140,11 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
                 f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
             )
 
+        padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past_key_values is not None:
             _check_mask_covers_padding(attention_mask, past_key_values, past, given.shape[1])
+            past_key_values.has_padding = padding_mask is not None  # type: ignore[attr-defined]
         if position_ids is None and attention_mask is not None:
             position_ids = _positions(attention_mask, given.shape[1], past)
         if offset := getattr(past_key_values, "position_offset", 0):
@@ -151,7 +153,6 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
             position_ids = position_ids + offset
         self._check_positions(position_ids, past + given.shape[1])
-        padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if len(self.fast_layers) == self.config.num_hidden_layers:
             # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
             attention_mask = given.new_zeros(1, 1, 1, 1)
@@ -311,7 +312,7 @@ def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"
 
 
 def _check_mask_covers_padding(attention_mask: Tensor | None, cache: Cache, past: int, length: int) -> None:
-    """Refuse to take padding that `cache` has read for tokens; remember whether it has read any."""
+    """Refuse to take padding that `cache` has read for tokens."""
     covers = attention_mask is not None and attention_mask.shape[1] == past + length
     if past and getattr(cache, "has_padding", False) and not covers:
         given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
@@ -319,8 +320,6 @@ def _check_mask_covers_padding(attention_mask: Tensor | None, cache: Cache, past
             f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one for "
             f"all of them, of length {past + length}"
         )
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    cache.has_padding = padded  # type: ignore[attr-defined]
 
 
 def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:
