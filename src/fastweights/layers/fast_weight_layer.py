@@ -51,6 +51,9 @@ NO_LABEL = -100
 # Logits in memory at once in the slow pass: 8 MB of fp32.
 _LOGITS = 2**21
 _EPSILON = 1e-5
+# Of W1, b1, W2, b2, γ and c, over W2's: about where training takes them. Offsets add up all steps of a text, whatever
+# it says, and training all but switches their steps off.
+_INITIAL_STEPS = (0.03, 1e-4, 1.0, 1e-4, 3.0, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class FastWeightLayerSettings:
     slow_vocabulary: int = 0
     """Tokens that share the slow pass's softmax with a position's own label: the first so many of the vocabulary, in
     most tokenizers the most frequent; 0 for all. A few thousand make a model with a large vocabulary cheaper."""
-    initial_step_size: float = 0.01
-    """Step size of all parameter groups before training."""
+    initial_step_size: float = 0.1
+    """Step size of W2 before training; those of the other parameter groups start in proportion to it."""
     initial_decay: float = 0.999
     """Share of the fast weights that a step keeps before training."""
 
@@ -182,7 +185,8 @@ class FastWeightLayer(nn.Module):
         self.output_scale.zero_()
         if not self.settings.updates:
             return
-        self.log_step_size.fill_(math.log(self.settings.initial_step_size))
+        steps = self.settings.initial_step_size * self.log_step_size.new_tensor(_INITIAL_STEPS)
+        self.log_step_size.copy_(steps.log())
         kept = self.settings.initial_decay
         if self.settings.decay == "scalar":
             self.decay_logit.fill_(_logit(kept))
