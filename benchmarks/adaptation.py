@@ -52,7 +52,10 @@ VARIANTS = {
     "fwl, scalar decay, segments": (FastWeightLayerSettings(decay="scalar"), MetaConfig().blocks),
     "fwl, channel decay, segments": (FastWeightLayerSettings(decay="channel"), MetaConfig().blocks),
     "fwl, input decay, segments": (FastWeightLayerSettings(decay="input"), MetaConfig().blocks),
-    "fwl, slow vocabulary 4096": (FastWeightLayerSettings(slow_vocabulary=4096), MetaConfig().blocks),
+    **{
+        f"fwl, slow vocabulary {n}": (FastWeightLayerSettings(slow_vocabulary=n), MetaConfig().blocks)
+        for n in (100, 4096)  # of bytes, and of subwords
+    },
 }
 DEFAULT_VARIANTS = ("control", "fwl", "fwl, scalar decay", "fwl, input decay, segments")  # the last is the default
 WAYS = {
