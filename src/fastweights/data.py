@@ -7,7 +7,6 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch.utils.data import Dataset
 
+from fastweights.checks import check_file
 from fastweights.embedded.stdlib import stdlib_documents
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.options import ADVANCED
@@ -137,7 +137,7 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
     Args:
         size: characters of a piece, about.
     """
-    check_text_file(path)
+    check_file(path, "give an existing text file")
     rest, found = "", False
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         while True:
@@ -157,16 +157,6 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
                 break
     if not found:
         raise FastWeightsError(f"{path} is empty: give a file with text in it")
-
-
-def check_text_file(path: Path) -> None:
-    """Refuse what is no file that can be read."""
-    if path.is_dir():
-        raise FastWeightsError(f"{path} is a folder: give a text file")
-    if not path.is_file():
-        raise FastWeightsError(f"{path} does not exist: give an existing text file")
-    if not os.access(path, os.R_OK):
-        raise FastWeightsError(f"{path} may not be read: give a file that you have the right to read")
 
 
 def _last_word_start(text: str) -> int:

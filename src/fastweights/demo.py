@@ -17,11 +17,12 @@ import torch
 from transformers import set_seed
 
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
+from fastweights.checks import check_folder
 from fastweights.data import DataConfig, load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
-from fastweights.options import SEVERAL, check_folder
+from fastweights.options import SEVERAL
 from fastweights.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.timing import DecodeCost, decode_costs

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
+from fastweights.checks import check_file
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.models.cache import FastWeightLayerCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
@@ -170,12 +171,7 @@ def new_memory(model: PreTrainedModel) -> Memory:
 def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
     """The memory in a file that this same model made."""
     path = Path(path)
-    if path.is_dir():
-        raise FastWeightsError(f"{path} is a folder: give the file that `fastweights read` made")
-    if not path.is_file():
-        raise FastWeightsError(f"{path} does not exist: make it with `fastweights read MODEL FILE -o {path}`")
-    if not os.access(path, os.R_OK):
-        raise FastWeightsError(f"{path} may not be read: give a file that you have the right to read")
+    check_file(path, "give a file that `fastweights read MODEL FILE -o MEMORY` made")
     memory = new_memory(model)
     try:
         with safe_open(path, framework="pt") as file:

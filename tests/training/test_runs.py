@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -11,6 +12,7 @@ from fastweights.evaluation import HeldOutConfig
 from fastweights.models import ConversionConfig, convert, load_model
 from fastweights.sources import load_tokenizer
 from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
+from fastweights.training.trainer import check_stage
 
 
 @pytest.fixture
@@ -63,6 +65,12 @@ def test_a_run_that_is_refused_leaves_the_one_before_it(config):
     assert set(config.output.rglob("*")) == before
     results = train(replace(config, resume=True, evaluation=HeldOutConfig(max_tokens=64)))
     assert results[-1].evaluation.tokens == 63
+
+
+def test_reports_may_go_everywhere_or_nowhere(config):
+    blocks = TokenBlocks(torch.arange(64), 16)
+    for where in ("none", "all", "tensorboard"):
+        check_stage(config.transfer, RunConfig(report_to=where), blocks)
 
 
 def test_tokens_are_those_that_were_read(config, text_file):

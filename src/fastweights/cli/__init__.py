@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
+from fastweights.checks import check_file
 from fastweights.cli import convert, demo, evaluate, generate, pretrain, read, train
 from fastweights.errors import FastWeightsError
 
@@ -69,6 +70,11 @@ def run(
     app(tokens)
 
 
+# What a command that is interrupted leaves behind.
+_LEFT: dict[str, str] = dict.fromkeys(("train", "pretrain"), "what was saved stays, and --resume goes on from there")
+_LEFT["demo"] = "what was saved stays, and the next demo starts anew"
+
+
 def main() -> None:
     """Entry point: an error that a user can mend is one line, without a traceback."""
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
@@ -79,9 +85,8 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        trains = {"train", "pretrain"} & set(sys.argv[1:])
-        go_on = "; what was saved stays, and --resume goes on from there" if trains else "; nothing new was saved"
-        Console(stderr=True, soft_wrap=True).print(f"stopped{go_on}")
+        command = next((token for token in sys.argv[1:] if token in _LEFT), "")
+        Console(stderr=True, soft_wrap=True).print(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
         sys.exit(130)
     except BrokenPipeError:  # whoever reads our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,11 +94,10 @@ def main() -> None:
 
 
 def _check_recipe(path: Path) -> None:
-    if not path.is_file():
-        raise FastWeightsError(f"{path} does not exist: give the TOML file of a recipe")
+    check_file(path, "give the TOML file of a recipe")
     try:
         tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise FastWeightsError(f"{path} is no TOML file that can be read: {error}") from error
 
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastweights.checks import check_folder
 from fastweights.models import ConversionConfig
 from fastweights.models import convert as run
-from fastweights.options import check_folder
 from fastweights.sources import check_apart, load_tokenizer, resolve_model
 
 

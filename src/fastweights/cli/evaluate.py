@@ -13,12 +13,12 @@ from rich.console import Console
 
 from fastweights.adaptation import ComparisonConfig, MethodResult, compare
 from fastweights.analysis import gains
+from fastweights.checks import check_folder
 from fastweights.cli.tables import print_methods
 from fastweights.data import DataConfig, HeldOutDataConfig, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import EvaluationConfig
+from fastweights.evaluation import EvaluationConfig, plain
 from fastweights.models import load_model
-from fastweights.options import check_folder
 from fastweights.sources import load_tokenizer, resolve_model
 
 
@@ -105,4 +105,4 @@ def _write(
                 grouping: {row: [asdict(gain) for gain in points] for row, points in by_row.items()}
                 for grouping, by_row in found.items()
             }
-    (output / "results.json").write_text(json_format.dumps(written, indent=2) + "\n")
+    (output / "results.json").write_text(json_format.dumps(plain(written), indent=2) + "\n")

@@ -10,10 +10,10 @@ import torch
 from cyclopts import Parameter
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
+from fastweights.checks import check_seed
 from fastweights.errors import FastWeightsError
 from fastweights.memory import load_memory
 from fastweights.models import load_model
-from fastweights.options import check_seed
 from fastweights.sources import load_tokenizer, resolve_model
 from fastweights.stream import last_position
 

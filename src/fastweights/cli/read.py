@@ -10,7 +10,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fastweights.data import check_text_file, token_pieces
+from fastweights.checks import check_file
+from fastweights.data import token_pieces
 from fastweights.memory import check_output, load_memory, new_memory
 from fastweights.models import load_model
 from fastweights.peak_memory import PeakMemory
@@ -37,7 +38,7 @@ def read(
     memory
         Memory to go on from, by the same model.
     """
-    check_text_file(file)
+    check_file(file, "give an existing text file")
     check_output(output)
     loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)

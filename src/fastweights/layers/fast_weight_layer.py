@@ -398,7 +398,8 @@ def _logits_of_some(
 ) -> Tensor:
     """Of the first `classes` tokens, then of each position's label, -inf where it is one of these."""
     logits = linear(hidden, weight[:classes], None if bias is None else bias[:classes])
-    last = (hidden * own).sum(-1) if bias is None else (hidden * own).sum(-1) + bias[labels]
+    last = (hidden * own).sum(-1)
+    last = last if bias is None else last + bias[labels]
     return torch.cat((logits, last.masked_fill(labels < classes, -torch.inf)[:, None]), -1)
 
 

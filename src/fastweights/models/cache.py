@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -89,14 +90,11 @@ class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
 
     def with_kept(self, new: Bool[Tensor, "B T"] | None, length: int) -> Bool[Tensor, "B L"] | None:
         """Which of `length` keys are real, those that were kept and the new ones; None if all are."""
-        if new is None and self.real is None:
-            return None
-        assert self.keys is not None
-        ones = self.keys.new_ones(len(self.keys), length, dtype=torch.bool)
-        n_new = length if self.real is None else length - self.real.shape[1]
-        new = ones[:, :n_new] if new is None else new
-        kept = ones[:, : length - new.shape[1]] if self.real is None else self.real
-        return torch.cat((kept, new), 1)
+        if self.real is None:
+            return None if new is None else pad(new, (length - new.shape[1], 0), value=True)
+        if new is None:
+            return pad(self.real, (0, length - self.real.shape[1]), value=True)
+        return torch.cat((self.real, new), 1)
 
     def keep(self, keys: Tensor, values: Tensor, real: Bool[Tensor, "B L"] | None) -> None:
         """The last of these, of which padding stands in front, for the tokens to come."""

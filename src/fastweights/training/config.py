@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from fastweights.checks import check_seed
 from fastweights.errors import FastWeightsError
-from fastweights.options import ADVANCED, check_seed
+from fastweights.options import ADVANCED
 
 
 @dataclass(frozen=True, kw_only=True)

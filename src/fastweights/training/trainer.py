@@ -22,8 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastweights.checks import check_folder
 from fastweights.errors import FastWeightsError
-from fastweights.options import check_folder
 from fastweights.training.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class StageTrainer(Trainer):
 def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> None:
     """Refuse what a stage could not train with, before anything of an earlier run is touched."""
     try:
-        get_reporting_integration_callbacks([] if run.report_to == "none" else [run.report_to])
+        get_reporting_integration_callbacks(run.report_to)
     except ValueError as error:
         raise FastWeightsError(f"report_to is {run.report_to!r}: {error}") from error
     if len(blocks) < (needed := config.batch_size * process_state().num_processes):
