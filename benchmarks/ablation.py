@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.common import environment, write_csv
 from fastweights.data import DataConfig
-from fastweights.evaluation import HeldOutConfig
+from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.models import ConversionConfig
 from fastweights.training import RunConfig, TrainConfig, TransferConfig, train
 

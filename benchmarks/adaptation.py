@@ -33,12 +33,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from benchmarks.common import environment
-from fastweights.adaptation import ComparisonConfig, compare
 from fastweights.data import DataConfig, load_documents, tokenize
-from fastweights.evaluation import EvaluationConfig, evaluate
+from fastweights.evaluation.comparison import ComparisonConfig, compare
+from fastweights.evaluation.perplexity import EvaluationConfig, evaluate
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, load_model
-from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer, resolve_model
 from fastweights.training import MetaConfig, RunConfig
 from fastweights.training.meta import RunSampler
 

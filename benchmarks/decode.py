@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import environment, write_csv
+from fastweights.evaluation.cost import decode_costs
 from fastweights.models import ConversionConfig, convert
-from fastweights.timing import decode_costs
 
 CONTEXTS = (128, 1024, 4096, 16384, 65536)
 

@@ -23,11 +23,11 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, relu
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import environment, time_side_by_side, write_csv
-from fastweights.adaptation import without_layer
+from fastweights.evaluation.comparison import without_layer
+from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.layers import FastWeightLayer, FastWeightLayerSettings
 from fastweights.layers import fast_weight_layer as module
 from fastweights.models import add_fast_weight_layer
-from fastweights.peak_memory import PeakMemory
 from fastweights.training.finetune import next_token_loss
 
 CHUNK = 64

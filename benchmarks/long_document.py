@@ -19,10 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.common import environment, write_csv
 from fastweights.data import DataConfig, load_documents, tokenize
 from fastweights.embedded import byte_tokenizer
-from fastweights.evaluation import EvaluationConfig, score
+from fastweights.evaluation.peak_memory import PeakMemory
+from fastweights.evaluation.perplexity import EvaluationConfig, score
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
-from fastweights.peak_memory import PeakMemory
-from fastweights.sources import load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer, resolve_model
 
 console = Console()
 

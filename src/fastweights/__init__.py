@@ -7,11 +7,10 @@ loads them.
 __version__ = "0.1.0"
 
 from fastweights.data import DataConfig, load_documents, tokenize
-from fastweights.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, EvaluationConfig, HeldOutConfig, evaluate
+from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig
+from fastweights.evaluation.perplexity import Evaluation, EvaluationConfig, HeldOutConfig, evaluate
 from fastweights.layers import FastWeightLayer, FastWeightLayerSettings
-from fastweights.memory import Memory, load_memory, new_memory
 from fastweights.models import (
     ConversionConfig,
     FastWeightsConfig,
@@ -20,6 +19,7 @@ from fastweights.models import (
     convert,
     load_model,
 )
+from fastweights.reading.memory import Memory, load_memory, new_memory
 from fastweights.training import (
     FinetuneConfig,
     MetaConfig,

@@ -10,15 +10,13 @@ import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
-from fastweights.checks import check_file
 from fastweights.embedded.stdlib import stdlib_documents
-from fastweights.errors import FastWeightsError, reason_of
-from fastweights.options import ADVANCED
+from fastweights.errors import FastWeightsError, check_file, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,11 +37,11 @@ class DataConfig:
 
     text: str = STDLIB
     """"stdlib" (embedded), a file (.txt, .jsonl, .parquet), a folder of them, or a dataset on the Hugging Face hub."""
-    text_config: Annotated[str | None, ADVANCED] = None
+    text_config: str | None = None
     """Configuration of a hub dataset, such as "wikitext-2-raw-v1"."""
-    text_column: Annotated[str, ADVANCED] = "text"
+    text_column: str = "text"
     """Column that holds the text of a .jsonl or .parquet file or of a hub dataset."""
-    join_rows: Annotated[bool, ADVANCED] = False
+    join_rows: bool = False
     """Rows are consecutive lines of one running text (as in WikiText), not documents of their own."""
     split: str = "train"
     """Split to read. A file or folder has the splits that its file names say, otherwise "train" alone."""

@@ -1,4 +1,7 @@
-"""The one exception that users see: what was given, what is allowed, what to do, in one line."""
+"""The one exception that users see (what was given, what is allowed, what to do, in one line), and its checks."""
+
+import os
+from pathlib import Path
 
 
 class FastWeightsError(ValueError):
@@ -9,3 +12,29 @@ def reason_of(error: BaseException) -> str:
     """The line of another library's error that says most."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(":") if lines else type(error).__name__
+
+
+def check_file(path: Path, advice: str) -> None:
+    """Refuse what is no file that can be read, and say what to do instead."""
+    if path.is_dir():
+        raise FastWeightsError(f"{path} is a folder: {advice}")
+    if not path.is_file():
+        raise FastWeightsError(f"{path} does not exist: {advice}")
+    if not os.access(path, os.R_OK):
+        raise FastWeightsError(f"{path} may not be read: {advice}")
+
+
+def check_folder(output: Path) -> None:
+    """Refuse what cannot be, or become, a folder to write to."""
+    output = output.absolute()
+    path = next(path for path in (output, *output.parents) if path.exists())
+    if not path.is_dir():
+        raise FastWeightsError(f"output {output}: {path} is a file, give a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FastWeightsError(f"output {output}: {path} may not be written to, give another folder")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what NumPy takes for no seed."""
+    if not 0 <= seed < 2**32:
+        raise FastWeightsError(f"seed is {seed}; allowed are 0 to {2**32 - 1}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastweights.cli import Recipe, app, main
+from fastweights.cli import Recipe, main, make_app
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "demo")
@@ -33,15 +33,17 @@ def test_help_says_what_each_option_is(monkeypatch, capsys, command):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_all_that_a_recipe_says_arrives(monkeypatch, recipe):
+def test_all_that_a_recipe_says_arrives(recipe):
     """Sections, too, that are called like a command: [convert]."""
-    monkeypatch.setattr(app, "config", (Recipe(recipe),))
-    config = asdict(parsed("pretrain" if recipe.stem.startswith("pretrain") else "train")["config"])
+    command = "pretrain" if recipe.stem.startswith("pretrain") else "train"
+    config = asdict(parsed(command, recipe=recipe)["config"])
     said = tomllib.loads(recipe.read_text())
     assert flat(said).items() <= flat(config).items()
 
 
-def parsed(*tokens) -> dict:
+def parsed(*tokens, recipe: Path | None = None) -> dict:
+    app = make_app()
+    app.config = () if recipe is None else (Recipe(recipe),)
     _, bound, _ = app.parse_args([str(token) for token in tokens], print_error=False, exit_on_error=False)
     return bound.arguments
 
@@ -260,7 +262,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, model_folder, text_file, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastweights.cli.convert.run", interrupted)
+    monkeypatch.setattr("fastweights.cli.commands.convert.run", interrupted)
     monkeypatch.setattr("fastweights.training.pipeline._begin", interrupted)
     options = {
         "train": (
@@ -312,13 +314,12 @@ def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
     assert (config.long.steps, config.long.learning_rate) == (300, 2e-3)
 
 
-def test_the_models_of_eval_may_stand_in_a_recipe(monkeypatch, tmp_path):
+def test_the_models_of_eval_may_stand_in_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('models = ["a", "b"]')
     assert parsed("eval", "x", "y", "--block-size", 64)["models"] == ("x", "y")
     assert parsed("eval").get("models", ("embedded",)) == ("embedded",)
-    monkeypatch.setattr(app, "config", (Recipe(recipe),))
-    assert parsed("eval")["models"] == ("a", "b")
+    assert parsed("eval", recipe=recipe)["models"] == ("a", "b")
 
 
 def test_lists_and_switches_arrive():

@@ -7,10 +7,10 @@ import torch
 from fastweights.data import DataConfig, TokenBlocks
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import HeldOutConfig
+from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
-from fastweights.stream import Stream
+from fastweights.reading.stream import Stream
 from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler

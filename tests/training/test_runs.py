@@ -8,9 +8,9 @@ import torch
 
 from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import HeldOutConfig
+from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.models import ConversionConfig, convert, load_model
-from fastweights.sources import load_tokenizer
+from fastweights.models.loading import load_tokenizer
 from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
 from fastweights.training.trainer import check_stage
 

@@ -15,30 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.checks import check_file
-from fastweights.cli import convert, demo, evaluate, generate, pretrain, read, train
-from fastweights.errors import FastWeightsError
-
-app = App(
-    name="fastweights",
-    help="Language models that remember in fast weights: constant-memory generation from pretrained transformers.",
-    help_epilogue="Less common options: docs/cli.md, or FASTWEIGHTS_ALL_OPTIONS=1 fastweights COMMAND --help.",
-    version=__version__,
-    help_format="plaintext",
-    error_formatter=lambda error: _error_line(error),
-    error_console=Console(stderr=True, soft_wrap=True),
-    default_parameter=Parameter(negative=()),
-    suppress_keyboard_interrupt=False,
-)
-app.command(pretrain.pretrain)
-app.command(convert.convert)
-app.command(train.train)
-app.command(evaluate.evaluate, name="eval")
-app.command(generate.generate)
-app.command(read.read)
-app.command(demo.demo)
-app.meta.group_parameters = app.group_parameters
-app.meta.suppress_keyboard_interrupt = False
+from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, train
+from fastweights.cli.options import SHOW_ALL, declare_options
+from fastweights.errors import FastWeightsError, check_file
 
 
 class Recipe(Toml):
@@ -52,22 +31,58 @@ class Recipe(Toml):
             Dict({commands[0]: self.config}, source=self.source)(app, commands, arguments)
 
 
-@app.meta.default
-def run(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[Path | None, Parameter(name="--config")] = None,
-) -> None:
-    """Run a command.
+COMMANDS = {
+    "pretrain": pretrain.pretrain,
+    "convert": convert.convert,
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "read": read.read,
+    "demo": demo.demo,
+}
 
-    Parameters
-    ----------
-    config
-        TOML recipe whose keys are the command's options; options on the command line come before it.
+
+def make_app(*, show_all: bool = False) -> App:
+    """The command line.
+
+    Args:
+        show_all: have help list every option, also the less common ones.
     """
-    if config is not None:
-        _check_recipe(config)
-    app.config = () if config is None else Recipe(config)
-    app(tokens)
+    declare_options(show_all=show_all)
+    app = App(
+        name="fastweights",
+        help="Language models that remember in fast weights: constant-memory generation from pretrained transformers.",
+        help_epilogue=f"Less common options: docs/cli.md, or {SHOW_ALL}=1 fastweights COMMAND --help.",
+        version=__version__,
+        help_format="plaintext",
+        error_formatter=lambda error: _error_line(error),
+        error_console=Console(stderr=True, soft_wrap=True),
+        default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,
+    )
+    for name, command in COMMANDS.items():
+        app.command(command, name=name)
+    app.meta.group_parameters = app.group_parameters
+    app.meta.suppress_keyboard_interrupt = False
+
+    @app.meta.default
+    def run(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        config: Annotated[Path | None, Parameter(name="--config")] = None,
+    ) -> None:
+        """Run a command.
+
+        Parameters
+        ----------
+        config
+            TOML recipe whose keys are the command's options; options on the command line come before it.
+        """
+        if config is not None:
+            _check_recipe(config)
+        app.config = () if config is None else Recipe(config)
+        app(tokens)
+
+    return app
 
 
 # What a command that is interrupted leaves behind.
@@ -80,7 +95,7 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
     try:
-        app.meta()
+        make_app(show_all=SHOW_ALL in os.environ).meta()
     except FastWeightsError as error:
         Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)

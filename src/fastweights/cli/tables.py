@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastweights.adaptation import MethodResult
+    from fastweights.evaluation.comparison import MethodResult
     from fastweights.training.pipeline import StageResult
 
 # Words are not defined in source code and the like, and what is said of them then means nothing.

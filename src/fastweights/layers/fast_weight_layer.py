@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 from fastweights.errors import FastWeightsError
 from fastweights.layers.linear import OneDNNLinear, linear, linear_by_row
 from fastweights.ops import decay_rule
-from fastweights.options import SWITCH
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -62,7 +61,7 @@ class FastWeightLayerSettings:
 
     expansion: int = 4
     """Width of the block over the width of the model."""
-    updates: Annotated[bool, SWITCH] = True
+    updates: bool = True
     """Take gradient steps while reading; without them the block is an ordinary one, the control of comparisons."""
     decay: Literal["none", "scalar", "channel", "input"] = "input"
     """How the fast weights fade: never (the paper), by one learned number for each of the block's three layers, by

@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.conversion import ConversionConfig, convert, load_model
-from fastweights.models.fast_weight_layer import add_fast_weight_layer
+from fastweights.models.conversion import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models.loading import load_model
 from fastweights.models.modeling import FastWeightsForCausalLM
 
 AutoConfig.register(FastWeightsConfig.model_type, FastWeightsConfig)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .checks import check_decay_inputs, compute_dtype
-from .chunked import decay_rule_chunked
-from .cpu import decay_rule_cpu
-from .reference import decay_rule_reference
+from .decay_rule.chunked import decay_rule_chunked
+from .decay_rule.cpu import decay_rule_cpu
+from .decay_rule.reference import decay_rule_reference
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

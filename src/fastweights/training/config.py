@@ -2,11 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastweights.checks import check_seed
-from fastweights.errors import FastWeightsError
-from fastweights.options import ADVANCED
+from fastweights.errors import FastWeightsError, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +15,7 @@ class StageConfig:
     """Optimizer steps."""
     batch_size: int = 4
     """Blocks per device and forward pass."""
-    gradient_accumulation: Annotated[int, ADVANCED] = 1
+    gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-3
     """Peak learning rate of pretrained parameters."""
@@ -25,9 +23,9 @@ class StageConfig:
     """Peak learning rate of gates and scales; by default `learning_rate`."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a fiftieth of `steps`."""
-    schedule: Annotated[Literal["linear", "cosine", "constant_with_warmup"], ADVANCED] = "linear"
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Learning rate after the warm-up; linear and cosine end at 0."""
-    weight_decay: Annotated[float, ADVANCED] = 0.0
+    weight_decay: float = 0.0
     """AdamW's weight decay of the matrices."""
 
     def __post_init__(self) -> None:
@@ -100,17 +98,17 @@ class RunConfig:
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights, states and gates stay fp32."""
-    seed: Annotated[int, ADVANCED] = 0
+    seed: int = 0
     """Seed of the data order."""
-    adam_beta2: Annotated[float, ADVANCED] = 0.99
+    adam_beta2: float = 0.99
     """AdamW's second-moment decay."""
-    max_grad_norm: Annotated[float, ADVANCED] = 1.0
+    max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    save_every: Annotated[int, ADVANCED] = 500
+    save_every: int = 500
     """Steps between checkpoints; the last two are kept."""
-    log_every: Annotated[int, ADVANCED] = 10
+    log_every: int = 10
     """Steps between entries of the loss history."""
-    report_to: Annotated[str, ADVANCED] = "none"
+    report_to: str = "none"
     """Where transformers' Trainer reports to: none, tensorboard, trackio, wandb and others."""
 
     def __post_init__(self) -> None:

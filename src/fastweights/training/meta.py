@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from fastweights.errors import FastWeightsError
-from fastweights.stream import Stream
+from fastweights.reading.stream import Stream
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer
 

@@ -13,11 +13,11 @@ import transformers
 
 from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation import Evaluation, HeldOutConfig, check_stride, evaluate, plain
+from fastweights.evaluation.perplexity import Evaluation, HeldOutConfig, check_stride, evaluate, plain
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
-from fastweights.sources import check_apart, load_tokenizer, resolve_model
-from fastweights.stream import check_block_size
+from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
+from fastweights.reading.stream import check_block_size
 from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
 from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.meta import MetaTrainer

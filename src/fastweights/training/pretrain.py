@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
 from fastweights.errors import FastWeightsError
-from fastweights.options import ADVANCED
 from fastweights.training.config import RunConfig, StageConfig
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.trainer import StageTrainer, check_stage, is_finished, save_run
@@ -47,8 +46,8 @@ class ShortStageConfig(StageConfig):
     steps: int = 1800
     batch_size: int = 8
     learning_rate: float = 2e-3
-    schedule: Annotated[Literal["linear", "cosine", "constant_with_warmup"], ADVANCED] = "constant_with_warmup"
-    weight_decay: Annotated[float, ADVANCED] = 0.1
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "constant_with_warmup"
+    weight_decay: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class LongStageConfig(StageConfig):
 
     steps: int = 300
     learning_rate: float = 2e-3
-    weight_decay: Annotated[float, ADVANCED] = 0.1
+    weight_decay: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

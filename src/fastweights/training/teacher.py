@@ -9,9 +9,8 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.architectures import architecture_of, attention_modules
-from fastweights.models.conversion import load_model
+from fastweights.models.loading import load_model, resolve_model
 from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
-from fastweights.sources import resolve_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,8 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastweights.checks import check_folder
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, check_folder
 from fastweights.training.progress import ProgressBar
 
 if TYPE_CHECKING:

@@ -1,0 +1,37 @@
+"""`fastweights convert`"""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fastweights.errors import check_folder
+from fastweights.models import ConversionConfig
+from fastweights.models import convert as run
+from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
+
+
+def convert(
+    source: str,
+    output: Path,
+    config: Annotated[ConversionConfig, Parameter(name="*")] = ConversionConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Replace a model's softmax attention by fast weights; train the result before use.
+
+    Parameters
+    ----------
+    source
+        Model to convert: a folder, a .gguf file, a hub name or "embedded".
+    output
+        Folder for the converted model.
+    """
+    check_folder(output)
+    check_apart(source, output)
+    model = run(resolve_model(source), config)
+    model.save_pretrained(output)
+    load_tokenizer(source).save_pretrained(output)
+    new = sum(model.get_parameter(name).numel() for name in model.new_parameter_names())
+    print(
+        f"{output}: {len(model.fast_weight_layers())} of {model.config.num_hidden_layers} layers converted, "
+        f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights train --model {output}"
+    )

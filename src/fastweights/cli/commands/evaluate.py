@@ -1,0 +1,107 @@
+"""`fastweights eval`"""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import rich
+from cyclopts import Parameter
+from rich.console import Console
+
+from fastweights.cli.tables import print_methods
+from fastweights.data import DataConfig, HeldOutDataConfig, TokenizedText, load_documents, tokenize
+from fastweights.errors import FastWeightsError, check_folder
+from fastweights.evaluation.comparison import ComparisonConfig, MethodResult, compare
+from fastweights.evaluation.gains import gains
+from fastweights.evaluation.perplexity import EvaluationConfig, plain
+from fastweights.models import load_model
+from fastweights.models.loading import load_tokenizer, resolve_model
+
+
+def evaluate(
+    models: tuple[str, ...] = ("embedded",),
+    *,
+    text: Annotated[HeldOutDataConfig, Parameter(name="*")] = HeldOutDataConfig(),  # noqa: B008 (frozen)
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
+    json: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Loss, perplexity, bits per byte, time and memory of models on the same text, read in several ways.
+
+    Parameters
+    ----------
+    models
+        Models to compare: folders, .gguf files, hub names or "embedded".
+    json
+        Print JSON instead of a table.
+    output
+        Folder for results.json and pictures: bits per byte and cost, and where each method gains.
+    """
+    if not models:
+        raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
+    if output is not None:
+        check_folder(output)
+    adapts = set(comparison.methods or ()) & {"sgd", "rms"}
+    if Path(text.text).is_file():
+        if "rms" in adapts or (adapts and comparison.tune_tokens):
+            raise FastWeightsError(
+                f"{text.text} is one file; rms and tuning need text of their own: "
+                "give a folder with train, validation and test files"
+            )
+        text = replace(text, split="train")  # a file has no other
+    say = Console(stderr=True, soft_wrap=True).print
+    results: dict[str, list[MethodResult]] = {}
+    # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
+    held_out = {source: _read(text, source) for source in models}
+    for source in held_out:
+        results[source] = compare(
+            load_model(resolve_model(source)),
+            held_out[source],
+            comparison,
+            block_size=text.block_size,
+            evaluation=evaluation,
+            validation=_read(replace(text, split="validation"), source) if adapts and comparison.tune_tokens else None,
+            training=_read(replace(text, split="train"), source) if "rms" in adapts else None,
+            say=lambda line, source=source: say(f"{source}: {line}", highlight=False),
+        )
+    data = {source: [row.plain() for row in rows] for source, rows in results.items()}
+    if json:
+        rich.print_json(data=data)
+    else:
+        for source, rows in results.items():
+            print_methods(source, rows, f"{text.text}, split {text.split}, blocks of {text.block_size} tokens")
+    if output is not None:
+        _write(output, data, results, held_out)
+        if not json:
+            print(f"results.json and the pictures are in {output}")
+
+
+def _read(config: DataConfig, model: str) -> TokenizedText:
+    return tokenize(load_documents(config), load_tokenizer(model))
+
+
+def _write(
+    output: Path,
+    data: dict[str, list[dict[str, object]]],
+    results: dict[str, list[MethodResult]],
+    texts: dict[str, TokenizedText],
+) -> None:
+    from fastweights.cli.plots import plot_comparison, plot_gains
+
+    output.mkdir(parents=True, exist_ok=True)
+    written: dict[str, object] = {"models": data, "gains": {}}
+    for i, (source, rows) in enumerate(results.items()):
+        name = "" if len(results) == 1 else f"-{i + 1}"
+        plot_comparison(rows, output / f"evaluation{name}.png")
+        if len(rows) > 1:
+            found = gains(rows, texts[source])
+            plot_gains(found, [row.method for row in rows[1:]], output / f"gains{name}.png")
+            written["gains"][source] = {  # type: ignore[index]
+                grouping: {row: [asdict(gain) for gain in points] for row, points in by_row.items()}
+                for grouping, by_row in found.items()
+            }
+    (output / "results.json").write_text(json_format.dumps(plain(written), indent=2) + "\n")

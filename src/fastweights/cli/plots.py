@@ -1,0 +1,127 @@
+"""The pictures that commands draw."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.cost import DecodeCost
+    from fastweights.evaluation.gains import Gain
+
+_COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
+_METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
+_STAGES = {
+    "transfer": "transfer: error of attention outputs\nrelative to their variance",
+    "finetune": "finetune: divergence from the teacher\n(nats per token)",
+}
+
+
+def plot_training(folders: dict[str, Path], output: Path) -> None:
+    """Training loss of both stages against tokens, one line per model.
+
+    Args:
+        folders: a training run's output folder per model name.
+        output: PNG file to write.
+    """
+    figure, panels = _figure(2, width=10)
+    for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
+        for name, folder in folders.items():
+            history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
+            points = [(entry["num_input_tokens_seen"] / 1000, entry["loss"]) for entry in history if "loss" in entry]
+            tokens, losses = zip(*points, strict=True) if points else ((), ())
+            panel.plot(tokens, losses, color=_COLORS[name], label=name, marker="o", markersize=3)
+        _label(panel, x="tokens (thousands)", y=label)
+        panel.set_yscale("log")
+    _save(figure, output)
+
+
+def plot_decoding(costs: dict[str, list[DecodeCost]], trained_length: int, output: Path) -> None:
+    """Time per token and state size against context, one line per model.
+
+    Args:
+        trained_length: context beyond which the teacher is timed only.
+        output: PNG file to write.
+    """
+    figure, panels = _figure(2, width=10)
+    for name, points in costs.items():
+        contexts = [cost.context for cost in points]
+        style = {"color": _COLORS[name], "label": name, "marker": "o", "markersize": 4}
+        panels[0].plot(contexts, [cost.ms_per_token for cost in points], **style)
+        panels[1].plot(contexts, [cost.state_bytes / 1e6 for cost in points], **style)
+    for panel, label in zip(panels, ("time per token (ms)", "state between tokens (MB)"), strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.axvline(trained_length, color="#bbbbbb", linestyle=":", label="trained length")
+        ticks = [cost.context for cost in next(iter(costs.values()))]
+        panel.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
+        _label(panel, x="context (tokens)", y=label)
+    _save(figure, output)
+
+
+def plot_comparison(results: list[MethodResult], output: Path) -> None:
+    """Bits per byte and cost of each method in each context.
+
+    Args:
+        output: PNG file to write.
+    """
+    figure, panels = _figure(2, width=10)
+    names = [result.name for result in results]
+    values = (
+        ("bits per byte", [result.evaluation.bits_per_byte for result in results], "{:.3f}"),
+        ("time, relative to static blocks", [result.time_ratio for result in results], "{:.2f}"),
+    )
+    for panel, (label, numbers, form) in zip(panels, values, strict=True):
+        bars = panel.barh(names, numbers, color=[_METHOD_COLORS[result.method] for result in results])
+        panel.bar_label(bars, [form.format(number) for number in numbers], padding=3)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.15 * max(number for number in numbers if number < float("inf")))
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, output)
+
+
+def plot_gains(gains: dict[str, dict[str, list[Gain]]], methods: list[str], output: Path) -> None:
+    """Where each method gains on the static model: one panel for each way to group tokens, one line for each method.
+
+    Args:
+        gains: for each way to group, for each row's name, the gain of each group.
+        methods: of each row, for its colour.
+        output: PNG file to write.
+    """
+    figure, panels = _figure(len(gains), width=5 * len(gains))
+    for panel, (grouping, rows) in zip(panels, gains.items(), strict=True):
+        for (name, points), method in zip(rows.items(), methods, strict=True):
+            style = "--" if name.endswith("stream") else "-"
+            line = [point.bits for point in points]
+            panel.plot(line, style, color=_METHOD_COLORS[method], label=name, marker="o", markersize=4)
+        groups = [point.group for point in next(iter(rows.values()))]
+        panel.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+        panel.axhline(0, color="#bbbbbb", linewidth=1)
+        _label(panel, x=grouping, y="gain over static blocks (bits per token)")
+    _save(figure, output)
+
+
+def _figure(panels: int, width: float):
+    # matplotlib is imported here and without pyplot: it is slow to start, and a figure of its own needs no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    return figure, figure.subplots(1, panels)
+
+
+def _label(panel: Axes, x: str, y: str) -> None:
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.grid(alpha=0.25, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+
+
+def _save(figure, output: Path) -> None:
+    figure.savefig(output, dpi=120)

@@ -1,0 +1,1 @@
+"""How well a model predicts text, in which ways it can read it, and what that costs."""

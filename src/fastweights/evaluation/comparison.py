@@ -1,0 +1,263 @@
+"""Ways to read a text, side by side on the same tokens: static, dynamic evaluation and a Fast Weight Layer.
+
+Each method in each context is scored on every token but the first of each document; time and memory are given relative
+to a static model that reads independent blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fastweights.errors import FastWeightsError
+from fastweights.evaluation.dynamic_evaluation import (
+    DynamicEvaluation,
+    DynamicEvaluationConfig,
+    RmsConfig,
+    gradient_mean_squares,
+)
+from fastweights.evaluation.peak_memory import PeakMemory
+from fastweights.evaluation.perplexity import CONTEXTS, Evaluation, EvaluationConfig, evaluate, plain, score, summary
+from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.reading.stream import check_block_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastweights.data import TokenizedText
+
+METHODS = ("static", "fwl", "sgd", "rms")
+_LEARNING_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "rms": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
+_DECAYS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Which methods in which contexts."""
+
+    methods: tuple[Literal["static", "fwl", "sgd", "rms"], ...] | None = None
+    """static: the model without its Fast Weight Layer; fwl: with it; sgd and rms: static with dynamic evaluation. By
+    default static, and fwl where the model has such a layer."""
+    contexts: tuple[Literal["block", "sliding", "stream"], ...] = ("block",)
+    """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
+    document. Dynamic evaluation goes on from block to block, and starts anew with each document of a stream."""
+    sgd: DynamicEvaluationConfig = field(default_factory=DynamicEvaluationConfig)
+    rms: RmsConfig = field(default_factory=RmsConfig)
+    tune_tokens: int = 0
+    """Tokens of validation text on which step size and decay of dynamic evaluation are tuned first; 0 for none."""
+    statistics_blocks: int = 32
+    """Blocks of training text from which rms takes the sizes of gradients."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("methods", METHODS), ("contexts", CONTEXTS)):
+            unknown = sorted(set(getattr(self, name) or ()) - set(known))
+            if unknown:
+                raise FastWeightsError(f"{name} has {', '.join(unknown)}; known are {', '.join(known)}")
+        if self.statistics_blocks < 1:
+            raise FastWeightsError(f"statistics_blocks is {self.statistics_blocks}; it must be at least 1")
+        if not self.contexts or self.methods == ():
+            raise FastWeightsError("methods and contexts need at least one entry each")
+        for rule in ("sgd", "rms"):
+            if (given := getattr(self, rule).rule) != rule:
+                raise FastWeightsError(f"{rule}.rule is {given!r}; it must be {rule!r}, as the method of that name")
+        if "sliding" in self.contexts and {"sgd", "rms"} & set(self.methods or ()):
+            raise FastWeightsError(
+                'sgd and rms read each token once: use the contexts "block" and "stream", not "sliding"'
+            )
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method in one context."""
+
+    method: str
+    context: str
+    evaluation: Evaluation
+    seconds: float
+    time_ratio: float
+    """Wall time over that of static block evaluation."""
+    peak_bytes: int | None
+    """Memory at the peak, above what was in use before."""
+    memory_ratio: float | None
+    settings: DynamicEvaluationConfig | None
+    """Of dynamic evaluation, after tuning."""
+    losses: Float[Tensor, " N"] = field(repr=False, compare=False)
+    """Of each token of the text, in nats; NaN where a token is not predicted."""
+
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it."""
+        return f"{self.method}, {self.context}"
+
+    def plain(self) -> dict[str, object]:
+        """All but the single losses, as JSON has it."""
+        fields = asdict(replace(self, losses=torch.empty(0)))
+        return plain({name: value for name, value in fields.items() if name != "losses"})
+
+
+def compare(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    config: ComparisonConfig,
+    *,
+    block_size: int = 1024,
+    evaluation: EvaluationConfig | None = None,
+    validation: TokenizedText | None = None,
+    training: TokenizedText | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[MethodResult]:
+    """Score `text` by each method in each context; static in blocks, the unit of time and memory, comes first.
+
+    Args:
+        validation: text to tune dynamic evaluation on, if `config.tune_tokens` says so.
+        training: text that rms takes the sizes of gradients from.
+        say: called with a line about each part before it begins.
+    """
+    evaluation = evaluation or EvaluationConfig()
+    if evaluation.context != EvaluationConfig.context:
+        raise FastWeightsError(f"context {evaluation.context!r} belongs into contexts when methods are compared")
+    evaluation = replace(evaluation, batch_size=1)  # dynamic evaluation and streams read alone
+    methods = config.methods or (("static", "fwl") if _layer(model) else ("static",))
+    if "fwl" in methods and not _layer(model):
+        raise FastWeightsError("this model has no Fast Weight Layer: leave fwl out, or train one with --stage meta")
+    mean_squares = _mean_squares(model, training, config, block_size, say) if "rms" in methods else None
+    runs = [("static", "block"), *((method, context) for context in config.contexts for method in methods)]
+    check_block_size(model, block_size)
+    _warm_up(model, text, block_size)
+    results: list[MethodResult] = []
+    for method, context in dict.fromkeys(runs):
+        settings = None
+        here = replace(evaluation, context=context)
+        with nullcontext() if method == "fwl" else without_layer(model):
+            if method in ("sgd", "rms"):
+                settings = getattr(config, method)
+                if config.tune_tokens:
+                    say(f"tuning {method} in context {context}")
+                    wide = replace(here, max_tokens=config.tune_tokens)
+                    settings = tune(model, _needed(validation, "validation"), settings, block_size, wide, mean_squares)
+            say(f"{method} in context {context}")
+            results.append(_run(model, text, method, here, block_size, settings, mean_squares, results))
+    return results
+
+
+def tune(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    config: DynamicEvaluationConfig,
+    block_size: int,
+    evaluation: EvaluationConfig,
+    mean_squares: dict[str, Tensor] | None = None,
+) -> DynamicEvaluationConfig:
+    """The step size, then the decay, then the step size again, that give the lowest loss on `text`."""
+    tried: dict[DynamicEvaluationConfig, float] = {}
+
+    def loss(candidate: DynamicEvaluationConfig) -> float:
+        if candidate not in tried:
+            with DynamicEvaluation(model, candidate, mean_squares) as adaptation:
+                tried[candidate] = evaluate(
+                    model, text, block_size=block_size, config=evaluation, adaptation=adaptation
+                ).loss
+        return tried[candidate] if tried[candidate] == tried[candidate] else float("inf")
+
+    best = replace(config, decay=1e-3)
+    best = min((replace(best, learning_rate=rate) for rate in _LEARNING_RATES[config.rule]), key=loss)
+    best = min((replace(best, decay=decay) for decay in _DECAYS), key=loss)
+    factors = (0.33, 0.58, 1.0, 1.73, 3.0)
+    return min((replace(best, learning_rate=best.step_size * factor) for factor in factors), key=loss)
+
+
+@contextmanager
+def without_layer(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model without its Fast Weight Layer, if it has one."""
+    layer = _layer(model)
+    if layer is None:
+        yield model
+        return
+    assert isinstance(model, FastWeightsForCausalLM)
+    model.fast_weight_layer = None
+    try:
+        yield model
+    finally:
+        model.fast_weight_layer = layer
+
+
+def _layer(model: PreTrainedModel):
+    return model.fast_weight_layer if isinstance(model, FastWeightsForCausalLM) else None
+
+
+def _run(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    method: str,
+    evaluation: EvaluationConfig,
+    block_size: int,
+    settings: DynamicEvaluationConfig | None,
+    mean_squares: dict[str, Tensor] | None,
+    results: list[MethodResult],
+) -> MethodResult:
+    losses = torch.full((len(text.tokens[: evaluation.max_tokens]),), float("nan"))
+    total, count = 0.0, 0
+    with PeakMemory(model.device) as peak:
+        start = time.perf_counter()
+        adapting = nullcontext() if settings is None else DynamicEvaluation(model, settings, mean_squares)
+        with adapting as adaptation:
+            for positions, part in score(model, text, block_size=block_size, config=evaluation, adaptation=adaptation):
+                losses[positions.cpu()] = part.float().cpu()
+                total, count = total + part.double().sum().item(), count + len(part)
+        seconds = time.perf_counter() - start
+    unit = results[0] if results else None
+    memory_ratio = None
+    if peak.bytes is not None:
+        memory_ratio = 1.0 if unit is None else peak.bytes / unit.peak_bytes if unit.peak_bytes else None
+    return MethodResult(
+        method=method,
+        context=evaluation.context,
+        evaluation=summary(total, count, text, evaluation),
+        seconds=seconds,
+        time_ratio=1.0 if unit is None else seconds / unit.seconds,
+        peak_bytes=peak.bytes,
+        memory_ratio=memory_ratio,
+        settings=settings,
+        losses=losses,
+    )
+
+
+def _mean_squares(
+    model: PreTrainedModel,
+    training: TokenizedText | None,
+    config: ComparisonConfig,
+    block_size: int,
+    say: Callable[[str], None],
+) -> dict[str, Tensor]:
+    say("gathering the sizes of gradients on training text, for rms")
+    tokens = _needed(training, "training").tokens
+    count = max(1, min(config.statistics_blocks, (len(tokens) - 1) // block_size))
+    starts = [i * (len(tokens) // count) for i in range(count)]
+    with without_layer(model):
+        blocks: list[Int[Tensor, " T"]] = [tokens[start : start + block_size + 1] for start in starts]
+        return gradient_mean_squares(model, blocks, config.rms)
+
+
+def _needed(text: TokenizedText | None, what: str) -> TokenizedText:
+    if text is None:
+        raise FastWeightsError(f"dynamic evaluation needs {what} text here; give a text with a {what} split")
+    return text
+
+
+@torch.no_grad()
+def _warm_up(model: PreTrainedModel, text: TokenizedText, block_size: int) -> None:
+    """Compiled kernels and warm caches, which no method should pay for."""
+    block = text.tokens[None, :block_size].to(model.device)
+    was_training = model.training
+    model.eval()
+    for _ in range(2):
+        model(input_ids=block, use_cache=False)
+    model.train(was_training)

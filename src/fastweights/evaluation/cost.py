@@ -1,0 +1,133 @@
+"""What one more token costs, in time and in memory, after a context of a given length."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from fastweights.models.architectures import position_limit
+from fastweights.models.cache import state_bytes
+from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.reading.stream import reads_without_end
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import Cache, PreTrainedModel
+
+_PREFILL = 1024
+_STEPS_A_TURN = 3
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """Cost of a token at batch size 1."""
+
+    context: int
+    """Tokens before it."""
+    ms_per_token: float
+    """Median time, in milliseconds."""
+    state_bytes: int
+    """Bytes that the model keeps between two tokens."""
+
+
+@torch.no_grad()
+def decode_costs(
+    models: Mapping[str, PreTrainedModel],
+    contexts: Sequence[int],
+    *,
+    tokens: int = 18,
+    read_at_most: int | None = None,
+    softmax_up_to: int | None = None,
+) -> dict[str, list[DecodeCost]]:
+    """Time about `tokens` single-token steps of each model at each of the growing `contexts`, side by side.
+
+    All take turns, so that what else the machine does falls on all alike. A model with fast weights really reads random
+    tokens up to there. A softmax model gets keys and values of that length at random, and positions held at its last
+    one: beyond its trained length only its time means anything.
+
+    Args:
+        read_at_most: before each context, really read only so many tokens, and be told that the others were read: the
+            state has the same size, and a big model does not read for an hour.
+        softmax_up_to: the longest context at which softmax models are timed; by default all.
+    """
+    caches: dict[tuple[str, int], Cache] = {}
+    for name, model in models.items():
+        model.eval()
+        if _is_recurrent(model):
+            read = _read(model, contexts, read_at_most)
+        else:
+            read = {n: _random_cache(model, n) for n in contexts if softmax_up_to is None or n <= softmax_up_to}
+        caches |= {(name, context): cache for context, cache in read.items()}
+    sizes = {turn: state_bytes(cache) for turn, cache in caches.items()}
+    times = {turn: [] for turn in caches}
+    for _ in range(-(-tokens // _STEPS_A_TURN)):
+        for turn, cache in caches.items():
+            steps = [_step(models[turn[0]], cache) for _ in range(_STEPS_A_TURN + 1)]
+            times[turn] += steps[1:]  # the first one finds another model's weights in the processor's cache
+    costs = {name: [] for name in models}
+    for name, context in caches:
+        costs[name].append(DecodeCost(context, 1000 * median(times[name, context]), sizes[name, context]))
+    return costs
+
+
+def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
+    """The state of a recurrent model after each of the contexts."""
+    cache, read, caches = DynamicCache(config=model.config), 0, {}
+    for context in contexts:
+        if at_most is not None and reads_without_end(model) and context - read > at_most:
+            _pretend(cache, context - at_most)
+            read = context - at_most
+        while read < context:
+            step = min(_PREFILL, context - read)
+            tokens = torch.randint(model.config.vocab_size, (1, step), device=model.device)
+            model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
+            read += step
+        caches[context] = deepcopy(cache)
+    return caches
+
+
+def _is_recurrent(model: PreTrainedModel) -> bool:
+    return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_layers)
+
+
+def _pretend(cache: Cache, tokens: int) -> None:
+    """Move the text's place on without reading."""
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens  # type: ignore[attr-defined]
+
+
+def _step(model: PreTrainedModel, cache: Cache) -> float:
+    token = torch.randint(model.config.vocab_size, (1, 1), device=model.device)
+    arguments = {}
+    limit = position_limit(model.config)  # of a softmax model; ours say what is wrong with a text that is too long
+    if limit is not None:
+        arguments["position_ids"] = torch.tensor([[min(cache.get_seq_length(), limit - 1)]], device=model.device)
+    _synchronize(model)
+    start = time.perf_counter()
+    model(input_ids=token, past_key_values=cache, use_cache=True, **arguments)
+    _synchronize(model)
+    return time.perf_counter() - start
+
+
+def _random_cache(model: PreTrainedModel, context: int) -> Cache:
+    config = model.config
+    cache = DynamicCache(config=config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        k, v = torch.randn(2, 1, heads, context, width, dtype=model.dtype, device=model.device)
+        cache.update(k, v, layer)
+    return cache
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()

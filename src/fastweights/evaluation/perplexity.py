@@ -1,0 +1,257 @@
+"""How well a model predicts text it has not seen: loss, perplexity, bits per byte.
+
+Three contexts, over the same tokens, all but the first of each document:
+`block` cuts the text into independent blocks, so that the first tokens of each have little to go by; `sliding` moves a
+window by `stride` tokens and counts only the tokens that are new in it; `stream` reads each document from its beginning
+and carries the model's state through it, at constant memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fastweights.errors import FastWeightsError
+from fastweights.reading.stream import Stream, check_block_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastweights.data import TokenizedText
+    from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
+
+CONTEXTS = ("block", "sliding", "stream")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How to evaluate."""
+
+    context: Literal["block", "sliding", "stream"] = "block"
+    """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
+    document."""
+    stride: int | None = None
+    """Tokens that a sliding window moves by, fewer than a block; by default half of it."""
+    batch_size: int = 4
+    """Windows in a forward pass; a stream is read alone."""
+    max_tokens: int | None = None
+    """Read only the text's first so many tokens."""
+    carry_documents: bool = False
+    """A stream goes on across the ends of documents, instead of starting anew with each."""
+
+    def __post_init__(self) -> None:
+        if self.context not in CONTEXTS:
+            raise FastWeightsError(f"context {self.context!r} is unknown; known are {', '.join(CONTEXTS)}")
+        if self.batch_size < 1:
+            raise FastWeightsError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise FastWeightsError(f"max_tokens is {self.max_tokens}; at least 2 are needed to predict one")
+        if self.stride is not None and self.stride < 1:
+            raise FastWeightsError(f"stride is {self.stride}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(EvaluationConfig):
+    """The same, on a text short enough to be evaluated after each stage of training."""
+
+    max_tokens: int | None = 131072
+    """Read only the text's first so many tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a text cost a model."""
+
+    loss: float
+    """Mean negative log-likelihood of a predicted token, in nats."""
+    perplexity: float
+    """e to the loss."""
+    bits_per_byte: float
+    """Loss in bits, spread over the UTF-8 bytes of the text."""
+    word_perplexity: float
+    """e to the loss spread over the words between white space."""
+    tokens: int
+    """Tokens that were predicted."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    *,
+    block_size: int = 1024,
+    config: EvaluationConfig | None = None,
+    adaptation: DynamicEvaluation | None = None,
+) -> Evaluation:
+    """Loss of `model` on `text`, of which it reads `block_size` tokens at once; the last block may be shorter."""
+    loss, count = 0.0, 0
+    for _, losses in score(model, text, block_size=block_size, config=config, adaptation=adaptation):
+        loss += losses.double().sum().item()
+        count += len(losses)
+    return summary(loss, count, text, config)
+
+
+def summary(loss: float, count: int, text: TokenizedText, config: EvaluationConfig | None = None) -> Evaluation:
+    """All measures of a loss in nats, summed over the `count` tokens that were predicted of what `config` reads."""
+    if count == 0:
+        raise FastWeightsError("no document has a second token to predict: give longer text")
+    mean, n_tokens = loss / count, len(text.tokens[: config.max_tokens if config else None])
+    n_bytes, n_words = text.bytes_and_words(n_tokens)
+    return Evaluation(
+        loss=mean,
+        perplexity=_exp(mean),
+        bits_per_byte=mean / math.log(2) * n_tokens / max(1, n_bytes),
+        word_perplexity=_exp(mean * n_tokens / max(1, n_words)),
+        tokens=count,
+    )
+
+
+def _exp(x: float) -> float:
+    return math.inf if x > 700 else math.exp(x)
+
+
+def plain(data: Any) -> Any:
+    """The same with None for what JSON has no number for, in dicts and lists of any depth."""
+    if isinstance(data, dict):
+        return {name: plain(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def score(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    *,
+    block_size: int = 1024,
+    config: EvaluationConfig | None = None,
+    adaptation: DynamicEvaluation | None = None,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]:
+    """(positions, losses in nats) of the text's tokens, a piece at a time; each token but a document's first, once.
+
+    Args:
+        adaptation: dynamic evaluation of the model, entered already; its weights go on from one block to the next, and
+            start anew where a stream does.
+    """
+    config = config or EvaluationConfig()
+    if block_size < 2:
+        raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
+    check_block_size(model, block_size)
+    check_stride(config, block_size)
+    tokens = text.tokens[: config.max_tokens].to(model.device)
+    if len(tokens) < 2:
+        raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
+    begins = _document_starts(text, len(tokens)).to(tokens.device)
+    was_training = model.training
+    model.eval()
+    try:
+        if config.context == "stream":
+            pieces = _stream(model, tokens, begins, block_size, config, adaptation)
+        elif adaptation is not None:
+            pieces = _adapted_blocks(model, tokens, block_size, config, adaptation)
+        else:
+            pieces = _windows(model, tokens, block_size, config)
+        for positions, losses in pieces:
+            if adaptation is None and losses.isnan().any():
+                raise FastWeightsError(
+                    "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
+                    "computes; give another model"
+                )
+            counted = ~begins[positions]
+            yield positions[counted], losses[counted]
+    finally:
+        model.train(was_training)
+
+
+def check_stride(config: EvaluationConfig, block_size: int) -> None:
+    """Refuse a window that would leave tokens out."""
+    if config.stride is not None and config.stride >= block_size:
+        raise FastWeightsError(f"stride is {config.stride}; it must be smaller than block_size ({block_size})")
+
+
+def _document_starts(text: TokenizedText, length: int) -> Bool[Tensor, " N"]:
+    begins = torch.zeros(length, dtype=torch.bool)
+    starts = torch.tensor([0, *text.document_lengths[:-1]]).cumsum(0)
+    begins[starts[starts < length]] = True
+    return begins
+
+
+def _spans(length: int, size: int, config: EvaluationConfig) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, new): a window reads tokens start ... stop - 1, and the last `new` of their successors count."""
+    step = size if config.context == "block" else config.stride or max(1, size // 2)
+    counted = 0
+    for stop in [*range(min(size, length - 1), length - 1, step), length - 1]:
+        start = max(0, stop - size) if config.context == "sliding" else counted
+        if stop > counted:
+            yield start, stop, stop - counted
+        counted = stop
+
+
+@torch.no_grad()
+def _windows(
+    model: PreTrainedModel, tokens: Int[Tensor, " N"], size: int, config: EvaluationConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    spans = list(_spans(len(tokens), size, config))
+    for (length, new), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
+        starts = [start for start, *_ in alike]
+        for i in range(0, len(starts), config.batch_size):
+            batch = torch.tensor(starts[i : i + config.batch_size], device=tokens.device)[:, None]
+            places = batch + torch.arange(length, device=tokens.device)
+            logits = model(input_ids=tokens[places], use_cache=False).logits[:, -new:]
+            targets = places[:, -new:] + 1
+            yield (
+                targets.flatten(),
+                cross_entropy(logits.flatten(0, 1).float(), tokens[targets].flatten(), reduction="none"),
+            )
+
+
+def _adapted_blocks(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " N"],
+    size: int,
+    config: EvaluationConfig,
+    adaptation: DynamicEvaluation,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if config.context == "sliding":
+        raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
+    for start, stop, _ in _spans(len(tokens), size, config):
+        positions = torch.arange(start + 1, stop + 1, device=tokens.device)
+        yield positions, adaptation.score(Stream(model, size), tokens[None, start:stop], tokens[None, positions])
+
+
+def _stream(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " N"],
+    begins: Bool[Tensor, " N"],
+    size: int,
+    config: EvaluationConfig,
+    adaptation: DynamicEvaluation | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    starts = [0] if config.carry_documents else begins.nonzero().flatten().tolist()
+    for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        stream = Stream(model, size)
+        if adaptation is not None:
+            adaptation.reset()
+        for place in range(start, stop - 1, size):
+            read = tokens[None, place : min(place + size, stop - 1)]
+            positions = torch.arange(place + 1, place + 1 + read.shape[1], device=tokens.device)
+            targets = tokens[None, positions]
+            yield (
+                positions,
+                _stream_losses(stream, read, targets)
+                if adaptation is None
+                else adaptation.score(stream, read, targets),
+            )
+
+
+@torch.no_grad()
+def _stream_losses(stream: Stream, read: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(stream.read(read)[0].float(), targets[0], reduction="none")

@@ -1,0 +1,1 @@
+"""The decay rule: its definition, and the backends that agree with it."""

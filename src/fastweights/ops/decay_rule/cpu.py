@@ -1,0 +1,237 @@
+"""The decay rule on CPUs: Numba kernels as torch custom ops, with threads and gradients.
+
+Works under torch.compile, autocast and gradient checkpointing, for float32, bfloat16 and float16
+inputs; state and sums are float32. Several Python threads may call it at once, and so may a process
+after a fork.
+
+Notation
+    B, T     batch, time
+    H, G     query heads, key/value heads
+    K, V     key and value width
+    N        sequences: B, or those packed into one row by cu_seqlens
+    f, z     log decays of the key side and the value side
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checks import compute_dtype, sequence_bounds
+from ..numba.runtime import load_kernels, share_out, thread_count
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_SEGMENT = 128  # tokens between checkpoints, as in staging.py, which imports Numba
+
+
+def decay_rule_cpu(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    key_log_decay: Float[Tensor, "B T G Kf"] | None,
+    value_log_decay: Float[Tensor, "B T G Vz"] | None,
+    initial_state: Float[Tensor, "N G K V"] | None,
+    cu_seqlens: Int[Tensor, " bounds"] | None,
+    scale: float,
+    inclusive: bool,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"]]:
+    """Run the rule token by token, with the state in registers; the backward pass keeps no states."""
+    if q.device.type != "cpu":
+        raise ValueError(f"q is on {q.device}, but backend='cpu' needs CPU tensors; use backend='chunked'")
+    if compute_dtype(q, k, v) == torch.float64:
+        raise TypeError("backend='cpu' computes in float32, but q, k or v is float64; use backend='chunked'")
+    tensors = (q, k, v, key_log_decay, value_log_decay, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    o, final_state, _ = _forward_op(*tensors, cu_seqlens, float(scale), inclusive, keep)
+    return o, final_state
+
+
+@torch.library.custom_op("fastweights::decay_rule_cpu", mutates_args=(), device_types="cpu")
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    inclusive: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final state, checkpoints of the state for the backward pass if `keep`)."""
+    kernel = load_kernels().cpu_forward
+    o, final_state, checkpoints = _outputs(q, k, v, cu_seqlens, keep)
+    call = _Call(q, k, v, f, z, initial_state, cu_seqlens, inclusive)
+    o_float32 = o if o.dtype == torch.float32 else _empty(o.shape)
+    outputs = kernel.Outputs(o_float32.data_ptr(), final_state.data_ptr())
+    call.run(kernel.forward, kernel.scratch_size(call.K, call.V, call.R), outputs, scale, checkpoints if keep else None)
+    if o_float32 is not o:
+        o.copy_(o_float32)
+    return o, final_state, checkpoints
+
+
+@_forward_op.register_fake
+def _(q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, keep):
+    return _outputs(q, k, v, cu_seqlens, keep)
+
+
+@torch.library.custom_op("fastweights::decay_rule_cpu_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    scale: float,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, df, dz, gradient of the initial state); empty for a gate that is None."""
+    kernel = load_kernels().cpu_backward
+    call = _Call(q, k, v, f, z, None, cu_seqlens, inclusive)
+    do, dfinal = _rows_of_float32(do), None if dfinal is None else dfinal.contiguous()
+    dq, dk = _empty((call.parts, *q.shape)), _empty((call.parts, *k.shape))
+    # One value gate per head is folded into the key gate, and so is its gradient.
+    folded = call.Vz == 1 and call.V != 1
+    df = _empty((call.parts, *k.shape[:3], max(call.Kf, int(folded))))
+    dv, dz = _empty(v.shape), _empty((0,) if z is None else z.shape)
+    dinitial = _empty((call.N, *k.shape[2:], call.V))
+    gradients = kernel.Gradients(
+        do=_address(do),
+        do_strides=_strides(do),
+        dfinal=_address(dfinal),
+        dq=dq.data_ptr(),
+        dk=dk.data_ptr(),
+        dv=dv.data_ptr(),
+        df=df.data_ptr(),
+        dz=dz.data_ptr(),
+        dinitial=dinitial.data_ptr(),
+        tokens=q.shape[0] * q.shape[1],
+    )
+    call.run(kernel.backward, kernel.scratch_size(call.K, call.V, call.R), gradients, scale, checkpoints)
+    dq, dk, df = (x[0] if call.parts == 1 else x.sum(0) for x in (dq, dk, df))
+    if folded:
+        dz = df.sum(-1, keepdim=True)
+    df = _empty((0,)) if f is None else df.to(f.dtype)
+    dz = dz if z is None else dz.to(z.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), df, dz, dinitial
+
+
+@_backward_op.register_fake
+def _(do, dfinal, q, k, v, f, z, cu_seqlens, checkpoints, scale, inclusive):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    gradients = [_empty((0,)) if x is None else _empty(x.shape, x.dtype) for x in (q, k, v, f, z)]
+    return *gradients, _empty((N, *k.shape[2:], v.shape[3]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, _ = inputs
+    ctx.save_for_backward(q, k, v, f, z, cu_seqlens, output[2])
+    ctx.scale, ctx.inclusive = scale, inclusive
+    ctx.has_initial_state = initial_state is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dfinal, _):
+    *tensors, cu_seqlens, checkpoints = ctx.saved_tensors
+    *grads, dinitial = _backward_op(do, dfinal, *tensors, cu_seqlens, checkpoints, ctx.scale, ctx.inclusive)
+    grads = [None if x is None else dx for x, dx in zip(tensors, grads, strict=True)]
+    return *grads, dinitial if ctx.has_initial_state else None, None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Call:
+    """The tensors of one call as the kernels want them; keeps them alive while their addresses are in use."""
+
+    def __init__(self, q, k, v, f, z, initial_state, cu_seqlens, inclusive) -> None:
+        B, self.T, H, self.K = q.shape
+        self.G, self.V = v.shape[2:]
+        self.R = H // self.G
+        self.Kf = 0 if f is None else f.shape[3]
+        self.Vz = 0 if z is None else z.shape[3]
+        self.inclusive = inclusive
+        self.tensors = [_rows_of_float32(x) for x in (q, k, v, f, z)]
+        self.initial_state = None if initial_state is None else initial_state.contiguous()
+        self.N, self.bounds = B, None
+        if cu_seqlens is not None:
+            self.N = len(sequence_bounds(cu_seqlens, self.T))
+            self.bounds = cu_seqlens.to(torch.int64).contiguous()
+        self.threads = thread_count(q.numel() * self.V)
+        self.parts = self._parts()
+
+    def _parts(self) -> int:
+        """Value columns are independent of each other: they make up for too few heads."""
+        if self.threads <= self.N * self.G:
+            return 1
+        part_width = load_kernels().staging.part_width
+        return -(-self.V // part_width(self.V, -(-self.threads // max(self.N * self.G, 1))))
+
+    def run(self, kernel, scratch_size: int, addresses, scale: float, checkpoints: Tensor | None) -> None:
+        """Call the kernel for all units of work; `addresses` are those of its results."""
+        problem = load_kernels().staging.Problem(
+            self.T,
+            self.G,
+            self.R,
+            self.K,
+            self.V,
+            self.parts,
+            int(self.inclusive),
+            self.Kf,
+            self.Vz,
+            _address(self.bounds),
+            *[x for tensor in self.tensors for x in (_address(tensor), _strides(tensor))],
+            initial_state=_address(self.initial_state),
+            checkpoints=_address(checkpoints),
+        )
+        problem, addresses = _numbers(problem), _numbers(addresses)
+        at, to = problem.buffer_info()[0], addresses.buffer_info()[0]
+
+        def work(first: int, end: int) -> None:
+            scratch = _empty((scratch_size,))
+            kernel(at, to, scratch.data_ptr(), scale, first, end)
+
+        share_out(work, self.N * self.G * self.parts, self.threads)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segments = 0
+    if keep:
+        segments = B * -(-T // _SEGMENT) if cu_seqlens is None else T // _SEGMENT + N
+    return _empty((B, T, H, V), v.dtype), _empty((N, G, K, V)), _empty((segments, G, K, V))
+
+
+def _empty(shape, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _rows_of_float32(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x if x.dtype == torch.float32 else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _numbers(record) -> array:
+    return array("q", [x for field in record for x in (field if isinstance(field, tuple) else (field,))])

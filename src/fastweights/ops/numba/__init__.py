@@ -1,0 +1,1 @@
+"""What any CPU kernel needs: vectors, copies between tensors and scratch, threads."""

@@ -1,0 +1,157 @@
+"""Compiling the CPU kernels on first use, and sharing their work out among threads.
+
+The threads are those of torch, where it brings GNU's OpenMP: they spin for a while after each of
+torch's own operations, and others would have to wait for their cores. Elsewhere, and in a process
+after a fork, where OpenMP's are gone, they are a small pool of Python threads. Both run kernels
+without the GIL. Numba's own parallel loops would either crash when two Python threads enter them
+(workqueue) or add a second pool of spinning threads beside torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("fastweights")
+
+_WORTH_A_THREAD = 1_000_000
+"""State updates per thread; fewer are done before another thread has woken up."""
+_PROCESS = os.getpid()
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_SHARES_PER_THREAD = 4
+"""Units are handed out in this many portions per thread, so that a thread that is held up gets fewer."""
+
+
+@cache
+def load_kernels() -> ModuleType:
+    """The module of compiled kernels; compiles them (once, then cached on disk) when first called."""
+    try:
+        import numba.core  # noqa: F401
+    except ImportError as error:
+        raise ImportError("backend='cpu' needs numba, which is not installed: pip install numba") from error
+    with announced():
+        from ..decay_rule import cpu_kernels as kernels
+    return kernels
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Tell the user, on standard error, if Numba compiles something: it takes seconds without a sign of life."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        started = 0.0
+
+        def on_start(self, event) -> None:
+            if not self.started:
+                self.started = time.perf_counter()
+                _say("fastweights: compiling CPU kernels (once, cached on disk) ...")
+
+        def on_end(self, event) -> None:
+            pass
+
+    listener = Listener()
+    with event.install_listener("numba:compile", listener):
+        yield
+    if listener.started:
+        _say(f"fastweights: done in {time.perf_counter() - listener.started:.0f} s")
+
+
+def thread_count(updates: int) -> int:
+    """How many threads a call with so many updates of numbers of the state is worth."""
+    return max(1, min(torch.get_num_threads(), updates // _WORTH_A_THREAD))
+
+
+def share_out(work: Callable[[int, int], None], units: int, threads: int) -> None:
+    """Call work(first, end) until all units are done, on this thread and up to `threads` - 1 others."""
+    if threads == 1 or units < 2:
+        work(0, units)
+        return
+    portion = max(1, units // (_SHARES_PER_THREAD * threads))
+    starts = itertools.count(0, portion)
+
+    def take_shares() -> None:
+        while (first := next(starts)) < units:
+            work(first, min(first + portion, units))
+
+    if os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
+        _run_team(openmp, take_shares)
+        return
+    helpers = [_pool(threads - 1, os.getpid()).submit(take_shares) for _ in range(threads - 1)]
+    try:
+        take_shares()
+    finally:
+        # One that has not started is busy elsewhere, and nothing is left for it to do. The others write to memory that
+        # must not be given back under them.
+        started = [helper for helper in helpers if not helper.cancel()]
+        wait(started)
+    for helper in started:
+        helper.result()
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    # A fork copies the pool without its threads; the process's id makes the child start its own.
+    return ThreadPoolExecutor(threads, thread_name_prefix="fastweights")
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The library that runs torch's threads, if it is GNU's and its threads are there."""
+    if _forked():
+        return None
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+        library = ctypes.CDLL(str(path))
+        library.GOMP_parallel.argtypes = (_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+        return library
+    return None
+
+
+def _forked() -> bool:
+    """Whether this process is a copy of another, whose threads it does not have (Linux's PF_FORKNOEXEC)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return bool(int(fields[6]) & 0x40)
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def _run_team(openmp: ctypes.CDLL, task: Callable[[], None]) -> None:
+    """Run `task` on this thread and on all others of torch's team at once, as `#pragma omp parallel` does.
+
+    The whole team, as OpenMP would end the threads that a smaller one leaves over.
+    """
+    errors, ended = [], set()
+
+    def run(_) -> None:
+        try:
+            task()
+        except BaseException as error:  # it must not leave through C
+            errors.append(error)
+        ended.add(threading.get_ident())
+
+    openmp.GOMP_parallel(_TASK(run), None, torch.get_num_threads(), 0)
+    if errors:
+        raise errors[0]
+    if threading.get_ident() not in ended:
+        # A signal came before the first line of `run`, where ctypes takes the exception and drops it.
+        raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    logger.info(line)
+    print(line, file=sys.stderr, flush=True)

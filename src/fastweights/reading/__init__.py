@@ -1,0 +1,1 @@
+"""Reading without end: streams of text, and memories of what was read."""

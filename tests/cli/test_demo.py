@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from fastweights.cli.demo import DemoConfig, run_demo
+
+
+@pytest.mark.timeout(300)
+def test_a_small_demo_writes_all_it_promises(tmp_path):
+    said = []
+    config = DemoConfig(
+        output=tmp_path / "demo", window=8, tokens=12_288, contexts=(16, 64), held_out_tokens=2048, meta_steps=4
+    )
+    result = run_demo(config, said.append)
+    assert said
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(written["retention"]) == {"pure", "hybrid"}
+    for name in ("pure", "hybrid"):
+        losses = written["loss"][name]
+        assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
+        assert losses["transfer"] < losses["converted"]
+        assert written["tokens"][name] == (12 * 1024 if name == "pure" else 4 * 4096)
+        costs = written["decode"][name]
+        assert [cost["context"] for cost in costs] == [16, 64]
+        assert costs[0]["state_bytes"] == costs[1]["state_bytes"]
+        assert all(cost["ms_per_token"] > 0 for cost in costs)
+    read = [(row["method"], row["context"]) for row in written["adaptation"]]
+    assert read == [("static", "block"), ("static", "stream"), ("sgd", "stream"), ("fwl", "stream")]
+    assert all(
+        row["evaluation"]["tokens"] == written["adaptation"][0]["evaluation"]["tokens"] for row in written["adaptation"]
+    )
+    teacher = written["decode"]["teacher"]
+    assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * 64 // 16
+    for file in result.files:
+        assert file.stat().st_size > 0
+    assert {file.suffix for file in result.files} == {".png", ".json"}

@@ -1,0 +1,25 @@
+import pytest
+
+from fastweights.evaluation.cost import decode_costs
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from tests.conftest import make_gpt2, make_llama
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["", "fast weight layer"])
+def test_a_constant_state_costs_the_same_memory_whether_text_is_read_or_pretended(layer):
+    model = convert(make_llama(), ConversionConfig(window=8))
+    model = add_fast_weight_layer(model) if layer else model
+    real = decode_costs({"": model}, [16, 300], tokens=2)[""]
+    pretended = decode_costs({"": model}, [16, 300], tokens=2, read_at_most=20)[""]
+    assert [cost.context for cost in pretended] == [16, 300]
+    assert len({cost.state_bytes for cost in (*real, *pretended)}) == 1
+    assert all(cost.ms_per_token > 0 for cost in pretended)
+
+
+def test_softmax_grows():
+    models = {"softmax": make_gpt2(), "pure": convert(make_gpt2())}
+    costs = decode_costs(models, [16, 64, 100], tokens=2, softmax_up_to=64)
+    few, many = costs["softmax"]
+    assert many.state_bytes == 4 * few.state_bytes
+    assert len({cost.state_bytes for cost in costs["pure"]}) == 1
+    assert [cost.context for cost in costs["pure"]] == [16, 64, 100]

@@ -1,0 +1,118 @@
+"""Compiling, announcing it, and sharing work out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastweights.ops.numba import runtime
+
+
+def test_importing_the_ops_imports_no_numba():
+    script = "import sys, fastweights.ops; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_missing_numba_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba.core", None)
+    with pytest.raises(ImportError, match="backend='cpu' needs numba, which is not installed: pip install numba"):
+        runtime.load_kernels.__wrapped__()
+
+
+def test_compiling_is_announced_once(capsys):
+    from numba import njit
+
+    with runtime.announced():
+        njit("int64(int64)")(lambda x: x + 1)
+        njit("int64(int64)")(lambda x: x + 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fastweights: compiling CPU kernels (once, cached on disk) ..."
+    assert lines[1].startswith("fastweights: done in ")
+    assert len(lines) == 2
+
+
+def test_kernels_from_the_disk_are_not_announced(capsys):
+    runtime.load_kernels.__wrapped__()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(params=["torch's threads", "our own"])
+def pool(request, monkeypatch):
+    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 2)  # the size of torch's team
+    if request.param == "our own":
+        monkeypatch.setattr(runtime, "_openmp", lambda: None)
+    elif runtime._openmp() is None:
+        pytest.skip("torch does not bring GNU's OpenMP here")
+
+
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("units", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_unit_is_done_once(units, threads):
+    done, lock = [], threading.Lock()
+
+    def work(first, end):
+        with lock:
+            done.extend(range(first, end))
+
+    runtime.share_out(work, units, threads)
+    assert sorted(done) == list(range(units))
+
+
+@pytest.mark.usefixtures("pool")
+def test_several_threads_work_at_once():
+    meeting = threading.Barrier(2, timeout=60)
+    runtime.share_out(lambda first, end: meeting.wait(), 2, 2)
+
+
+@pytest.mark.usefixtures("pool")
+def test_an_error_in_another_thread_is_raised():
+    def work(first, end):
+        if first >= 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        runtime.share_out(work, 2, 2)
+
+
+def test_work_that_an_interrupt_kept_from_starting_is_not_taken_for_done():
+    class Interrupted:
+        def GOMP_parallel(self, *args):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime._run_team(Interrupted(), lambda: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_fork_that_imports_us_first_has_threads_of_its_own():
+    script = """
+import os, torch
+torch.set_num_threads(2)
+torch.randn(4_000_000).exp()  # OpenMP's threads start, and stay behind in the fork
+child = os.fork()
+if not child:
+    from fastweights.ops.numba import runtime
+    done = []
+    runtime.share_out(lambda first, end: done.extend(range(first, end)), 8, 2)
+    os._exit(0 if sorted(done) == list(range(8)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_small_problems_take_one_thread(monkeypatch):
+    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 8)
+    assert runtime.thread_count(12 * 64 * 64) == 1
+    assert runtime.thread_count(10**9) == 8
+
+
+def test_the_disk_cache_watches_every_file_of_the_kernels():
+    kernels = runtime.load_kernels()
+    for kernel in (kernels.cpu_forward.forward, kernels.cpu_backward.backward):
+        (version,) = [cell.cell_contents for cell in kernel.py_func.__closure__]
+        assert version == kernels.staging.sources_version()

@@ -1,0 +1,273 @@
+"""A memory: the same as reading everything, of constant size, forkable, refused by other models, safe on disk."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastweights.data import token_pieces
+from fastweights.errors import FastWeightsError
+from fastweights.evaluation.peak_memory import PeakMemory
+from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.reading.memory import fingerprint, load_memory, new_memory
+from tests.conftest import make_gpt2, make_llama, random_ids
+
+KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]
+
+
+def make(kind: str, base=None):
+    base = make_gpt2() if base is None else base
+    model = convert(base, ConversionConfig(window=8 if "hybrid" in kind else 0, positions="drop"))
+    if "layer" in kind:
+        model = add_fast_weight_layer(model)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            model.fast_weight_layer.output_scale.normal_()
+            model.fast_weight_layer.log_step_size.fill_(-5.5)
+    return model.eval()
+
+
+@pytest.fixture(params=KINDS)
+def model(base, request):
+    return make(request.param, base)
+
+
+ARGUMENTS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+
+
+@pytest.mark.parametrize("sizes", [(60,), (1, 2, 30, 27)], ids=str)
+def test_goes_on_as_if_it_had_just_read_the_text(model, tmp_path, sizes):
+    ids, prompt = random_ids(1, 60)[0], random_ids(1, 5, seed=2)[0]
+    memory = new_memory(model).read(ids.split(sizes))
+    file = memory.save(tmp_path / "x.memory")
+    loaded = load_memory(model, file)
+    assert loaded.tokens == 60
+    everything = torch.cat((ids, prompt))[None]
+    with torch.no_grad():
+        expected = model.generate(everything, attention_mask=torch.ones_like(everything), **ARGUMENTS)[0, 65:]
+        without = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **ARGUMENTS)[0, 60:]
+    assert loaded.generate(prompt, **ARGUMENTS).tolist() == expected.tolist()
+    # generating leaves the memory as it is
+    assert loaded.generate(**ARGUMENTS).tolist() == without.tolist()
+    assert loaded.generate(num_beams=2, **ARGUMENTS).shape == (12,)
+    assert loaded.generate(num_return_sequences=3, **{**ARGUMENTS, "do_sample": True}).shape == (3, 12)
+
+
+def test_forks_go_their_own_ways(model):
+    memory = new_memory(model).read([random_ids(1, 30)[0]])
+    fork = memory.fork().read([random_ids(1, 30, seed=3)[0]])
+    alone = new_memory(model).read([random_ids(1, 30)[0]])
+    assert (memory.tokens, fork.tokens) == (30, 60)
+    assert memory.generate(**ARGUMENTS).tolist() == alone.generate(**ARGUMENTS).tolist()
+    both = torch.cat((random_ids(1, 30)[0], random_ids(1, 30, seed=3)[0]))
+    assert fork.generate(**ARGUMENTS).tolist() == new_memory(model).read([both]).generate(**ARGUMENTS).tolist()
+
+
+def test_going_on_reading_from_a_file_equals_reading_at_once(model, tmp_path):
+    ids = random_ids(1, 80)[0]
+    new_memory(model).read([ids[:33]]).save(tmp_path / "first")
+    second = load_memory(model, tmp_path / "first").read([ids[33:]])
+    assert second.generate(**ARGUMENTS).tolist() == new_memory(model).read([ids]).generate(**ARGUMENTS).tolist()
+
+
+def test_its_size_does_not_depend_on_the_text(tmp_path):
+    model = make("hybrid + layer")
+    short = new_memory(model).read([random_ids(1, 100)[0]])
+    long = new_memory(model).read([random_ids(1, 5000)[0]])
+    sizes = [memory.save(tmp_path / "x").stat().st_size for memory in (short, long)]
+    assert abs(sizes[0] - sizes[1]) < 64  # the header says how long the text was
+    assert long.size() == short.size()
+
+
+def test_reading_takes_constant_memory(tmp_path, tokenizer):
+    """Ten times the text, from a file, at the same peak."""
+    model, peaks = make("hybrid + layer"), []
+    for n in (500, 1_000, 10_000):  # the first warms the allocator up
+        file = tmp_path / "text.txt"
+        file.write_text("some words of a text, over and over. " * n)
+        with PeakMemory(model.device) as peak:
+            new_memory(model).read(ids for ids, _ in token_pieces(file, tokenizer))
+        peaks.append(peak.bytes)
+    if None in peaks:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    assert peaks[2] < peaks[1] + 20e6  # keys and values of the long text would take 290 MB
+
+
+def test_another_model_is_refused(tmp_path):
+    file = new_memory(make("hybrid")).read([random_ids(1, 20)[0]]).save(tmp_path / "x")
+    changed = make("hybrid")
+    with torch.no_grad():
+        changed.model.lm_head.weight[0, 0] += 1e-3
+    for other in (changed, make("pure"), make("hybrid + layer"), make("hybrid", make_llama())):
+        with pytest.raises(FastWeightsError, match="another model"):
+            load_memory(other, file)
+
+
+def test_a_config_that_computes_otherwise_is_another_model():
+    from fastweights.reading.memory import fingerprint
+
+    models = [convert(make_llama(), ConversionConfig(rotary=rotary)) for rotary in (True, False)]
+    models.append(convert(make_llama(rope_theta=500.0), ConversionConfig()))
+    assert len({fingerprint(model) for model in models}) == 3
+
+
+def test_models_without_a_constant_state_are_refused():
+    for model in (make_gpt2(), convert(make_gpt2()), add_fast_weight_layer(make_gpt2())):
+        with pytest.raises(FastWeightsError, match="convert it"):
+            new_memory(model)
+
+
+def test_bad_files(tmp_path):
+    model = make("pure")
+    with pytest.raises(FastWeightsError, match="fastweights read"):
+        load_memory(model, tmp_path / "none")
+    whole = new_memory(model).read([random_ids(1, 20)[0]]).save(tmp_path / "x").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FastWeightsError, match="no whole memory"):
+        load_memory(model, tmp_path / "cut")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(FastWeightsError, match="no memory file"):
+        load_memory(model, tmp_path / "foreign")
+    with pytest.raises(FastWeightsError, match="make it first"):
+        new_memory(model).save(tmp_path / "missing" / "x")
+    with pytest.raises(FastWeightsError, match="is a folder"):
+        new_memory(model).save(tmp_path)
+    with pytest.raises(FastWeightsError, match="nothing to go on from"):
+        new_memory(model).generate()
+
+
+def test_what_does_not_compute_does_not_tell_models_apart(tmp_path):
+    model = make("pure")
+    before = fingerprint(model)
+    for config in (model.config, model.config.base):
+        config.pad_token_id, config.use_cache = 5, False
+    assert fingerprint(model) == before
+    model.config.gate_bias = [0.0, 1.0]
+    assert fingerprint(model) != before
+
+
+def test_reading_that_was_interrupted_left_what_was_read(monkeypatch):
+    model = make("pure")
+    ids = random_ids(1, 60)[0]
+    memory, other = new_memory(model).read([ids[:20]]), new_memory(model).read([ids[:20]])
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            memory.read([ids[20:40]])
+    assert (memory.tokens, memory.last_token) == (other.tokens, other.last_token)
+    assert memory.generate(**ARGUMENTS).tolist() == other.generate(**ARGUMENTS).tolist()
+
+
+def test_a_memory_that_is_not_finite_is_not_saved(tmp_path):
+    model = make("pure")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = math.nan
+    memory = new_memory(model).read([torch.tensor([5, 7, 5])])
+    with pytest.raises(FastWeightsError, match="not finite, and nothing was saved"):
+        memory.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_or_read_are_refused(tmp_path, monkeypatch):
+    model = make("pure")
+    memory = new_memory(model).read([random_ids(1, 20)[0]])
+    file = memory.save(tmp_path / "x")
+    with pytest.raises(FastWeightsError, match="is a folder"):
+        load_memory(model, tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(FastWeightsError, match="may not be written to"):
+        memory.save(tmp_path / "y")
+    with pytest.raises(FastWeightsError, match="may not be read"):
+        load_memory(model, file)
+
+
+def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
+    model = make("pure")
+    file = new_memory(model).read([random_ids(1, 20)[0]]).save(tmp_path / "x")
+    before = file.read_bytes()
+
+    def half(tensors, path, metadata):
+        with open(path, "wb") as out:
+            out.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastweights.reading.memory.save_file", half)
+    with pytest.raises(FastWeightsError, match=r"cannot save the memory to .*disk full"):
+        new_memory(model).read([random_ids(1, 50)[0]]).save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+_SAVES = """
+import sys, torch
+from pathlib import Path
+from tests.test_memory import make
+from tests.conftest import random_ids
+from fastweights.reading.memory import new_memory
+model = make("hybrid + layer")
+memory = new_memory(model).read([random_ids(1, 50)[0]])
+memory.save(sys.argv[1])
+print("saved", flush=True)
+while True:
+    memory.save(sys.argv[1])
+"""
+
+
+def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
+    file = tmp_path / "x.memory"
+    model = make("hybrid + layer")
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", _SAVES, str(file)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "saved"
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert load_memory(model, file).tokens == 50
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 100000])
+def test_a_file_is_read_in_pieces_without_changing_a_byte(tmp_path, tokenizer, size):
+    text = "".join(f"Zeile {i},  zwei Leerzeichen\n\tund 'ümläuts' – {i * 7919}.\n" for i in range(40))
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    pieces = list(token_pieces(file, tokenizer, size=size))
+    assert tokenizer.decode(torch.cat([ids for ids, _ in pieces])) == text
+    assert sum(n for _, n in pieces) == len(text.encode())
+    assert len(pieces) > 1 or size > len(text)
+
+
+def test_pieces_of_subwords_are_the_tokens_of_the_whole(tmp_path, shared_data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+    text = "It's a fine day;  we'll see   what 12345 brings.\n\n  Indented lines, too.\n" * 30
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    whole = tokenizer(text)["input_ids"]
+    assert torch.cat([ids for ids, _ in token_pieces(file, tokenizer, size=50)]).tolist() == whole
+
+
+def test_bad_texts(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xff")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text " * 1000)[:30])
+    for name, message in (
+        ("none.txt", "does not exist"),
+        ("empty.txt", "is empty"),
+        ("binary.txt", "not whole UTF-8"),
+        ("cut.gz", "not whole"),
+    ):
+        with pytest.raises(FastWeightsError, match=message):
+            list(token_pieces(tmp_path / name, tokenizer))
