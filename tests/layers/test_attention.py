@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers import FastWeightAttention, FastWeightSettings
+from fastweights.layers import FastWeightAttention
 from fastweights.models import ConversionConfig, convert
 from fastweights.ops import decay_rule
 from tests.conftest import make_gpt2, make_llama
@@ -10,15 +10,15 @@ from tests.conftest import make_gpt2, make_llama
 
 @pytest.mark.parametrize("value_gate", [True, False])
 def test_output_is_the_papers_formula(value_gate):
-    layer = convert(make_gpt2(), ConversionConfig(value_gate=value_gate)).fast_weight_layers()[1]
+    layer = convert(make_gpt2(), ConversionConfig(value_gate=value_gate)).fast_attentions()[1]
     assert isinstance(layer, FastWeightAttention)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
         x = torch.randn(2, 11, 32)
         q, k, v = (y.unflatten(-1, (2, 16)) for y in layer.c_attn(x).chunk(3, -1))
-        f = torch.sigmoid(layer.key_gate(x)).unflatten(-1, (2, 16))
-        z = torch.sigmoid(layer.value_gate(x)).unflatten(-1, (2, 16)) if value_gate else torch.ones_like(v)
+        f = torch.sigmoid(layer.rule.key_gate(x)).unflatten(-1, (2, 16))
+        z = torch.sigmoid(layer.rule.value_gate(x)).unflatten(-1, (2, 16)) if value_gate else torch.ones_like(v)
         state, outputs = torch.zeros(2, 2, 16, 16), []
         for t in range(11):
             decay = f[:, t, :, :, None] * z[:, t, :, None, :]
@@ -31,14 +31,14 @@ def test_output_is_the_papers_formula(value_gate):
 
 def test_grouped_heads_read_the_state_they_share():
     model = make_llama()
-    layer = convert(model).fast_weight_layers()[0]
+    layer = convert(model).fast_attentions()[0]
     x = torch.randn(1, 9, 32)
     positions = model.model.rotary_emb(x, torch.arange(9)[None])
     with torch.no_grad():
-        q, k, v = layer.projections.project(layer, x)
+        q, k, v = layer.project(x)
         q, k = layer.projections.rotate(q, k, positions)
         assert (q.shape[2], k.shape[2]) == (4, 2)
-        gates = [gate.repeat_interleave(2, 2) for gate in layer.log_decays(x)]
+        gates = [gate.repeat_interleave(2, 2) for gate in layer.rule.log_gates(x)]
         k, v = (y.repeat_interleave(2, 2) for y in (k, v))
         expected, _ = decay_rule(q, k, v, *gates, scale=layer.scaling, backend="reference")
         fast, window = layer.read(x, position_embeddings=positions)
@@ -49,7 +49,7 @@ def test_grouped_heads_read_the_state_they_share():
 @pytest.mark.parametrize("rotary", [True, False])
 def test_rotary_can_be_left_out_of_the_fast_weights_but_not_of_the_window(rotary):
     model = make_llama()
-    layer = convert(model, ConversionConfig(rotary=rotary, window=4)).fast_weight_layers()[0]
+    layer = convert(model, ConversionConfig(rotary=rotary, window=4)).fast_attentions()[0]
     x = torch.randn(1, 9, 32)
     with torch.no_grad():
         first, second = (
@@ -61,14 +61,14 @@ def test_rotary_can_be_left_out_of_the_fast_weights_but_not_of_the_window(rotary
 
 
 def test_gates_ignore_autocast():
-    layer = convert(make_gpt2()).fast_weight_layers()[0]
+    layer = convert(make_gpt2()).fast_attentions()[0]
     x = torch.randn(1, 5, 32)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = layer.log_decays(x)
-    outside = layer.log_decays(x)
+        inside = layer.rule.log_gates(x)
+    outside = layer.rule.log_gates(x)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(inside, outside, strict=True))
 
 
 def test_settings_name_what_is_known():
-    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay"):
-        FastWeightSettings(rule="gated")
+    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay, add"):
+        ConversionConfig(rule="gated")

@@ -208,7 +208,7 @@ def test_slow_gradient_does_not_depend_on_its_chunks(monkeypatch):
     _, unembedding = block()
     hidden, labels = text(2, 7)
     whole = next_token_gradient(hidden, labels, unembedding)
-    monkeypatch.setattr("fastweights.layers.fast_weight_layer._LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr("fastweights.layers.next_token_gradient._LOGITS", 3 * VOCABULARY)
     torch.testing.assert_close(next_token_gradient(hidden, labels, unembedding), whole, rtol=0, atol=1e-15)
 
 

@@ -3,7 +3,7 @@ import torch
 from transformers import DynamicCache
 
 from fastweights.models import ConversionConfig, convert
-from fastweights.models.cache import FastWeightsCacheLayer, HybridCacheLayer, adopt_cache, state_bytes
+from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, state_bytes
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
 from tests.ops.problems import error
@@ -20,10 +20,10 @@ def filled(request):
 
 def test_layers_are_ours_and_stay_what_they_are(filled):
     model, cache = filled
-    kind = HybridCacheLayer if model.config.window else FastWeightsCacheLayer
+    kind = HybridCacheLayer if model.config.settings.window else PureCacheLayer
     assert all(isinstance(layer, kind) for layer in cache.layers)
     layers = list(cache.layers)
-    adopt_cache(cache, model.config.layer_types, model.config.window)
+    FastWeightsCache.over(cache, model.config)
     assert cache.layers == layers
 
 
@@ -31,7 +31,7 @@ def test_length_and_bytes(filled):
     model, cache = filled
     assert cache.get_seq_length() == 20
     state = 3 * 3 * 2 * 16 * 16 * 4  # layers, rows, heads, K, V, fp32
-    window = 3 * 3 * 2 * 7 * 16 * 4 * 2 if model.config.window else 0
+    window = 3 * 3 * 2 * 7 * 16 * 4 * 2 if model.config.settings.window else 0
     assert state_bytes(cache) == state + window
 
 

@@ -32,15 +32,16 @@ def test_the_model_given_is_not_touched(base):
 def test_every_pretrained_weight_is_kept(base):
     converted = dict(convert(base).named_parameters())
     for name, parameter in base.named_parameters():
-        assert torch.equal(converted.pop(f"model.{name}"), parameter)
+        headless = name.removeprefix(f"{base.base_model_prefix}.")
+        assert torch.equal(converted.pop(name if name == headless else f"model.base.{headless}"), parameter)
     new = convert(base).new_parameter_names()
     assert sorted(converted) == sorted(new)
     assert len(new) == 3 * 5  # two gates with a bias each, and one scale, in three layers
 
 
 def test_gates_start_with_a_spread_of_time_constants(base):
-    layer = convert(base, ConversionConfig(gate_bias=(1.0, 4.0))).fast_weight_layers()[0]
-    key, value = layer.log_decays(torch.randn(1, 5, 32))
+    layer = convert(base, ConversionConfig(gate_bias=(1.0, 4.0))).fast_attentions()[0]
+    key, value = layer.rule.log_gates(torch.randn(1, 5, 32))
     expected = torch.sigmoid(torch.linspace(1.0, 4.0, layer.head_dim))
     torch.testing.assert_close(key.exp(), expected.expand_as(key))
     torch.testing.assert_close(value.exp(), expected.expand_as(value))
@@ -50,7 +51,7 @@ def test_a_window_as_long_as_the_text_and_nothing_else_is_softmax_attention(base
     ids = random_ids(1, 30)
     model = convert(base, ConversionConfig(window=30))
     with torch.no_grad():
-        for layer in model.fast_weight_layers():
+        for layer in model.fast_attentions():
             layer.fast_scale.zero_()
         torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -67,8 +68,8 @@ def test_from_and_to_a_folder(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"rule": "delta"}, "known are decay"),
-        ({"feature_map": "elu"}, "known are identity"),
+        ({"rule": "delta"}, "known are decay, add"),
+        ({"feature_map": "elu"}, "known are identity, elu\\+1"),
         ({"window": 1}, "2 or more"),
         ({"window": -3}, "2 or more"),
         ({"layer_types": ["linear_attention"]}, "has 3 layers"),
@@ -87,7 +88,7 @@ def test_unknown_family_names_the_known_ones(tmp_path):
     )
     config.is_decoder = True
     BertLMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gpt2, llama"):
+    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gpt2, gpt_neox, llama, qwen3"):
         convert(tmp_path)
 
 

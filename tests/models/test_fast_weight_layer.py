@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from fastweights.errors import FastWeightsError
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
-from fastweights.models.cache import fast_weight_layer_cache, state_bytes
+from fastweights.models.cache import FastWeightsCache, state_bytes
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
 from tests.models.checks import (
@@ -116,13 +116,12 @@ def test_goes_on_from_a_warm_cache(model):
 @torch.no_grad()
 def test_state_has_a_constant_size():
     model = trained(make_gpt2())
-    cache, sizes = DynamicCache(config=model.config), []
+    cache, sizes = FastWeightsCache(model.config), []
     for seed in range(3):
         model(random_ids(1, 50, seed), past_key_values=cache)
         sizes.append(state_bytes(cache))
-    memory = fast_weight_layer_cache(cache)
-    assert memory is not None
-    assert memory.get_seq_length() == 150
+    assert cache.block is not None
+    assert cache.block.get_seq_length() == 150
     assert len(set(sizes)) == 1
 
 
@@ -143,7 +142,7 @@ def test_in_bf16_its_own_weights_stay_fp32(tmp_path):
     trained(make_gpt2()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in model.fast_weight_layer.parameters()} == {torch.float32}
-    assert model.model.lm_head.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.bfloat16
     assert model(random_ids(1, 20)).logits.isfinite().all()
 
 
@@ -167,7 +166,7 @@ def test_trains_alone_on_a_frozen_model():
     ids = random_ids(2, 20)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.fast_weight_layer.parameters())
-    assert all(p.grad is None for p in model.model.parameters())
+    assert all(p.grad is None for p in model.model.base.parameters())
 
 
 def test_embeddings_without_tokens_are_refused():

@@ -105,7 +105,7 @@ def test_another_model_is_refused(tmp_path):
     file = new_memory(make("hybrid")).read([random_ids(1, 20)[0]]).save(tmp_path / "x")
     changed = make("hybrid")
     with torch.no_grad():
-        changed.model.lm_head.weight[0, 0] += 1e-3
+        changed.lm_head.weight[0, 0] += 1e-3
     for other in (changed, make("pure"), make("hybrid + layer"), make("hybrid", make_llama())):
         with pytest.raises(FastWeightsError, match="another model"):
             load_memory(other, file)
@@ -213,7 +213,7 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 _SAVES = """
 import sys, torch
 from pathlib import Path
-from tests.test_memory import make
+from tests.reading.test_memory import make
 from tests.conftest import random_ids
 from fastweights.reading.memory import new_memory
 model = make("hybrid + layer")

@@ -43,7 +43,7 @@ def test_scales_steps_and_decays_have_their_own_learning_rate(tmp_path):
     for parameter in (layer.log_step_size, layer.decay_gate.bias, layer.output_scale, layer.norm_scale):
         assert rates[id(parameter)] == 1e-1
     assert rates[id(layer.up.weight)] == 1e-3
-    assert rates[id(model.model.lm_head.weight)] == 1e-5
+    assert rates[id(model.lm_head.weight)] == 1e-5
 
 
 @pytest.mark.parametrize("lanes", [1, 3])

@@ -40,7 +40,7 @@ def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(other)
     train(replace(other, resume=True))
-    assert load_model(config.output).config.window == 8
+    assert load_model(config.output).config.settings.window == 8
 
 
 def test_a_new_run_touches_nothing_but_its_own_stages(config):

@@ -77,7 +77,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     def poisoned(model, *args, **kwargs):
         loss = compute(model, *args, **kwargs)
         if stage.state.global_step == 3:  # the last step before the second checkpoint
-            stage.model.fast_weight_layers()[0].fast_scale.data.fill_(float("inf"))
+            stage.model.fast_attentions()[0].fast_scale.data.fill_(float("inf"))
         return loss
 
     stage.compute_loss = poisoned

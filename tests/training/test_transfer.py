@@ -13,7 +13,7 @@ def test_records_are_what_the_layers_see(base):
     records = record_attention(base, ids)
     assert len(records) == 3
     model = convert(base, ConversionConfig(window=20))
-    for layer in model.fast_weight_layers():
+    for layer in model.fast_attentions():
         layer.fast_scale.zero_()
     assert (model.reproduction_errors(records) < 1e-8).all()
 
@@ -29,7 +29,7 @@ def test_calibration_finds_the_best_scales(base):
         best = model.reproduction_errors(records)
         assert (best < before).all()
         assert (best < 1.01).all()  # at worst as good as saying nothing
-        for layer in model.fast_weight_layers():
+        for layer in model.fast_attentions():
             for scale in filter(lambda x: x is not None, (layer.fast_scale, layer.window_scale)):
                 for step in (-0.05, 0.05):
                     kept = scale[0].clone()

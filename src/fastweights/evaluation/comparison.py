@@ -182,11 +182,11 @@ def without_layer(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield model
         return
     assert isinstance(model, FastWeightsForCausalLM)
-    model.fast_weight_layer = None
+    model.model.fast_weight_layer = None
     try:
         yield model
     finally:
-        model.fast_weight_layer = layer
+        model.model.fast_weight_layer = layer
 
 
 def _layer(model: PreTrainedModel):

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from fastweights.models.architectures import position_limit
-from fastweights.models.cache import state_bytes
+from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import reads_without_end
 
@@ -79,7 +79,7 @@ def decode_costs(
 
 def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
     """The state of a recurrent model after each of the contexts."""
-    cache, read, caches = DynamicCache(config=model.config), 0, {}
+    cache, read, caches = FastWeightsCache(model.config), 0, {}
     for context in contexts:
         if at_most is not None and reads_without_end(model) and context - read > at_most:
             _pretend(cache, context - at_most)
@@ -94,14 +94,12 @@ def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) 
 
 
 def _is_recurrent(model: PreTrainedModel) -> bool:
-    return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_layers)
+    return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_attentions())
 
 
-def _pretend(cache: Cache, tokens: int) -> None:
+def _pretend(cache: FastWeightsCache, tokens: int) -> None:
     """Move the text's place on without reading."""
-    for layer in cache.layers:
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = tokens  # type: ignore[attr-defined]
+    cache.set_lengths([tokens] * len(cache.recurrent))
 
 
 def _step(model: PreTrainedModel, cache: Cache) -> float:

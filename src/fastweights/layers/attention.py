@@ -1,130 +1,145 @@
 """FastWeightAttention: takes the place of a pretrained softmax attention and keeps its projections.
 
-    S_t = (f_t z_tᵀ) ⊙ S_{t-1} + k_t v_tᵀ          state, K x V per key/value head, in fp32
-    y_t = α S_tᵀ q_t + β softmax_window(q, k, v)_t   the second term in hybrid layers only
-    f_t = sigmoid(W_f x_t + b_f)                    key-side gate
-    z_t = sigmoid(W_z x_t + b_z)                    value-side gate
+    y_t = α S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only
 
-H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243), with the
-layer's input x and its pretrained W_q, W_k, W_v, W_o. The factors α and β, learned per head, and the window are ours.
+with a state S that a rule (`rules.py`) writes, a feature map φ (`feature_maps.py`) and the pretrained W_q, W_k, W_v and
+W_o. The factors α and β, learned per head, and the window are ours; the rest is H. H. Mao, "Fine-Tuning Pre-trained
+Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
 
-Notation: B batch, T time, H query heads, G key/value heads, K and V widths of a key and a value.
+Notation: B batch, T time, H query heads, G key/value heads, D width of a head, K width of a key after the feature map,
+V width of a value.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
+from transformers import Cache
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.linear import linear
-from fastweights.layers.window import window_attention
-from fastweights.ops import decay_rule
+from fastweights.layers.precision import KeepsFloat32
+from fastweights.layers.rules import TokenMarks
+from fastweights.layers.window import WindowKeys, windowed
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float
     from torch import Tensor
-    from transformers import Cache
 
-RULES = ("decay",)
-FEATURE_MAPS = ("identity",)
-NEW_PARAMETERS = ("key_gate", "value_gate", "fast_scale", "window_scale", "window_bias")
-
-
-@dataclass(frozen=True)
-class FastWeightSettings:
-    """What a layer's fast weights are made of."""
-
-    rule: str = "decay"
-    feature_map: str = "identity"
-    window: int = 0
-    """Tokens that an exact softmax sees beside the fast weights; 0 for none."""
-    value_gate: bool = True
-    window_bias: bool = False
-    """Learn a bias for each head and distance in the window, for models that have lost their absolute positions."""
-    rotary: bool = True
-    """Give the fast weights queries and keys with the base model's rotary embedding, where it has one, as the window's
-    always are."""
-    gate_bias: tuple[float, float] = (2.0, 6.0)
-    """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("rule", RULES), ("feature_map", FEATURE_MAPS)):
-            if (given := getattr(self, name)) not in allowed:
-                raise FastWeightsError(f"{name} {given!r} is unknown; known are {', '.join(allowed)}")
-        if not all(math.isfinite(bias) for bias in self.gate_bias):
-            raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
-        if self.window < 0 or self.window == 1:
-            raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
+    from fastweights.layers.feature_maps import FeatureMap
+    from fastweights.layers.rules import Rule
 
 
 class Projections(Protocol):
     """How one architecture computes queries, keys, values and output from its own modules."""
 
-    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, K), k (B, T, G, K) and v (B, T, G, V)."""
+    def modules(self) -> set[str]:
+        """Names of all modules of the attention that this knows of."""
+        ...
+
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k (B, T, G, D) and v (B, T, G, V)."""
         ...
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q and k with rotary embedding, in architectures that have one."""
         ...
 
-    def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
+    def output(self, attention: nn.Module, y: Tensor) -> Tensor:
         """(B, T, H*V) back to the residual stream's width."""
         ...
 
 
-class FastWeightAttention(nn.Module):
+class StateCache(Protocol):
+    """What a layer needs of its part of a cache."""
+
+    def state(self) -> Tensor | None:
+        """(B, G, K, V) after the tokens so far; None before the first."""
+        ...
+
+    def write(self, state: Tensor, tokens: int) -> None:
+        """Take the place of the state before, `tokens` tokens on."""
+        ...
+
+
+class WindowCache(StateCache, Protocol):
+    """What a layer with a window needs besides."""
+
+    def with_kept(self, new: WindowKeys) -> WindowKeys:
+        """The window's keys and values so far, and the new ones after them."""
+        ...
+
+    def keep(self, keys: WindowKeys) -> None:
+        """What the tokens to come will see of these."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of the attention that is replaced."""
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class FastWeightAttention(KeepsFloat32):
     """A recurrent layer in the place, and with the projections, of `attention`.
 
     The modules of `attention` become modules of this layer under their own names, so that checkpoints, adapters and
     weight patterns made for the base model still fit.
+
+    Args:
+        attention: the pretrained attention.
+        projections: how to use its modules.
+        rule: what the fast weights do with each token.
+        feature_map: of queries and keys.
+        shape: sizes of `attention`.
+        layer_idx: place of the layer in the model, and in its cache.
+        window: tokens that an exact softmax sees beside the fast weights; 0 for none.
+        window_bias: whether to learn a bias for each head and distance in the window.
+        rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
+        cache_argument: under which name the base model's layers hand over their cache.
+
+    Raises:
+        FastWeightsError: if `attention` has a module or parameter that `projections` does not know of.
     """
 
     def __init__(
         self,
         attention: nn.Module,
         projections: Projections,
-        settings: FastWeightSettings,
+        rule: Rule,
+        feature_map: FeatureMap,
         *,
+        shape: AttentionShape,
         layer_idx: int,
-        hidden_size: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
+        window: int = 0,
+        window_bias: bool = False,
+        rotary: bool = True,
+        cache_argument: str = "past_key_values",
     ) -> None:
         super().__init__()
+        check_known(attention, projections)
         for name, module in attention.named_children():
             self.add_module(name, module)
-        self.projections = projections
-        self.settings = settings
-        self.layer_idx = layer_idx
+        self.projections, self.rule, self.feature_map = projections, rule, feature_map
+        self.layer_idx, self.cache_argument = layer_idx, cache_argument
+        self.window, self.rotary = window, rotary
         self.scaling: float = attention.scaling  # type: ignore[assignment]
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        gates = kv_heads * head_dim
-        # fp32 whatever the model's dtype: decays close to 1 have no room in bf16.
-        self.key_gate = nn.Linear(hidden_size, gates, dtype=torch.float32)
-        self.value_gate = nn.Linear(hidden_size, gates, dtype=torch.float32) if settings.value_gate else None
-        self.fast_scale = nn.Parameter(torch.ones(heads, dtype=torch.float32))
-        self.window_scale = nn.Parameter(torch.ones(heads, dtype=torch.float32)) if settings.window else None
-        has_bias = settings.window and settings.window_bias
-        self.window_bias = nn.Parameter(torch.zeros(heads, settings.window, dtype=torch.float32)) if has_bias else None
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
+        self.window_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32)) if window else None
+        has_bias = window and window_bias
+        self.window_bias = nn.Parameter(torch.zeros(shape.heads, window, dtype=torch.float32)) if has_bias else None
 
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
-        """Gates that start independent of their input, with a spread of time constants in every head.
-
-        Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks" (arXiv 1910.09890).
-        """
-        first, last = self.settings.gate_bias
-        for gate in filter(None, (self.key_gate, self.value_gate)):
-            gate.weight.zero_()
-            gate.bias.copy_(torch.linspace(first, last, self.head_dim).repeat(self.kv_heads))
+        """Start as a layer that was never trained; projections stay as they are."""
+        self.rule.reset_parameters()
         self.fast_scale.fill_(1.0)
         if self.window_scale is not None:
             self.window_scale.fill_(1.0)
@@ -133,102 +148,108 @@ class FastWeightAttention(nn.Module):
 
     def new_parameter_names(self) -> list[str]:
         """Names of the parameters that the base model does not have."""
-        return [name for name, _ in self.named_parameters() if name.split(".")[0] in NEW_PARAMETERS]
+        own = ("rule", "feature_map", "fast_scale", "window_scale", "window_bias")
+        return [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
 
     def forward(
         self,
         hidden_states: Float[Tensor, "B T d"],
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,  # the base model's 4-D mask, of no use to a recurrence
+        *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        padding_mask: Bool[Tensor, "B L"] | None = None,
-        **kwargs,
+        marks: TokenMarks | None = None,
+        **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T d"], None]:
-        """The attention's output; the state comes from and goes to `past_key_values`.
+        """The attention's output; the state comes from and goes to the cache.
 
         Args:
-            padding_mask: False where a token is padding, over the new tokens (L = T) or all so far (L > T).
+            hidden_states: the layer's input.
+            position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
+            marks: padding and borders of documents among the tokens.
+            **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
+                has no use for, such as a 4-D mask.
+
+        Raises:
+            FastWeightsError: if a cache comes under another name than the base model's row says.
         """
-        fast, window = self.read(hidden_states, past_key_values, position_embeddings, padding_mask)
+        cache = kwargs.pop(self.cache_argument, None)
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise FastWeightsError(
+                    f"layer {self.layer_idx} was given a cache as {name} and looks for it in {self.cache_argument}: "
+                    "its state would be lost; correct cache_argument in the family's row of ARCHITECTURES"
+                )
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
+        fast, window = self.read(hidden_states, layer_cache, position_embeddings, marks)
         return self.mix(fast, window), None
 
     def read(
         self,
         x: Float[Tensor, "B T d"],
-        past_key_values: Cache | None = None,
+        cache: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        padding_mask: Bool[Tensor, "B L"] | None = None,
+        marks: TokenMarks | None = None,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
-        """What the fast weights and the window (None without one) say, before their learned factors."""
-        length = x.shape[1]
-        q, k, v = self.projections.project(self, x)
-        rotated = q, k
-        if position_embeddings is not None and (self.settings.rotary or self.settings.window):
-            rotated = self.projections.rotate(q, k, position_embeddings)
-        if self.settings.rotary:
-            q, k = rotated
-        key_log_decay, value_log_decay = self.log_decays(x)
-        real = None if padding_mask is None else padding_mask[:, -length:, None, None]
-        if real is not None:
-            # A padded token writes nothing and forgets nothing: the state stays as it is, bit for bit.
-            k, v = k.masked_fill(~real, 0), v.masked_fill(~real, 0)
-            key_log_decay = key_log_decay.masked_fill(~real, 0)
-            value_log_decay = None if value_log_decay is None else value_log_decay.masked_fill(~real, 0)
+        """What the fast weights and the window (None without one) say, before their learned factors.
 
-        state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
-        fast, state = decay_rule(
-            q,
-            k,
+        Args:
+            x: the layer's input.
+            cache: a `StateCache`, or with a window a `WindowCache`, to start from and write to.
+            position_embeddings: of the rotary embedding.
+            marks: padding and borders of documents.
+        """
+        marks = TokenMarks() if marks is None else marks
+        q, k, v = self.project(x)
+        rotated = q, k
+        if position_embeddings is not None and (self.rotary or self.window):
+            rotated = self.projections.rotate(q, k, position_embeddings)
+        if self.rotary:
+            q, k = rotated
+        fast, state = self.rule(
+            x,
+            self.feature_map(q),
+            self.feature_map(k),
             v,
-            key_log_decay,
-            value_log_decay,
             scale=self.scaling,
-            initial_state=state,
-            output_final_state=past_key_values is not None,
+            marks=marks,
+            state=None if cache is None else cache.state(),
+            keep_state=cache is not None,
         )
-        if past_key_values is not None:
-            assert state is not None
-            past_key_values.update_recurrent_state(state, self.layer_idx, tokens=length)
-        return fast, self._window(*rotated, v, past_key_values, padding_mask) if self.settings.window else None
+        if cache is not None:
+            cache.write(state, x.shape[1])
+        if not self.window:
+            return fast, None
+        keys = WindowKeys(rotated[1], v, marks.real)
+        return fast, windowed(
+            rotated[0], keys, cache, window=self.window, scale=self.scaling, bias=self.window_bias, starts=marks.starts
+        )
+
+    def project(
+        self, x: Float[Tensor, "B T d"]
+    ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G V"]]:
+        """q, k and v, before the rotary embedding."""
+        return self.projections.project(self, x, self.head_dim)
+
+    def output(self, y: Float[Tensor, "B T HV"]) -> Float[Tensor, "B T d"]:
+        """Back to the residual stream."""
+        return self.projections.output(self, y)
 
     def mix(self, fast: Float[Tensor, "B T H V"], window: Float[Tensor, "B T H V"] | None) -> Float[Tensor, "B T d"]:
         """Scale by the learned factors, add, and project to the residual stream."""
         y = fast * self.fast_scale.to(fast.dtype)[:, None]
         if window is not None and self.window_scale is not None:
             y = y + window * self.window_scale.to(window.dtype)[:, None]
-        return self.projections.output(self, y.flatten(-2))
+        return self.output(y.flatten(-2))
 
-    def log_decays(self, x: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T G K"], Float[Tensor, "B T G V"] | None]:
-        """Both gates in log space and fp32."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            gates = []
-            for gate in (self.key_gate, self.value_gate):
-                logits = None if gate is None else linear(x, gate.weight.float(), gate.bias.float())
-                gates.append(None if logits is None else logsigmoid(logits).unflatten(-1, (self.kv_heads, -1)))
-        return gates[0], gates[1]
 
-    def _window(self, q, k, v, past_key_values, padding_mask):
-        """Padding takes no room in the window: each row's real tokens stand together at its end."""
-        cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        real = None if padding_mask is None else padding_mask[:, -q.shape[1] :]
-        if past_key_values is not None:
-            keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = keys.transpose(1, 2), values.transpose(1, 2)
-            real = cache.with_kept(real, k.shape[1])
-        back = None
-        if real is not None and (real[:, :-1] & ~real[:, 1:]).any():
-            order = real[:, -q.shape[1] :].byte().argsort(dim=1, stable=True)
-            q, back = _take(q, order), order.argsort(1)
-            order = real.byte().argsort(dim=1, stable=True)
-            k, v, real = _take(k, order), _take(v, order), real.gather(1, order)
-        if cache is not None:
-            cache.keep(k.transpose(1, 2), v.transpose(1, 2), real)
-        o = window_attention(
-            q, k, v, window=self.settings.window, scale=self.scaling, bias=self.window_bias, key_mask=real
+def check_known(attention: nn.Module, projections: Projections) -> None:
+    """Refuse an attention with a part that its projections would leave out."""
+    has = {name for name, _ in attention.named_children()} | {
+        name for name, _ in attention.named_parameters(recurse=False)
+    }
+    if unknown := sorted(has - projections.modules()):
+        raise FastWeightsError(
+            f"{type(attention).__name__} has {', '.join(unknown)}, which {type(projections).__name__} would leave out: "
+            "this family needs a row of its own in ARCHITECTURES"
         )
-        return o if back is None else _take(o, back)
-
-
-def _take(x: Float[Tensor, "B T H D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T H D"]:
-    return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+    if missing := sorted(projections.modules() - has):
+        raise FastWeightsError(f"{type(attention).__name__} has no {', '.join(missing)}: the family's row is wrong")

@@ -35,20 +35,20 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import logsigmoid, relu
-from torch.utils.checkpoint import checkpoint
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.linear import OneDNNLinear, linear, linear_by_row
+from fastweights.layers.next_token_gradient import NO_LABEL, next_token_gradient
+from fastweights.layers.precision import uncast
 from fastweights.ops import decay_rule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 DECAYS = ("none", "scalar", "channel", "input")
-NO_LABEL = -100
-# Logits in memory at once in the slow pass: 8 MB of fp32.
-_LOGITS = 2**21
 _EPSILON = 1e-5
 # Of W1, b1, W2, b2, γ and c, over W2's: about where training takes them. Offsets add up all steps of a text, whatever
 # it says, and training all but switches their steps off.
@@ -117,9 +117,11 @@ class FastWeightLayerState(NamedTuple):
         """All of it; `from_tensors` takes it back."""
         return [*self.now] if self.seen is None else [*self.now, *self.seen, self.steps]
 
-    def detach(self) -> FastWeightLayerState:
-        """The same, without the graph that made it."""
-        return FastWeightLayerState.from_tensors([tensor.detach() for tensor in self.tensors()])
+    def where(self, rows: Bool[Tensor, " B"], other: FastWeightLayerState) -> FastWeightLayerState:
+        """The same, with the rows of `other` where `rows` says so."""
+        pairs = zip(other.tensors(), self.tensors(), strict=True)
+        mixed = [torch.where(rows.view(-1, *(1,) * (new.ndim - 1)), new, old) for new, old in pairs]
+        return FastWeightLayerState.from_tensors(mixed)
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> FastWeightLayerState:
@@ -197,13 +199,9 @@ class FastWeightLayer(nn.Module):
                 # The decay of an entry is the product of its row's and its column's.
                 logit.fill_(_logit(kept if name == "norm_value" else math.sqrt(kept)))
 
-    def _apply(self, *args, **kwargs) -> FastWeightLayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastWeightLayer:
         """model.to(torch.bfloat16) casts all of a model; this layer stays in fp32."""
-        super()._apply(*args, **kwargs)
-        for parameter in self.parameters():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
-        return self
+        return super()._apply(lambda x: uncast(x, fn(x)), recurse)
 
     def small_parameter_names(self) -> list[str]:
         """Names of scales, step sizes and decays, which learn at a rate of their own."""
@@ -220,6 +218,8 @@ class FastWeightLayer(nn.Module):
         labels: Int[Tensor, "B T"],
         unembedding: nn.Linear,
         state: FastWeightLayerState | None = None,
+        *,
+        starts: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T d"], FastWeightLayerState | None]:
         """What the unembedding is given, and the state after the last position.
 
@@ -231,6 +231,7 @@ class FastWeightLayer(nn.Module):
             labels: token that follows each position, -100 where none is known or where it must not be learned from.
             unembedding: the model's; its weights decide the slow gradients.
             state: to go on from; by default that of a text's start.
+            starts: True where another document begins, which starts with no fast weights.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             h = hidden_states.to(self.up.weight.dtype)
@@ -238,7 +239,11 @@ class FastWeightLayer(nn.Module):
                 r = self.down(relu(self.up(h)).square())
                 n = _normalise(r)[0] * self.norm_scale + self.norm_offset
                 return (h + self.output_scale * n).to(hidden_states.dtype), None
-            y, state = self._read(h, labels, unembedding, state or self.initial_state(h))
+            state = state or self.initial_state(h)
+            if starts is None:
+                y, state = self._read(h, labels, unembedding, state)
+            else:
+                y, state = self._read_documents(h, labels, unembedding, state, starts)
         return y.to(hidden_states.dtype), state
 
     def initial_state(self, like: Float[Tensor, "B T d"]) -> FastWeightLayerState:
@@ -249,6 +254,20 @@ class FastWeightLayer(nn.Module):
         )
         now = FastWeights(*zeros)
         return FastWeightLayerState(now, now if self.settings.segment else None, like.new_zeros(B, dtype=torch.long))
+
+    def _read_documents(
+        self, h: Tensor, labels: Tensor, unembedding: nn.Linear, state: FastWeightLayerState, starts: Tensor
+    ) -> tuple[Tensor, FastWeightLayerState]:
+        """Piece by piece, between all places where a document of some row begins."""
+        outputs, new = [], self.initial_state(h)
+        begins = starts.any(0).tolist()
+        for first, end in pairwise([0, *(t for t in range(1, len(begins)) if begins[t]), len(begins)]):
+            if begins[first]:
+                state = state.where(starts[:, first], new)
+            here = slice(first, end)
+            y, state = self._read(h[:, here], labels[:, here], unembedding, state)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
 
     def _read(
         self, h: Tensor, labels: Tensor, unembedding: nn.Linear, state: FastWeightLayerState
@@ -341,65 +360,6 @@ class FastWeightLayer(nn.Module):
             return list(zip(gates[::2], gates[1::2], strict=True))
         logits = self.decay_logit.expand(*known.shape, 3) if self.settings.decay == "scalar" else self.decay_gate(h)
         return [(_where_known(logits[..., i : i + 1], known), None) for i in range(3)]
-
-
-def next_token_gradient(
-    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear, vocabulary: int = 0
-) -> Float[Tensor, "B T d"]:
-    """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
-
-    Uᵀ (softmax(U y) - onehot), a few positions at a time, with their logits computed again in the backward pass: the
-    logits of a whole text are never held.
-
-    Args:
-        hidden: what the unembedding is given.
-        labels: the next tokens.
-        unembedding: U.
-        vocabulary: the softmax is over the first so many tokens and the position's own label; 0 for all tokens.
-    """
-    classes = vocabulary if 0 < vocabulary < unembedding.out_features else unembedding.out_features
-    chunk = max(1, _LOGITS // max(1, classes))
-    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
-    parts = []
-    for start in range(0, len(flat), chunk):
-        arguments = (
-            flat[start : start + chunk],
-            flat_labels[start : start + chunk],
-            unembedding.weight,
-            unembedding.bias,
-            classes,
-        )
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            part = checkpoint(_gradient, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            part = _gradient(*arguments)
-        parts.append(part)
-    return torch.cat(parts).view_as(hidden) if parts else hidden
-
-
-def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, classes: int) -> Tensor:
-    known, labels = labels != NO_LABEL, labels.clamp(min=0)
-    if classes == len(weight):
-        logits, own = linear(hidden.to(weight.dtype), weight, bias), None
-    else:
-        own = weight[labels]
-        logits = _logits_of_some(hidden.to(weight.dtype), labels, own, weight, bias, classes)
-    error = logits.to(hidden.dtype).softmax(-1)
-    error = error.scatter_add(-1, labels.clamp(max=classes)[:, None], -torch.ones_like(error[:, :1]))
-    gradient = linear(error[:, :classes].to(weight.dtype), weight[:classes].t()).to(hidden.dtype)
-    if own is not None:
-        gradient = gradient + error[:, classes:] * own
-    return gradient.masked_fill(~known[:, None], 0.0)
-
-
-def _logits_of_some(
-    hidden: Tensor, labels: Tensor, own: Tensor, weight: Tensor, bias: Tensor | None, classes: int
-) -> Tensor:
-    """Of the first `classes` tokens, then of each position's label, -inf where it is one of these."""
-    logits = linear(hidden, weight[:classes], None if bias is None else bias[:classes])
-    last = (hidden * own).sum(-1)
-    last = last if bias is None else last + bias[labels]
-    return torch.cat((logits, last.masked_fill(labels < classes, -torch.inf)[:, None]), -1)
 
 
 def _change(x: Float[Tensor, "B T n"], change: Float[Tensor, "B 1 n+1 k"]) -> Float[Tensor, "B T k"]:

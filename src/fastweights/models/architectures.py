@@ -1,67 +1,112 @@
-"""Where a Hugging Face family keeps its queries, keys, values and output: one row of `ARCHITECTURES` each."""
+"""Where a Hugging Face family keeps its queries, keys, values and output: one row of `ARCHITECTURES` each.
+
+What a row cannot express is refused when a model is converted: parts of the attention that its projections do not know
+of (`layers/attention.py`, `check_known`), and whatever else makes an exact softmax over its queries, keys and values
+differ from the model's own attention (`conversion.py`, `check_row`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastweights.errors import FastWeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from fastweights.layers.attention import FastWeightAttention, Projections
+    from fastweights.layers.attention import Projections
+
+
+class NamedModules:
+    """Projections whose fields are names of the attention's modules; None for one that the family lacks."""
+
+    def modules(self) -> set[str]:
+        """Names of all modules of the attention that this knows of."""
+        return {name for field in fields(self) if (name := getattr(self, field.name)) is not None}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class FusedProjections:
-    """One matrix makes q, k and v, one after the other; no rotary embedding (GPT-2)."""
+class FusedProjections(NamedModules):
+    """One matrix makes all queries, then all keys, then all values; no rotary embedding (GPT-2)."""
 
     qkv: str
     out: str
-    dropout: str
+    out_dropout: str
+    attention_dropout: str
+    """Of the softmax, which is gone."""
 
-    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = attention.get_submodule(self.qkv)(x).unflatten(-1, (3, attention.heads, attention.head_dim))
-        return qkv.unbind(2)
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (B, T, H, D)."""
+        return attention.get_submodule(self.qkv)(x).unflatten(-1, (3, -1, head_dim)).unbind(2)
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        """As they are."""
         return q, k
 
-    def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
-        return attention.get_submodule(self.dropout)(attention.get_submodule(self.out)(y))
+    def output(self, attention: nn.Module, y: Tensor) -> Tensor:
+        """Back to the residual stream."""
+        return attention.get_submodule(self.out_dropout)(attention.get_submodule(self.out)(y))
 
 
 @dataclass(frozen=True)
-class SplitProjections:
+class InterleavedProjections(NamedModules):
+    """One matrix makes q, k and v of one head after the other; a rotary embedding of part of a head (GPT-NeoX)."""
+
+    qkv: str
+    out: str
+
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (B, T, H, D)."""
+        return attention.get_submodule(self.qkv)(x).unflatten(-1, (-1, 3 * head_dim)).chunk(3, -1)
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        """With rotary embedding in the first channels of each head."""
+        return apply_partial_rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+
+    def output(self, attention: nn.Module, y: Tensor) -> Tensor:
+        """Back to the residual stream."""
+        return attention.get_submodule(self.out)(y)
+
+
+@dataclass(frozen=True)
+class SplitProjections(NamedModules):
     """A matrix each for q, k and v, with fewer heads of k and v than of q or as many, and a rotary embedding."""
 
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     out: str = "o_proj"
+    q_norm: str | None = None
+    """Normalisation of each head's query, before the rotary embedding."""
+    k_norm: str | None = None
 
-    def project(self, attention: FastWeightAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            attention.get_submodule(name)(x).unflatten(-1, (-1, attention.head_dim))
-            for name in (self.q, self.k, self.v)
-        )
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k and v (B, T, G, D)."""
+        q, k, v = (attention.get_submodule(name)(x).unflatten(-1, (-1, head_dim)) for name in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q = attention.get_submodule(self.q_norm)(q)
+        if self.k_norm is not None:
+            k = attention.get_submodule(self.k_norm)(k)
         return q, k, v
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        """With rotary embedding."""
         return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
-    def output(self, attention: FastWeightAttention, y: Tensor) -> Tensor:
+    def output(self, attention: nn.Module, y: Tensor) -> Tensor:
+        """Back to the residual stream."""
         return attention.get_submodule(self.out)(y)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of the modules of one family, as seen from its `ForCausalLM` class."""
+    """Names of the modules of one family, as seen from its headless model."""
 
     layers: str
     attention: str
@@ -70,18 +115,33 @@ class Architecture:
     projections: Projections
     positions: str | None = None
     """Learned embedding of absolute positions, which ends at the trained length; None where there is none."""
+    cache_argument: str = "past_key_values"
+    """Name under which a layer hands its attention the cache."""
 
 
 ARCHITECTURES = {
     "gpt2": Architecture(
-        layers="transformer.h",
+        layers="h",
         attention="attn",
         norm="ln_1",
-        projections=FusedProjections(qkv="c_attn", out="c_proj", dropout="resid_dropout"),
-        positions="transformer.wpe",
+        projections=FusedProjections("c_attn", "c_proj", "resid_dropout", "attn_dropout"),
+        positions="wpe",
+    ),
+    "gpt_neox": Architecture(
+        layers="layers",
+        attention="attention",
+        norm="input_layernorm",
+        projections=InterleavedProjections("query_key_value", "dense"),
+        cache_argument="layer_past",
     ),
     "llama": Architecture(
-        layers="model.layers", attention="self_attn", norm="input_layernorm", projections=SplitProjections()
+        layers="layers", attention="self_attn", norm="input_layernorm", projections=SplitProjections()
+    ),
+    "qwen3": Architecture(
+        layers="layers",
+        attention="self_attn",
+        norm="input_layernorm",
+        projections=SplitProjections(q_norm="q_norm", k_norm="k_norm"),
     ),
 }
 
@@ -100,6 +160,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return None if architecture is None or architecture.positions is None else config.max_position_embeddings
 
 
-def attention_modules(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """The attention of each layer of a `ForCausalLM` model, in order."""
-    return [layer.get_submodule(architecture.attention) for layer in model.get_submodule(architecture.layers)]  # type: ignore[union-attr]
+def attention_modules(headless: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+    """The attention of each layer of a headless model, in order."""
+    layers = headless.get_submodule(architecture.layers)
+    return [layer.get_submodule(architecture.attention) for layer in layers]  # type: ignore[union-attr]

@@ -1,7 +1,9 @@
-"""Cache layers for transformers' `DynamicCache` that hold fast weights and know how many tokens made them.
+"""FastWeightsCache: what a model knows of the text so far.
 
-transformers' own linear layers cannot tell their length, which GPT-2 and Llama ask for to number their positions, and
-they mark a state as present only when a convolution is there too.
+It is transformers' `DynamicCache` with layers of ours, which hold fast weights, know how many tokens made them, and
+whether padding or several documents were among these. (transformers' own linear layers cannot tell their length, which
+base models ask for to number their positions.) Everything is kept in the layers: a `DynamicCache` that a user made
+works as well, as ours take the place of its still empty ones.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
@@ -20,17 +22,73 @@ from transformers.cache_utils import (
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
+from fastweights.layers.window import WindowKeys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float
     from torch import Tensor
-    from transformers import Cache
+
+    from fastweights.models.configuration import FastWeightsConfig
 
 
-class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
-    """The state of a pure layer, (B, G, K, V) in fp32."""
+class _Recurrent(LinearAttentionLayer):
+    """States, and what they were made of."""
 
     is_compileable = False
+    cumulative_length: int
+    """Tokens read, padding included."""
+    padded = False
+    """Whether padding was among them."""
+    several_documents = False
+    """Whether they are more than one document, of which softmax over all tokens would see the earlier ones."""
+    position_offset = 0
+    """Positions before the first token that the cache is said to hold."""
+
+    def state(self, state_idx: int = 0) -> Tensor | None:
+        """A state; None before the first token."""
+        return self.recurrent_states[state_idx] if self.has_previous_state[state_idx] else None
+
+    def put(self, state: Tensor, state_idx: int = 0) -> None:
+        """Take the place of the state before.
+
+        Another tensor, where transformers writes into the old one, which a backward pass may still need.
+        """
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self.device = state.device
+            self.is_recurrent_states_initialized[state_idx] = True
+        self.recurrent_states[state_idx] = state
+        self.has_previous_state[state_idx] = True
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
+        """transformers' name for `put`."""
+        self.put(recurrent_states, state_idx)
+        return recurrent_states
+
+    def reset(self) -> None:
+        """As new."""
+        LinearAttentionLayer.reset(self)
+        self.cumulative_length = self.position_offset = 0
+        self.padded = self.several_documents = False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        self.change_states(lambda state: state[indices, ...])
+
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Each state by what `change` makes of it."""
+        for i, state in self.recurrent_states.items():
+            self.recurrent_states[i] = None if state is None else change(state)
+
+
+class PureCacheLayer(_Recurrent, CacheLayerMixin):
+    """The state of a pure layer, (B, G, K, V) in fp32."""
+
     is_sliding = False
 
     def __init__(self, number_of_states: int = 1) -> None:
@@ -38,104 +96,109 @@ class FastWeightsCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.cumulative_length = 0
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
+    def write(self, state: Tensor, tokens: int) -> None:
+        """The state after `tokens` more tokens."""
+        self.put(state)
         self.cumulative_length += tokens
-        return _keep(self, recurrent_states, state_idx)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing to do: states are given."""
         raise RuntimeError("a layer of pure fast weights keeps states that it is given, and makes none")
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Of layers with softmax attention."""
         raise RuntimeError("a layer of pure fast weights keeps no keys and values")
 
     def get_seq_length(self) -> int:
+        """Tokens read."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """A mask over the new tokens would do."""
         return query_length, 0
 
     def get_max_length(self) -> int:
+        """No end."""
         return -1
 
-    def offload(self) -> None:
-        LinearAttentionLayer.offload(self)
-
-    def prefetch(self) -> None:
-        LinearAttentionLayer.prefetch(self)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.cumulative_length = 0
-
-    def reorder_cache(self, beam_idx) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        for i, state in self.recurrent_states.items():
-            self.recurrent_states[i] = None if state is None else state.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices) -> None:
-        for i, state in self.recurrent_states.items():
-            self.recurrent_states[i] = None if state is None else state[indices, ...]
+    offload = LinearAttentionLayer.offload
+    prefetch = LinearAttentionLayer.prefetch
+    reorder_cache = LinearAttentionLayer.reorder_cache
 
 
-class HybridCacheLayer(LinearAttentionAndSlidingWindowAttentionLayer):
+class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
     """The state of a hybrid layer: fast weights, and the keys and values of the window's last real tokens."""
 
     real: Bool[Tensor, "B kept"] | None = None
-    """False where a row has had fewer real tokens than are kept; None if none has."""
+    """False where a row has had fewer real tokens of its document than are kept; None if none has."""
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, *, tokens: int = 0, **kwargs):
-        return _keep(self, recurrent_states, state_idx)  # the window counts the tokens
+    def write(self, state: Tensor, tokens: int) -> None:
+        """The state after the new tokens, which the window counts."""
+        self.put(state)
 
-    def with_kept(self, new: Bool[Tensor, "B T"] | None, length: int) -> Bool[Tensor, "B L"] | None:
-        """Which of `length` keys are real, those that were kept and the new ones; None if all are."""
+    def with_kept(self, new: WindowKeys) -> WindowKeys:
+        """The window's keys and values so far, and the new ones after them."""
+        keys, values = self.update(new.k.transpose(1, 2), new.v.transpose(1, 2))
+        return WindowKeys(keys.transpose(1, 2), values.transpose(1, 2), self._real_with(new.real, keys.shape[2]))
+
+    def _real_with(self, new: Bool[Tensor, "B T"] | None, length: int) -> Bool[Tensor, "B L"] | None:
         if self.real is None:
             return None if new is None else pad(new, (length - new.shape[1], 0), value=True)
         if new is None:
             return pad(self.real, (0, length - self.real.shape[1]), value=True)
         return torch.cat((self.real, new), 1)
 
-    def keep(self, keys: Tensor, values: Tensor, real: Bool[Tensor, "B L"] | None) -> None:
-        """The last of these, of which padding stands in front, for the tokens to come."""
+    def keep(self, keys: WindowKeys) -> None:
+        """The last of these, for the tokens to come."""
+        k, v, real = keys
         room = self.sliding_window - 1
-        if keys.shape[-2] > room + 1 or real is not None:
+        if k.shape[1] > room + 1 or real is not None:
             # The view that transformers keeps would hold all the keys of a long text alive.
-            self.keys, self.values = (kept[:, :, -room:].clone() for kept in (keys, values))
+            self.keys, self.values = (kept[:, -room:].transpose(1, 2).clone() for kept in (k, v))
         self.real = None if real is None else real[:, -room:].clone()
 
-    batch_repeat = FastWeightsCacheLayer.batch_repeat_interleave
-    batch_select = FastWeightsCacheLayer.batch_select_indices
-
     def reset(self) -> None:
-        super().reset()
+        """As new."""
+        LinearAttentionAndSlidingWindowAttentionLayer.reset(self)
+        _Recurrent.reset(self)
         self.real = None
 
-    def reorder_cache(self, beam_idx) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows in this order."""
+        LinearAttentionAndSlidingWindowAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         self.real = None if self.real is None else self.real.index_select(0, beam_idx.to(self.real.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.batch_repeat(repeats)
+        """Each row so many times."""
+        LinearAttentionAndSlidingWindowAttentionLayer.batch_repeat_interleave(self, repeats)
+        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
         self.real = None if self.real is None else self.real.repeat_interleave(repeats, dim=0)
 
-    def batch_select_indices(self, indices) -> None:
-        super().batch_select_indices(indices)
-        self.batch_select(indices)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        LinearAttentionAndSlidingWindowAttentionLayer.batch_select_indices(self, indices)
+        self.change_states(lambda state: state[indices, ...])
         self.real = None if self.real is None else self.real[indices]
 
 
-class FastWeightLayerCache(FastWeightsCacheLayer):
+class PendingPosition(NamedTuple):
+    """The last real position of each row; it takes its gradient step once the next token is known."""
+
+    hidden: Float[Tensor, "B 1 d"]
+    real: Bool[Tensor, "B 1"]
+    """False for a row that had no real token yet."""
+
+
+class BlockCacheLayer(PureCacheLayer):
     """The state of a Fast Weight Layer, and each row's last position, which has no label yet."""
 
     def __init__(self) -> None:
         super().__init__(number_of_states=len(PendingPosition._fields) + 2 * len(FastWeights._fields) + 1)
 
-    def keep(self, state: FastWeightLayerState, pending: PendingPosition, tokens: int) -> None:
-        """Take the place of what was kept before."""
+    def replace(self, state: FastWeightLayerState, pending: PendingPosition, tokens: int) -> None:
+        """Take the place of what was kept before, `tokens` tokens on."""
         for i, tensor in enumerate((*pending, *state.tensors())):
-            self.update_recurrent_state(tensor, i)
+            self.put(tensor, i)
         self.cumulative_length += tokens
 
     def kept(self) -> tuple[FastWeightLayerState, PendingPosition] | None:
@@ -147,65 +210,127 @@ class FastWeightLayerCache(FastWeightsCacheLayer):
         return FastWeightLayerState.from_tensors(tensors[n:]), PendingPosition(*tensors[:n])
 
 
-class PendingPosition(NamedTuple):
-    """The last real position of each row; it takes its gradient step once the next token is known."""
+class FastWeightsCache(DynamicCache):
+    """The state of a model with fast weights: its size does not depend on the length of the text.
 
-    hidden: Float[Tensor, "B 1 d"]
-    real: Bool[Tensor, "B 1"]
-    """False for a row that had no real token yet."""
+    Args:
+        config: of the model.
 
+    Raises:
+        FastWeightsError: from `over`, if a static cache was given beside layers with softmax attention.
+    """
 
-def _keep(layer: LinearAttentionLayer, state: Tensor, state_idx: int) -> Tensor:
-    # Another tensor, where transformers writes into the old one, which a backward pass may still need.
-    if not layer.is_recurrent_states_initialized[state_idx]:
-        layer.device = state.device
-        layer.is_recurrent_states_initialized[state_idx] = True
-    layer.recurrent_states[state_idx] = state
-    layer.has_previous_state[state_idx] = True
-    return state
+    def __init__(self, config: FastWeightsConfig) -> None:
+        super().__init__(config=config)
+        self._adopt_layers(config)
 
+    @classmethod
+    def over(cls, cache: Cache, config: FastWeightsConfig) -> FastWeightsCache:
+        """The same cache as one of ours, which shares its layers: they are ours from now on, in both."""
+        if isinstance(cache, cls) and cache.fits(config):
+            return cache
+        ours = cls.__new__(cls)
+        ours.__dict__.update(cache.__dict__)
+        ours._adopt_layers(config)
+        return ours
 
-def adopt_cache(cache: Cache, layer_types: list[str], window: int, *, fast_weight_layer: bool = False) -> Cache:
-    """Put our layers where `cache` has transformers' own, not yet used ones; a Fast Weight Layer's is the last."""
-    if fast_weight_layer and not any(isinstance(layer, FastWeightLayerCache) for layer in cache.layers):
-        cache.layers += [DynamicLayer() for _ in range(len(layer_types) - len(cache.layers))]
-        cache.layers.append(FastWeightLayerCache())
-    for i, layer_type in enumerate(layer_types[: len(cache.layers)]):
-        layer = cache.layers[i]
-        if layer_type == "linear_attention" and not isinstance(layer, FastWeightsCacheLayer):
-            cache.layers[i] = FastWeightsCacheLayer()
-        elif layer_type == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
-            cache.layers[i] = HybridCacheLayer(sliding_window=window)
-    ours = (FastWeightsCacheLayer, HybridCacheLayer)
-    if any(isinstance(x, StaticLayer) for x in cache.layers) and any(isinstance(x, ours) for x in cache.layers):
-        # transformers would leave out the mask that hides the empty places of its static layers.
-        raise FastWeightsError(
-            "a static cache was given, and this model has layers with softmax attention beside its fast weights: leave "
-            "cache_implementation out, or use a DynamicCache"
-        )
-    return cache
+    def fits(self, config: FastWeightsConfig) -> bool:
+        """Whether there is a layer for each of the model's."""
+        return len(self.layers) == config.num_hidden_layers + (config.fast_weight_layer is not None)
 
+    def _adopt_layers(self, config: FastWeightsConfig) -> None:
+        types = config.layer_types
+        if len(self.layers) < len(types):
+            self.layers += DynamicCache(config=config).layers[len(self.layers) :]
+        if config.fast_weight_layer is not None and self.block is None:
+            self.layers.append(BlockCacheLayer())
+        for i, layer_type in enumerate(types):
+            if layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
+                self.layers[i] = PureCacheLayer()
+            elif layer_type == "hybrid_sliding" and not isinstance(self.layers[i], HybridCacheLayer):
+                assert config.sliding_window is not None
+                self.layers[i] = HybridCacheLayer(sliding_window=config.sliding_window)
+        if self.recurrent and any(isinstance(layer, StaticLayer) for layer in self.layers):
+            # transformers would leave out the mask that hides the empty places of its static layers.
+            raise FastWeightsError(
+                "a static cache was given, and this model has layers with softmax attention beside its fast weights: "
+                "leave cache_implementation out, or use a DynamicCache"
+            )
 
-def fast_weight_layer_cache(cache: Cache) -> FastWeightLayerCache | None:
-    """The Fast Weight Layer's part of a cache."""
-    return next((layer for layer in cache.layers if isinstance(layer, FastWeightLayerCache)), None)
+    @property
+    def recurrent(self) -> list[_Recurrent]:
+        """The layers that are ours."""
+        return [layer for layer in self.layers if isinstance(layer, _Recurrent)]
+
+    @property
+    def block(self) -> BlockCacheLayer | None:
+        """The Fast Weight Layer's part."""
+        return next((layer for layer in self.layers if isinstance(layer, BlockCacheLayer)), None)
+
+    @block.setter
+    def block(self, block: BlockCacheLayer) -> None:
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, BlockCacheLayer):
+                self.layers[i] = block
+
+    @property
+    def padded(self) -> bool:
+        """Whether padding is among the tokens so far."""
+        return any(layer.padded for layer in self.recurrent)
+
+    @padded.setter
+    def padded(self, value: bool) -> None:
+        for layer in self.recurrent:
+            layer.padded = value
+
+    @property
+    def several_documents(self) -> bool:
+        """Whether the tokens so far are more than one document."""
+        return any(layer.several_documents for layer in self.recurrent)
+
+    @several_documents.setter
+    def several_documents(self, value: bool) -> None:
+        for layer in self.recurrent:
+            layer.several_documents = value
+
+    @property
+    def position_offset(self) -> int:
+        """Positions before the first token that the cache is said to hold."""
+        return max((layer.position_offset for layer in self.recurrent), default=0)
+
+    def begin_here(self) -> None:
+        """Be said to hold no tokens from now on, while positions go on from where they are.
+
+        For transformers' `generate`, which wants all the tokens that a cache has read.
+        """
+        for layer in self.recurrent:
+            layer.position_offset += layer.cumulative_length
+            layer.cumulative_length = 0
+
+    def lengths(self) -> list[int]:
+        """Tokens read, of each layer of ours."""
+        return [layer.cumulative_length for layer in self.recurrent]
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """The counterpart of `lengths`."""
+        for layer, length in zip(self.recurrent, lengths, strict=True):
+            layer.cumulative_length = length
 
 
 def detach(cache: Cache) -> None:
-    """Cut the graph of what was read so far, so that gradients reach back to here and no further."""
+    """Cut the graph of what any cache holds, so that gradients reach back to here and no further."""
     for layer in cache.layers:
         for name in ("keys", "values"):
             if getattr(layer, name, None) is not None:
                 setattr(layer, name, getattr(layer, name).detach())
-        states = getattr(layer, "recurrent_states", {})
-        for i, state in states.items():
-            states[i] = None if state is None else state.detach()
+        if isinstance(layer, _Recurrent):
+            layer.change_states(torch.Tensor.detach)
 
 
 def layer_tensors(layer) -> dict[str, Tensor]:
-    """All that a layer of a cache holds between two tokens: its states, and its keys and values."""
+    """All that a layer of any cache holds between two tokens: its states, and its keys and values."""
     found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
-    found |= {name: getattr(layer, name, None) for name in ("keys", "values")}
+    found |= {name: getattr(layer, name, None) for name in ("keys", "values", "real")}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.attention import check_known
 from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerSettings
-from fastweights.models.architectures import architecture_of
+from fastweights.layers.linear import use_onednn
+from fastweights.layers.window import window_attention
+from fastweights.models.architectures import architecture_of, attention_modules
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.models.recording import record_calls
+from fastweights.models.settings import ConversionConfig
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-@dataclass(frozen=True, kw_only=True)
-class ConversionConfig:
-    """How a model's attention becomes fast weights."""
-
-    rule: str = "decay"
-    """Update rule of the fast weights: decay."""
-    feature_map: str = "identity"
-    """Feature map of queries and keys: identity."""
-    window: int = 0
-    """Tokens that an exact softmax sees beside the fast weights, 0 for none; memory stays constant either way."""
-    layer_types: list[str] | None = None
-    """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
-    value_gate: bool = True
-    """Decay per value channel too, as in the paper."""
-    rotary: bool = True
-    """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
-    gate_bias: tuple[float, float] = (2.0, 6.0)
-    """First and last gate bias of a head at the start: a spread of time constants."""
-    positions: Literal["keep", "drop"] = "keep"
-    """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
+_PROBE_TOKENS = 16
+# Relative error of a layer's output, or of the logits, that rounding explains.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUNDING_OF_SHORT = 0.05
 
 
 def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None = None) -> FastWeightsForCausalLM:
@@ -47,27 +38,19 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
     Args:
         model: folder or hub name of the model, or the model itself, which stays as it is.
         config: how to convert; by default the paper's pure form.
+
+    Returns:
+        The converted model, on the device and in the dtype of the original.
+
+    Raises:
+        FastWeightsError: if the model is of no known family, has fast weights already, or has something in its
+            attention or head that its family's row cannot express.
     """
     config = config or ConversionConfig()
     base = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if isinstance(base, FastWeightsForCausalLM):
         raise FastWeightsError(f"{model} has fast weights already; give the model that it was converted from")
-    architecture_of(base.config)
-    return FastWeightsForCausalLM(
-        FastWeightsConfig(
-            base_config=base.config,
-            rule=config.rule,
-            feature_map=config.feature_map,
-            layer_types=config.layer_types,
-            window=config.window,
-            value_gate=config.value_gate,
-            rotary=config.rotary,
-            gate_bias=list(config.gate_bias),
-            positions=config.positions,
-            base_model=name_of(base),
-        ),
-        base=base,
-    )
+    return _with_config(base, conversion=asdict(config))
 
 
 def add_fast_weight_layer(
@@ -79,22 +62,88 @@ def add_fast_weight_layer(
         model: folder or hub name of the model, or the model itself, which stays as it is. One with softmax attention
             keeps it.
         settings: what the layer is made of.
+
+    Returns:
+        The model with the layer.
+
+    Raises:
+        FastWeightsError: if the model is of no known family, or has such a layer already.
     """
     settings = settings or FastWeightLayerSettings()
     model = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if not isinstance(model, FastWeightsForCausalLM):
-        architecture_of(model.config)
-        layer_types = ["full_attention"] * model.config.num_hidden_layers
-        base_model = name_of(model)
-        config = FastWeightsConfig(
-            base_config=model.config,
-            layer_types=layer_types,
-            base_model=base_model,
-            fast_weight_layer=asdict(settings),
-        )
-        return FastWeightsForCausalLM(config, base=model)
+        softmax = ConversionConfig(layer_types=["full_attention"] * model.config.num_hidden_layers)
+        return _with_config(model, conversion=asdict(softmax), fast_weight_layer=asdict(settings))
     if model.fast_weight_layer is not None:
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
-    model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
+    model.model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
+    use_onednn(model.model.fast_weight_layer)
     return model
+
+
+def _with_config(base: PreTrainedModel, **settings: dict) -> FastWeightsForCausalLM:
+    """`base`, which is ours to change, as a model with fast weights."""
+    config = FastWeightsConfig(base_config=base.config, base_model=name_of(base), **settings)
+    check_row(base, config)
+    model = FastWeightsForCausalLM(config, base=base)
+    use_onednn(model)
+    return model
+
+
+@torch.no_grad()
+def check_row(base: PreTrainedModel, config: FastWeightsConfig) -> None:
+    """Refuse a model with more in its attention, or between its last hidden state and its logits, than its row says.
+
+    A few tokens are read: an exact softmax over the row's queries, keys and values must give each attention's output,
+    and the unembedding of the last hidden state the logits.
+
+    Args:
+        base: a causal language model.
+        config: of the model that it is to become.
+
+    Raises:
+        FastWeightsError: with what differs.
+    """
+    row, headless = architecture_of(base.config), base.base_model
+    attention = attention_modules(headless, row)
+    converted = [i for i, layer_type in enumerate(config.layer_types) if layer_type != "full_attention"]
+    for i in converted:
+        check_known(attention[i], row.projections)
+        if (local := getattr(attention[i], "sliding_window", None)) is not None:
+            raise FastWeightsError(
+                f"layer {i} has sliding-window attention over {local} tokens, whose memory is constant already: leave "
+                "it as full_attention in layer_types"
+            )
+    if base.device.type == "meta":
+        return
+    was_training = base.training
+    base.eval()
+    ids = torch.randint(base.config.vocab_size, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    with record_calls(headless, row) as calls:
+        logits = base(input_ids=ids.to(base.device), use_cache=False).logits
+        hidden = headless(input_ids=ids.to(base.device), use_cache=False).last_hidden_state
+    head = base.get_output_embeddings()
+    if head is None or not _is_close(head(hidden), logits):
+        raise FastWeightsError(
+            f"the logits of {type(base).__name__} are more than its unembedding of the last hidden state: models of "
+            f"this family are converted only without it (type {base.config.model_type!r})"
+        )
+    for i in converted:
+        call = calls[i]
+        q, k, v = row.projections.project(attention[i], call.inputs, config.head_dim)
+        if call.position_embeddings is not None:
+            q, k = row.projections.rotate(q, k, call.position_embeddings)
+        scale: float = attention[i].scaling  # type: ignore[assignment]
+        y = window_attention(q, k, v, window=_PROBE_TOKENS, scale=scale)
+        if not _is_close(row.projections.output(attention[i], y.flatten(-2)), call.output):
+            raise FastWeightsError(
+                f"the attention of layer {i} ({type(attention[i]).__name__}) is not what its row in ARCHITECTURES says "
+                f"(type {base.config.model_type!r}): it cannot be converted; leave it as full_attention"
+            )
+    base.train(was_training)
+
+
+def _is_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    error = (found.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)
+    return bool(error <= _ROUNDING.get(truth.dtype, _ROUNDING_OF_SHORT))

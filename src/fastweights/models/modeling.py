@@ -1,21 +1,32 @@
-"""FastWeightsForCausalLM: a pretrained causal language model whose attention is fast weights."""
+"""FastWeightsModel and FastWeightsForCausalLM: a pretrained language model whose attention is fast weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.attention import NEW_PARAMETERS, FastWeightAttention
-from fastweights.layers.fast_weight_layer import NO_LABEL, FastWeightLayer
+from fastweights.layers.attention import AttentionShape, FastWeightAttention
+from fastweights.layers.fast_weight_layer import FastWeightLayer
+from fastweights.layers.feature_maps import make_feature_map
 from fastweights.layers.linear import use_onednn
+from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.layers.rules import RuleShape, TokenMarks, make_rule
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
-from fastweights.models.cache import PendingPosition, adopt_cache, fast_weight_layer_cache
+from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.documents import (
+    documents_mask,
+    find_starts,
+    next_real_tokens,
+    positions_of,
+    positions_within,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -34,13 +45,8 @@ class AttentionRecord(NamedTuple):
     position_embeddings: tuple[Tensor, Tensor] | None
 
 
-class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
-    """One class for every architecture: `model` is the base model with its attention replaced.
-
-    Args:
-        config: names the base model and its fast weights.
-        base: a model to take over, whose attention is replaced in place; by default a new one with random weights.
-    """
+class FastWeightsPreTrainedModel(PreTrainedModel):
+    """What both models tell transformers about themselves."""
 
     config_class = FastWeightsConfig
     base_model_prefix = "model"
@@ -51,190 +57,172 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = [*NEW_PARAMETERS, "fast_weight_layer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"]  # noqa: RUF012
 
     config: FastWeightsConfig
+
+
+class FastWeightsModel(FastWeightsPreTrainedModel):
+    """The model without its head; `base` is the base model's, with its attention replaced.
+
+    Masks, caches, padding, positions and borders of packed documents are its business, and so is the Fast Weight Layer,
+    so that whoever calls it gets what `FastWeightsForCausalLM` gives its unembedding.
+
+    Args:
+        config: names the base model and its fast weights.
+        base: a headless model to take over, whose attention is replaced in place; by default a new one with random
+            weights.
+    """
 
     def __init__(self, config: FastWeightsConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.architecture = architecture_of(config.base)
-        self.model = AutoModelForCausalLM.from_config(config.base) if base is None else base
-        use_onednn(self.model)
-        config.dtype = config.base.dtype = self.model.dtype  # as loading sets it: a config is then always saved alike
-        self._no_split_modules = self.model._no_split_modules
-        self.fast_layers = _replace_attention(self.model, config)
-        if config.positions == "drop" and self.architecture.positions is not None:
-            _drop_positions(self.model, self.architecture.positions)
-        self.max_positions = None if config.positions == "drop" else position_limit(config.base)
+        self.base: PreTrainedModel = AutoModelForCausalLM.from_config(config.base).base_model if base is None else base
+        config.dtype = config.base.dtype = self.base.dtype  # as loading sets it: a config is then always saved alike
+        self._no_split_modules = self.base._no_split_modules
+        _replace_attention(self.base, config)
+        if config.settings.positions == "drop" and self.architecture.positions is not None:
+            _drop_positions(self.base, self.architecture.positions)
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self.post_init()
-        for layer in self.fast_weight_layers():
-            layer.reset_new_parameters()
+        for attention in self.fast_attentions():
+            attention.reset_new_parameters()
         if self.fast_weight_layer is not None:
             self.fast_weight_layer.reset_parameters()
-        if base is not None:
-            self.to(base.device)  # type: ignore[arg-type]
 
-    def fast_weight_layers(self) -> list[FastWeightAttention]:
-        """The converted layers, in order."""
-        modules = attention_modules(self.model, self.architecture)
+    @property
+    def max_positions(self) -> int | None:
+        """Where absolute positions end; None where there are none."""
+        return None if self.config.settings.positions == "drop" else position_limit(self.config.base)
+
+    def fast_attentions(self) -> list[FastWeightAttention]:
+        """The attention of each converted layer, in order."""
+        modules = attention_modules(self.base, self.architecture)
         return [module for module in modules if isinstance(module, FastWeightAttention)]
 
-    def new_parameter_names(self) -> list[str]:
-        """Names of the parameters that conversion added: gates and scales."""
-        return [
-            f"{name}.{parameter}"
-            for name, module in self.named_modules()
-            if isinstance(module, FastWeightAttention)
-            for parameter in module.new_parameter_names()
-        ]
+    def unembedding(self) -> nn.Linear:
+        """The head of the model that this one belongs to, from which a Fast Weight Layer learns.
+
+        Raises:
+            FastWeightsError: if this one is alone and its embeddings are not tied.
+        """
+        causal: FastWeightsForCausalLM | None = self.__dict__.get("causal")
+        if causal is not None:
+            return causal.lm_head
+        if not self.config.tie_word_embeddings:
+            raise FastWeightsError(
+                "this model has a Fast Weight Layer, which learns from the unembedding, and was loaded without it: "
+                "load it with AutoModelForCausalLM"
+            )
+        weight: nn.Parameter = self.get_input_embeddings().weight  # type: ignore[assignment]
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = weight
+        return head
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        """The base model's."""
+        return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        """Give the base model others."""
+        self.base.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.set_output_embeddings(new_embeddings)
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
-        position_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T d"] | None = None,
-        labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        attention_records: list[AttentionRecord] | None = None,
-        **kwargs,
-    ) -> ModelOutput | tuple:
-        """Like any causal LM's.
+        cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Like any model's of transformers.
 
         Args:
+            input_ids: tokens.
             attention_mask: 0 where a token is padding, for all tokens so far; for the new ones alone (L = T), or left
                 out, if no earlier one was padding.
-            position_ids: by default the number of real tokens before each token.
+            position_ids: by default the number of real tokens before each token. Where they start anew, so does the
+                state: documents packed into one row do not see each other.
             past_key_values: state to start from; it is updated in place. Without one the state is zero.
-            use_cache: whether to return the state; by default when not training.
-            attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
+            inputs_embeds: instead of tokens.
+            use_cache: whether to return the state; by default as the config says, and not when training.
+            cu_seq_lens_q: bounds of packed documents, in a single row.
+            seq_idx: number of the document that each token belongs to.
+            **kwargs: for the base model.
+
+        Returns:
+            Last hidden state (B, T, d), after the Fast Weight Layer where there is one, and the state.
+
+        Raises:
+            FastWeightsError: if the input cannot be read as it was meant.
         """
-        if attention_records is not None:
-            return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
-        use_cache = not self.training if use_cache is None else use_cache
+        self._check_outputs(kwargs)
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            self.adopt(past_key_values)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise FastWeightsError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
-            )
+            past_key_values = FastWeightsCache(self.config)
+        cache = None if past_key_values is None else FastWeightsCache.over(past_key_values, self.config)
+        past = 0 if cache is None else cache.get_seq_length()
 
-        padding_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past_key_values is not None:
-            _check_mask_covers_padding(attention_mask, past_key_values, past, given.shape[1])
-            past_key_values.has_padding = padding_mask is not None  # type: ignore[attr-defined]
+        shape = (given.shape[0], given.shape[1])
+        real = _real_tokens(attention_mask, cache, past, shape[1])
         if position_ids is None and attention_mask is not None:
-            position_ids = _positions(attention_mask, given.shape[1], past)
-        if offset := getattr(past_key_values, "position_offset", 0):
-            # A memory: the text began long before what its cache is said to hold (memory.py).
+            position_ids = positions_of(attention_mask, shape[1], past)
+        if cache is not None and cache.position_offset:
+            # A memory: the text began long before what its cache is said to hold (reading/memory.py).
             if position_ids is None:
-                position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
-            position_ids = position_ids + offset
-        self._check_positions(position_ids, past + given.shape[1])
-        if len(self.fast_layers) == self.config.num_hidden_layers:
-            # No layer reads the 4-D mask that the base model would build; a mask of four dimensions is passed as it is.
-            attention_mask = given.new_zeros(1, 1, 1, 1)
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "padding_mask": padding_mask,
+                position_ids = torch.arange(past, past + shape[1], device=given.device)[None]
+            position_ids = position_ids + cache.position_offset
+        starts = find_starts(
+            shape, past=past, real=real, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q, seq_idx=seq_idx
+        )
+        if starts is not None and position_ids is None:
+            position_ids = positions_within(starts, real, past)
+        self._check_positions(position_ids, past + shape[1])
+        if real is not None or starts is not None:
+            kwargs["marks"] = TokenMarks(real, starts)
+        outputs = self.base(
+            input_ids=input_ids,
+            attention_mask=self._softmax_mask(attention_mask, real, starts, cache, past, given),
+            position_ids=position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             **kwargs,
-        }
-        if self.fast_weight_layer is None:
-            return self.model(labels=labels, logits_to_keep=logits_to_keep, **arguments)
-        if input_ids is None:
-            raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
-        return_dict = arguments.pop("return_dict", None)
-        outputs = self.model.base_model(**arguments)
-        hidden = self._read_and_learn(outputs.last_hidden_state, input_ids, padding_mask, past_key_values)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._unembedding()(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.model.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
+        )
+        hidden = outputs.last_hidden_state
+        if self.fast_weight_layer is not None:
+            hidden = self._read_and_learn(hidden, input_ids, real, starts, cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output.to_tuple() if return_dict is False else output
 
-    def _read_and_learn(
-        self, hidden: Float[Tensor, "B T d"], input_ids: Tensor, padding_mask: Tensor | None, cache: Cache | None
-    ) -> Float[Tensor, "B T d"]:
-        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there."""
-        assert self.fast_weight_layer is not None
-        length = input_ids.shape[1]
-        real = torch.ones_like(input_ids, dtype=torch.bool) if padding_mask is None else padding_mask[:, -length:]
-        memory = (
-            None if cache is None or not self.fast_weight_layer.settings.updates else fast_weight_layer_cache(cache)
-        )
-        before = None if memory is None else memory.kept()
-        state = None
-        if before is not None:
-            # The position that was last is read again, now that its label is known.
-            state, pending = before
-            hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
-            real = torch.cat((pending.real, real), 1)
-            input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
-        labels = _next_real_tokens(input_ids, real)
-        output, state = self.fast_weight_layer(hidden, labels, self._unembedding(), state)
-        if memory is not None:
-            memory.keep(state, _last_real_position(hidden, real), length)
-        return output[:, -length:]
-
-    def _unembedding(self) -> nn.Linear:
-        unembedding = self.model.get_output_embeddings()
-        assert isinstance(unembedding, nn.Linear)
-        return unembedding
-
-    def adopt(self, cache: Cache) -> None:
-        """Make a new cache one that holds this model's states."""
-        layer_types, window = self.config.layer_types or [], self.config.window
-        adopt_cache(cache, layer_types, window, fast_weight_layer=self.fast_weight_layer is not None)
-
-    def reproduction_errors(self, records: list[AttentionRecord]) -> Float[Tensor, " layers"]:
-        """How far each converted layer, given the teacher's own input, is from the teacher's attention output.
-
-        Mean squared error relative to the output's variance: 1 is as good as saying its mean, 0 is perfect.
-
-        Args:
-            records: one for each layer of the model, converted or not.
-        """
-        errors = []
-        for layer in self.fast_weight_layers():
-            record = records[layer.layer_idx]
-            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings)
-            errors.append((output - record.output).square().mean() / record.variance)
-        return torch.stack(errors)
+    def _check_outputs(self, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("output_attentions")
+        if not (self.config.output_attentions if wanted is None else wanted):
+            return
+        types = self.config.layer_types
+        if softmax := [i for i, layer_type in enumerate(types) if layer_type == "full_attention"]:
+            softmax = f"; only layers {', '.join(map(str, softmax))} have" if len(softmax) < len(types) else None
+        else:
+            softmax = ", and this model has no other layers"
+        if softmax is not None:
+            raise FastWeightsError(
+                f"output_attentions was asked for: layers with fast weights have no attention maps{softmax}"
+            )
 
     def _check_positions(self, position_ids: Tensor | None, length: int) -> None:
         limit = self.max_positions
@@ -246,36 +234,258 @@ class FastWeightsForCausalLM(PreTrainedModel, GenerationMixin):
                 'convert with positions="drop" for text of any length'
             )
 
+    def _softmax_mask(
+        self,
+        attention_mask: Tensor | None,
+        real: Bool[Tensor, "B T"] | None,
+        starts: Bool[Tensor, "B T"] | None,
+        cache: FastWeightsCache | None,
+        past: int,
+        given: Tensor,
+    ) -> Tensor | None:
+        """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
+        if "full_attention" not in self.config.layer_types:
+            # No layer reads the 4-D mask that the base model would build.
+            return given.new_zeros(1, 1, 1, 1)
+        several = starts is not None or (cache is not None and cache.several_documents)
+        if not several:
+            return attention_mask
+        if past:
+            raise FastWeightsError(
+                "several documents were packed into one row, and layers with softmax attention cannot go on after "
+                "that, nor begin it after other tokens: give them without a cache, or convert all layers"
+            )
+        local = set(getattr(self.config.base, "layer_types", None) or ()) - {"full_attention"}
+        if local or self.config._attn_implementation not in ("sdpa", "eager"):
+            raise FastWeightsError(
+                "several documents were packed into one row, which layers with softmax attention tell apart only "
+                'without windows of their own and with attn_implementation "sdpa" or "eager": give one document a row'
+            )
+        assert starts is not None
+        if cache is not None:
+            cache.several_documents = True
+        return documents_mask(starts, real, self.dtype)
+
+    def _read_and_learn(
+        self,
+        hidden: Float[Tensor, "B T d"],
+        input_ids: Int[Tensor, "B T"] | None,
+        real: Bool[Tensor, "B T"] | None,
+        starts: Bool[Tensor, "B T"] | None,
+        cache: FastWeightsCache | None,
+    ) -> Float[Tensor, "B T d"]:
+        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there."""
+        layer = self.fast_weight_layer
+        assert layer is not None
+        if input_ids is None:
+            raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
+        length = input_ids.shape[1]
+        real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real
+        block = None if cache is None or not layer.settings.updates else cache.block
+        before, state = None if block is None else block.kept(), None
+        if before is not None:
+            # The position that was last is read again, now that its label is known.
+            state, pending = before
+            hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
+            real = torch.cat((pending.real, real), 1)
+            input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
+            starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
+        labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
+        output, state = layer(hidden, labels, self.unembedding(), state, starts=starts)
+        if block is not None:
+            block.replace(state, _last_real_position(hidden, real), length)
+        return output[:, -length:]
+
+
+class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
+    """One class for every architecture: `model` without the head, and the base model's own head.
+
+    Args:
+        config: names the base model and its fast weights.
+        base: a causal language model to take over, whose attention is replaced in place; by default a new one with
+            random weights.
+    """
+
+    def __init__(self, config: FastWeightsConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        causal: PreTrainedModel = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        self.model = FastWeightsModel(config, base=causal.base_model)  # type: ignore[arg-type]
+        self.lm_head: nn.Linear = causal.get_output_embeddings()  # type: ignore[assignment]
+        self.model.__dict__["causal"] = self  # no module of its own, which would make each a part of the other
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+        for attention in self.fast_attentions():
+            attention.reset_new_parameters()
+        if self.fast_weight_layer is not None:
+            self.fast_weight_layer.reset_parameters()
+        if base is None:
+            use_onednn(self)
+        else:
+            self.generation_config = base.generation_config
+            self.to(base.device)  # type: ignore[arg-type]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Where absolute positions end; None where there are none."""
+        return self.model.max_positions
+
+    @property
+    def fast_weight_layer(self) -> FastWeightLayer | None:
+        """The block before the unembedding, None without one."""
+        return self.model.fast_weight_layer
+
+    def fast_attentions(self) -> list[FastWeightAttention]:
+        """The attention of each converted layer, in order."""
+        return self.model.fast_attentions()
+
+    def new_parameter_names(self) -> list[str]:
+        """Names of the parameters that conversion added: gates and scales."""
+        return [
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, FastWeightAttention)
+            for parameter in module.new_parameter_names()
+        ]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The unembedding."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another unembedding."""
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T d"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        attention_records: list[AttentionRecord] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Like any causal LM's; what `FastWeightsModel.forward` takes, and besides:
+
+        Args:
+            labels: next tokens are predicted of these; -100 where none counts.
+            logits_to_keep: of how many last positions, or of which; 0 for all.
+            attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
+
+        Returns:
+            Loss, logits (B, T, V) and the state.
+        """
+        if attention_records is not None:
+            return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def reproduction_errors(self, records: list[AttentionRecord]) -> Float[Tensor, " layers"]:
+        """How far each converted layer, given the teacher's own input, is from the teacher's attention output.
+
+        Mean squared error relative to the output's variance: 1 is as good as saying its mean, 0 is perfect.
+
+        Args:
+            records: one for each layer of the model, converted or not.
+        """
+        errors = []
+        for layer in self.fast_attentions():
+            record = records[layer.layer_idx]
+            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings)
+            errors.append((output - record.output).square().mean() / record.variance)
+        return torch.stack(errors)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(model_kwargs.get("past_key_values"), Cache):
-            self.adopt(model_kwargs["past_key_values"])
+        if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
+            model_kwargs["past_key_values"] = FastWeightsCache.over(cache, self.config)
         return result
 
 
-def _replace_attention(model: PreTrainedModel, config: FastWeightsConfig) -> list[int]:
-    """Put fast weights where `config.layer_types` asks for them; returns the indices of those layers."""
-    architecture = architecture_of(config.base)
-    replaced = []
-    for i, layer in enumerate(model.get_submodule(architecture.layers)):  # type: ignore[arg-type]
-        assert config.layer_types is not None
+def _real_tokens(
+    attention_mask: Tensor | None, cache: FastWeightsCache | None, past: int, length: int
+) -> Bool[Tensor, "B T"] | None:
+    """Which of the new tokens are no padding; None if none is padding, nor any before them."""
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise FastWeightsError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
+        )
+    padded = attention_mask is not None and not attention_mask.all()
+    if cache is not None:
+        covers = attention_mask is not None and attention_mask.shape[1] == past + length
+        if past and cache.padded and not covers:
+            given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
+            raise FastWeightsError(
+                f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one "
+                f"for all of them, of length {past + length}"
+            )
+        cache.padded = padded
+    return attention_mask[:, -length:].bool() if padded else None  # type: ignore[index]
+
+
+def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
+    last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
+    return PendingPosition(
+        hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True)
+    )
+
+
+def _replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
+    """Put fast weights where the settings ask for them."""
+    row, settings = architecture_of(config.base), config.settings
+    shape = AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
         if config.layer_types[i] == "full_attention":
             continue
-        attention = layer.get_submodule(architecture.attention)
-        fast = FastWeightAttention(
-            attention,
-            architecture.projections,
-            config.settings_of(i),
-            layer_idx=i,
-            hidden_size=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+        feature_map = make_feature_map(settings.feature_map, shape.head_dim)
+        rule_shape = RuleShape(
+            hidden_size=shape.hidden_size,
+            kv_heads=shape.kv_heads,
+            key_width=feature_map.width,
+            value_width=shape.head_dim,
+            value_gate=settings.value_gate,
+            gate_bias=settings.gate_bias,
         )
-        layer.set_submodule(architecture.attention, fast)
-        replaced.append(i)
-    return replaced
+        attention = FastWeightAttention(
+            layer.get_submodule(row.attention),
+            row.projections,
+            make_rule(settings.rule, rule_shape),
+            feature_map,
+            shape=shape,
+            layer_idx=i,
+            window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
+            # Models that have lost their absolute positions learn to tell near from far in the window anew.
+            window_bias=settings.positions == "drop" and row.positions is not None,
+            rotary=settings.rotary,
+            cache_argument=row.cache_argument,
+        )
+        layer.set_submodule(row.attention, attention)
 
 
 class ConstantPosition(nn.Module):
@@ -286,45 +496,11 @@ class ConstantPosition(nn.Module):
         self.weight = nn.Parameter(positions.weight.detach().mean(0, keepdim=True))
 
     def forward(self, position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
+        """The vector for each of these."""
         return self.weight.expand(*position_ids.shape, -1)
 
 
-def _drop_positions(model: nn.Module, name: str) -> None:
-    positions = model.get_submodule(name)
+def _drop_positions(base: nn.Module, name: str) -> None:
+    positions = base.get_submodule(name)
     if isinstance(positions, nn.Embedding):
-        model.set_submodule(name, ConstantPosition(positions))
-
-
-def _next_real_tokens(input_ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The token that follows each real position, padding left out; -100 where none does."""
-    T = input_ids.shape[1]
-    places = torch.where(real, torch.arange(T, device=real.device), T)
-    following = nn.functional.pad(places[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1)
-    tokens = input_ids.gather(1, following.clamp(max=T - 1))
-    return tokens.masked_fill(~real | (following == T), NO_LABEL)
-
-
-def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
-    last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
-    return PendingPosition(
-        hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True)
-    )
-
-
-def _check_mask_covers_padding(attention_mask: Tensor | None, cache: Cache, past: int, length: int) -> None:
-    """Refuse to take padding that `cache` has read for tokens."""
-    covers = attention_mask is not None and attention_mask.shape[1] == past + length
-    if past and getattr(cache, "has_padding", False) and not covers:
-        given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
-        raise FastWeightsError(
-            f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one for "
-            f"all of them, of length {past + length}"
-        )
-
-
-def _positions(attention_mask: Tensor, length: int, past: int) -> Int[Tensor, "B T"]:
-    """How many real tokens come before each new one, so that padding on the left shifts nothing."""
-    seen = attention_mask.long().cumsum(-1) - 1
-    if attention_mask.shape[1] == length:
-        seen = seen + past
-    return seen[:, -length:].clamp(min=0)
+        base.set_submodule(name, ConstantPosition(positions))

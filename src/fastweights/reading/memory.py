@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
 
 from fastweights.errors import FastWeightsError, check_file, reason_of
-from fastweights.models.cache import FastWeightLayerCache, layer_tensors, state_bytes
+from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import Stream, reads_without_end
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Int
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 FORMAT = "fastweights-memory-3"
 _PIECE = 1024
@@ -41,7 +40,7 @@ class Memory:
     """A model's state after `tokens` tokens."""
 
     model: FastWeightsForCausalLM
-    cache: Cache
+    cache: FastWeightsCache
     tokens: int
     last_token: int | None
     """The last token of the text: known, but read only with what follows it, as its prediction is wanted then."""
@@ -94,10 +93,7 @@ class Memory:
         rows = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
-        # generate() would want all tokens so far: it is told that the text begins here, the model that it does not.
-        cache.position_offset = cache.get_seq_length()  # type: ignore[attr-defined]
-        for layer in cache.layers:
-            layer.cumulative_length = 0  # type: ignore[attr-defined]
+        cache.begin_here()
         inputs = ids[None].to(self.model.device)
         output = self.model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **arguments
@@ -118,7 +114,7 @@ class Memory:
             "model": fingerprint(self.model),
             "tokens": str(self.tokens),
             "last_token": json.dumps(self.last_token),
-            "lengths": json.dumps([layer.cumulative_length for layer in self.cache.layers]),  # type: ignore[attr-defined]
+            "lengths": json.dumps(self.cache.lengths()),
         }
         if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
@@ -162,9 +158,7 @@ def new_memory(model: PreTrainedModel) -> Memory:
             "this model's attention keeps all it reads, so it has no memory of constant size: convert it "
             '(with positions="drop" where its positions are absolute)'
         )
-    cache = DynamicCache(config=model.config)
-    model.adopt(cache)
-    return Memory(model, cache, 0, None)
+    return Memory(model, FastWeightsCache(model.config), 0, None)
 
 
 def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
@@ -185,11 +179,11 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
             f"{path} was made by another model than the one given; a memory is of use to its own model alone: "
             "give that model, or read the text again with this one"
         )
-    lengths = json.loads(about["lengths"])
     for i, layer in enumerate(memory.cache.layers):
         prefix = f"{i}."
         own = {name.removeprefix(prefix): x.to(model.device) for name, x in tensors.items() if name.startswith(prefix)}
-        _restore(layer, own, lengths[i])
+        _restore(layer, own)
+    memory.cache.set_lengths(json.loads(about["lengths"]))
     memory.tokens, memory.last_token = int(about["tokens"]), json.loads(about["last_token"])
     return memory
 
@@ -217,11 +211,9 @@ def _lasting(config: dict) -> dict:
     }
 
 
-def _restore(layer, tensors: dict[str, Tensor], length: int) -> None:
+def _restore(layer, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("state"):
-            layer.update_recurrent_state(tensor, int(name.removeprefix("state")))
+            layer.put(tensor, int(name.removeprefix("state")))
     if "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
-    layer.cumulative_length = length
-    assert isinstance(layer, FastWeightLayerCache) or layer.get_seq_length() == length

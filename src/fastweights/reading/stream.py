@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.architectures import position_limit
-from fastweights.models.cache import detach, fast_weight_layer_cache
+from fastweights.models.cache import FastWeightsCache, detach
 from fastweights.models.modeling import FastWeightsForCausalLM
 
 if TYPE_CHECKING:
@@ -60,12 +60,11 @@ class Stream:
         detach(self.cache)
 
     def _fresh(self, old: Cache | None) -> Cache:
-        cache = DynamicCache(config=self.model.config)
-        if isinstance(self.model, FastWeightsForCausalLM):
-            self.model.adopt(cache)
-            memory = None if old is None else fast_weight_layer_cache(old)
-            if memory is not None:
-                cache.layers[-1] = memory
+        if not isinstance(self.model, FastWeightsForCausalLM):
+            return DynamicCache(config=self.model.config)
+        cache = FastWeightsCache(self.model.config)
+        if isinstance(old, FastWeightsCache) and old.block is not None:
+            cache.block = old.block
         return cache
 
 
@@ -74,7 +73,7 @@ def reads_without_end(model: PreTrainedModel) -> bool:
     return (
         isinstance(model, FastWeightsForCausalLM)
         and model.max_positions is None
-        and "full_attention" not in (model.config.layer_types or [])
+        and "full_attention" not in model.config.layer_types
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastweights.models.modeling import FastWeightsForCausalLM
     from fastweights.training.config import MetaConfig
 
-LAYER = "fast_weight_layer."
+LAYER = "model.fast_weight_layer."
 
 
 class MetaTrainer(StageTrainer):
@@ -66,7 +66,7 @@ class MetaTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]
         if self.config.base_learning_rate is None:
-            self.model.model.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
+            self.model.model.base.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
         if self._stream is None or inputs["starts"].any():
             self._stream = Stream(self.model, self.block_size)  # type: ignore[arg-type]
         self._stream.detach()

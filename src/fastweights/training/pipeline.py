@@ -216,7 +216,7 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
     model = load_model(resolve_model(config.model))
     if isinstance(model, FastWeightsForCausalLM):
         _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
-        if config.stage != "finetune" and not model.fast_weight_layers():
+        if config.stage != "finetune" and not model.fast_attentions():
             raise FastWeightsError(
                 f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "
                 "meta, or convert the model that it was made from"

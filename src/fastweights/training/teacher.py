@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fastweights.errors import FastWeightsError
-from fastweights.models.architectures import architecture_of, attention_modules
+from fastweights.models.architectures import architecture_of
 from fastweights.models.loading import load_model, resolve_model
 from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
+from fastweights.models.recording import record_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from jaxtyping import Int
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -45,47 +43,16 @@ def record_attention(
         positions: the student's. Where it drops the teacher's absolute positions, its layers are given what the
             teacher's would get without them: the residual stream is a sum, in which each position is one term.
     """
-    architecture = architecture_of(teacher.config)
+    row, headless = architecture_of(teacher.config), teacher.base_model
     without = None
-    if positions == "drop" and architecture.positions is not None:
-        embedding = teacher.get_submodule(architecture.positions)(
-            torch.arange(input_ids.shape[1], device=input_ids.device)
-        )
-        without = teacher.get_parameter(f"{architecture.positions}.weight").mean(0) - embedding
-    with _recording(teacher) as (streams, calls):
-        teacher.base_model(input_ids=input_ids, use_cache=False)
+    if positions == "drop" and row.positions is not None:
+        embedding = headless.get_submodule(row.positions)(torch.arange(input_ids.shape[1], device=input_ids.device))
+        without = headless.get_parameter(f"{row.positions}.weight").mean(0) - embedding
+    with record_calls(headless, row) as calls:
+        headless(input_ids=input_ids, use_cache=False)
     records = []
-    for layer, stream, (inputs, output, rotary) in zip(_layers(teacher), streams, calls, strict=True):
-        norm = layer.get_submodule(architecture.norm)
-        given = inputs if without is None else norm(stream + without)
-        records.append(AttentionRecord(given, output, output.var(correction=0), inputs, rotary))
+    for layer, call in zip(headless.get_submodule(row.layers), calls, strict=True):  # type: ignore[arg-type]
+        given = call.inputs if without is None else layer.get_submodule(row.norm)(call.stream + without)
+        variance = call.output.var(correction=0)
+        records.append(AttentionRecord(given, call.output, variance, call.inputs, call.position_embeddings))
     return records
-
-
-def _layers(teacher: PreTrainedModel) -> list[nn.Module]:
-    return list(teacher.get_submodule(architecture_of(teacher.config).layers))  # type: ignore[arg-type]
-
-
-@contextmanager
-def _recording(teacher: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[tuple]]]:
-    """The residual stream before each layer; and inputs, output and rotary embedding of each layer's attention."""
-    streams: list[Tensor] = []
-    calls: list[tuple] = []
-
-    def inputs_of(args, kwargs) -> Tensor:
-        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-    def keep_stream(module, args, kwargs) -> None:
-        streams.append(inputs_of(args, kwargs))
-
-    def keep_call(module, args, kwargs, output) -> None:
-        calls.append((inputs_of(args, kwargs), output[0], kwargs.get("position_embeddings")))
-
-    attention = attention_modules(teacher, architecture_of(teacher.config))
-    hooks = [layer.register_forward_pre_hook(keep_stream, with_kwargs=True) for layer in _layers(teacher)]
-    hooks += [module.register_forward_hook(keep_call, with_kwargs=True) for module in attention]
-    try:
-        yield streams, calls
-    finally:
-        for hook in hooks:
-            hook.remove()

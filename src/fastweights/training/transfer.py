@@ -30,9 +30,9 @@ class TransferTrainer(StageTrainer):
 
     def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
         self.teacher = teacher
-        self.positions: Any = student.config.positions
+        self.positions: Any = student.config.settings.positions
         student.requires_grad_(False)
-        for layer in student.fast_weight_layers():
+        for layer in student.fast_attentions():
             layer.requires_grad_(True)
         super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
         self.teacher.to(self.args.device)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -
     Args:
         records: what the teacher's attention did with some text, one for each layer of the model.
     """
-    for layer in student.fast_weight_layers():
+    for layer in student.fast_attentions():
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
@@ -77,10 +77,10 @@ def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -
 
 def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H W"]:
     """What absolute positions added to q·k on average, per head and distance, and the student's q·k now lack."""
-    with_positions, without = (layer.projections.project(layer, x)[:2] for x in (record.teacher_inputs, record.inputs))
+    with_positions, without = (layer.project(x)[:2] for x in (record.teacher_inputs, record.inputs))
     length, group = record.inputs.shape[1], layer.heads // layer.kv_heads
-    lost = torch.zeros(layer.heads, layer.settings.window, device=record.inputs.device)
-    for distance in range(min(layer.settings.window, length)):
+    lost = torch.zeros(layer.heads, layer.window, device=record.inputs.device)
+    for distance in range(min(layer.window, length)):
         for sign, (q, k) in ((1, with_positions), (-1, without)):
             keys = k[:, : length - distance].repeat_interleave(group, dim=2)
             lost[:, distance] += sign * layer.scaling * (q[:, distance:] * keys).sum(-1).mean((0, 1))
@@ -95,7 +95,7 @@ def _contributions(layer: FastWeightAttention, record: AttentionRecord) -> Float
         for head in range(layer.heads):
             alone = torch.zeros_like(y)
             alone[:, :, head] = y[:, :, head]
-            parts.append(_sample(layer.projections.output(layer, alone.flatten(-2)) - _bias(layer, record)))
+            parts.append(_sample(layer.output(alone.flatten(-2)) - _bias(layer, record)))
     return torch.stack(parts)
 
 
@@ -105,7 +105,7 @@ def _targets(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tenso
 
 def _bias(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, " d"]:
     nothing = record.inputs.new_zeros(1, 1, layer.heads * layer.head_dim)
-    return layer.projections.output(layer, nothing)[0, 0]
+    return layer.output(nothing)[0, 0]
 
 
 def _sample(x: Float[Tensor, "B T d"]) -> Float[Tensor, "N d"]:

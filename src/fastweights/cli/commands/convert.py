@@ -32,6 +32,6 @@ def convert(
     load_tokenizer(source).save_pretrained(output)
     new = sum(model.get_parameter(name).numel() for name in model.new_parameter_names())
     print(
-        f"{output}: {len(model.fast_weight_layers())} of {model.config.num_hidden_layers} layers converted, "
+        f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
         f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights train --model {output}"
     )

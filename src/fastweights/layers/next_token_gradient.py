@@ -1,0 +1,83 @@
+"""Gradient of next-token losses with respect to what the unembedding is given, as a forward computation.
+
+Written out, so that plain backpropagation through it gives the second-order terms of meta-learning; a few positions at
+a time, so that the logits of a whole text are never held.
+
+Notation: B batch, T time, d width of the model, V vocabulary, U the unembedding (V, d).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastweights.layers.linear import linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+NO_LABEL = -100
+# Logits in memory at once: 8 MB of fp32.
+_LOGITS = 2**21
+
+
+def next_token_gradient(
+    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear, vocabulary: int = 0
+) -> Float[Tensor, "B T d"]:
+    """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
+
+    Uᵀ (softmax(U y) - onehot), a few positions at a time, with their logits computed again in the backward pass: the
+    logits of a whole text are never held.
+
+    Args:
+        hidden: what the unembedding is given.
+        labels: the next tokens.
+        unembedding: U.
+        vocabulary: the softmax is over the first so many tokens and the position's own label; 0 for all tokens.
+    """
+    classes = vocabulary if 0 < vocabulary < unembedding.out_features else unembedding.out_features
+    chunk = max(1, _LOGITS // max(1, classes))
+    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    parts = []
+    for start in range(0, len(flat), chunk):
+        arguments = (
+            flat[start : start + chunk],
+            flat_labels[start : start + chunk],
+            unembedding.weight,
+            unembedding.bias,
+            classes,
+        )
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            part = checkpoint(_gradient, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = _gradient(*arguments)
+        parts.append(part)
+    return torch.cat(parts).view_as(hidden) if parts else hidden
+
+
+def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, classes: int) -> Tensor:
+    known, labels = labels != NO_LABEL, labels.clamp(min=0)
+    if classes == len(weight):
+        logits, own = linear(hidden.to(weight.dtype), weight, bias), None
+    else:
+        own = weight[labels]
+        logits = _logits_of_some(hidden.to(weight.dtype), labels, own, weight, bias, classes)
+    error = logits.to(hidden.dtype).softmax(-1)
+    error = error.scatter_add(-1, labels.clamp(max=classes)[:, None], -torch.ones_like(error[:, :1]))
+    gradient = linear(error[:, :classes].to(weight.dtype), weight[:classes].t()).to(hidden.dtype)
+    if own is not None:
+        gradient = gradient + error[:, classes:] * own
+    return gradient.masked_fill(~known[:, None], 0.0)
+
+
+def _logits_of_some(
+    hidden: Tensor, labels: Tensor, own: Tensor, weight: Tensor, bias: Tensor | None, classes: int
+) -> Tensor:
+    """Of the first `classes` tokens, then of each position's label, -inf where it is one of these."""
+    logits = linear(hidden, weight[:classes], None if bias is None else bias[:classes])
+    last = (hidden * own).sum(-1)
+    last = last if bias is None else last + bias[labels]
+    return torch.cat((logits, last.masked_fill(labels < classes, -torch.inf)[:, None]), -1)

@@ -1,0 +1,184 @@
+"""Update rules: what a head's fast weights do with each token. One class each, one row in `RULES`.
+
+A rule owns its parameters and how they start, makes its gates, keeps padding and document borders out of its state,
+calls its op, and knows the shape of its state. Everything else about a layer (projections, window, mix) is not its
+business.
+
+Notation: B batch, T time, d width of the model, H query heads, G key/value heads, K width of a key after the feature
+map, V width of a value, S state (B, G, K, V).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.precision import Float32Linear
+from fastweights.ops import decay_rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RuleShape:
+    """Sizes of one layer, and what a rule may be told about its gates."""
+
+    hidden_size: int
+    kv_heads: int
+    key_width: int
+    """After the feature map."""
+    value_width: int
+    value_gate: bool = True
+    """Whether a rule with gates on both sides has the one on the value side."""
+    gate_bias: tuple[float, float] = (2.0, 6.0)
+    """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
+
+
+class TokenMarks(NamedTuple):
+    """What is special about the tokens of one call."""
+
+    real: Bool[Tensor, "B T"] | None = None
+    """False where a token is padding, which leaves the state bit for bit as it is; None if none is."""
+    starts: Bool[Tensor, "B T"] | None = None
+    """True where a document begins, before which the state forgets everything; None if none does."""
+
+
+class Rule(nn.Module):
+    """S_t = (f_t z_tᵀ) ⊙ S_{t-1} + k_t v_tᵀ, with the gates that a subclass makes, or none.
+
+    A rule that writes in another way overrides `forward`.
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    def __init__(self, shape: RuleShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(G, K, V) of the state of one row."""
+        return self.shape.kv_heads, self.shape.key_width, self.shape.value_width
+
+    def reset_parameters(self) -> None:
+        """Start as a new rule."""
+
+    def log_gates(
+        self, x: Float[Tensor, "B T d"]
+    ) -> tuple[Float[Tensor, "B T G Kf"] | None, Float[Tensor, "B T G Vz"] | None]:
+        """Log gates of the key side and of the value side, in fp32; None for a gate of 1."""
+        return None, None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T d"],
+        q: Float[Tensor, "B T H K"],
+        k: Float[Tensor, "B T G K"],
+        v: Float[Tensor, "B T G V"],
+        *,
+        scale: float,
+        marks: TokenMarks,
+        state: Float[Tensor, "B G K V"] | None,
+        keep_state: bool,
+    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
+        """What the state says to each query, after the write; and the state after the last token.
+
+        Args:
+            x: the layer's input, which gates are made of.
+            q: queries, after the feature map.
+            k: keys, after the feature map.
+            v: values.
+            scale: factor on what is read.
+            marks: padding and borders of documents.
+            state: to start from; by default 0.
+            keep_state: whether the state is wanted.
+        """
+        key_gate, value_gate = self.log_gates(x)
+        if marks.real is not None:
+            padding = ~marks.real[..., None, None]
+            k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+            key_gate = None if key_gate is None else key_gate.masked_fill(padding, 0)
+            value_gate = None if value_gate is None else value_gate.masked_fill(padding, 0)
+        if marks.starts is not None:
+            if key_gate is None:
+                key_gate = x.new_zeros(*k.shape[:3], 1, dtype=torch.float32)
+            key_gate = key_gate.masked_fill(marks.starts[..., None, None], -torch.inf)
+        return decay_rule(
+            q, k, v, key_gate, value_gate, scale=scale, initial_state=state, output_final_state=keep_state
+        )
+
+
+class AddRule(Rule):
+    """S_t = S_{t-1} + k_t v_tᵀ: nothing is forgotten.
+
+    Katharopoulos et al., "Transformers are RNNs" (arXiv 2006.16236), without their normaliser.
+    """
+
+
+class DecayRule(Rule):
+    """Both sides of the state decay by gates that each token sets.
+
+        f_t = sigmoid(W_f x_t + b_f)    key side
+        z_t = sigmoid(W_z x_t + b_z)    value side
+
+    H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    def __init__(self, shape: RuleShape) -> None:
+        super().__init__(shape)
+        self.key_gate = Float32Linear(shape.hidden_size, shape.kv_heads * shape.key_width)
+        value_gate = Float32Linear(shape.hidden_size, shape.kv_heads * shape.value_width) if shape.value_gate else None
+        self.value_gate = value_gate
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gates that start independent of their input, with a spread of time constants in every head.
+
+        Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks" (arXiv 1910.09890).
+        """
+        for gate in filter(None, (self.key_gate, self.value_gate)):
+            width = gate.out_features // self.shape.kv_heads
+            gate.weight.zero_()
+            gate.bias.copy_(torch.linspace(*self.shape.gate_bias, width).repeat(self.shape.kv_heads))
+
+    def log_gates(
+        self, x: Float[Tensor, "B T d"]
+    ) -> tuple[Float[Tensor, "B T G Kf"] | None, Float[Tensor, "B T G Vz"] | None]:
+        """Both gates in log space and fp32; None for the value side without one."""
+        key, value = (None if gate is None else self._log_gate(gate(x)) for gate in (self.key_gate, self.value_gate))
+        return key, value
+
+    def _log_gate(self, logits: Float[Tensor, "B T GX"]) -> Float[Tensor, "B T G X"]:
+        # An adapter beside the gate may have its own dtype.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logsigmoid(logits).unflatten(-1, (self.shape.kv_heads, -1))
+
+
+RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule}
+
+
+def make_rule(name: str, shape: RuleShape) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        FastWeightsError: if there is none; it names those that there are.
+    """
+    check_rule(name)
+    return RULES[name](shape)
+
+
+def check_rule(name: str) -> None:
+    """Refuse a name that is in no row of the table."""
+    if name not in RULES:
+        raise FastWeightsError(f"rule {name!r} is unknown; known are {', '.join(RULES)}")

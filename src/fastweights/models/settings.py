@@ -1,0 +1,77 @@
+"""ConversionConfig: how attention becomes fast weights. The one place where these settings are declared.
+
+The command line takes it, a model's config keeps it, and layers are made from it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.feature_maps import check_feature_map
+from fastweights.layers.rules import check_rule
+
+LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
+POSITIONS = ("keep", "drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """How a model's attention becomes fast weights.
+
+    Raises:
+        FastWeightsError: if a value is not among those that are allowed.
+    """
+
+    rule: str = "decay"
+    """Update rule of the fast weights: decay (the paper's) or add (nothing is forgotten)."""
+    feature_map: str = "identity"
+    """Feature map of queries and keys: identity (the paper's) or elu+1."""
+    window: int = 0
+    """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
+    layer_types: list[str] | None = None
+    """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
+    value_gate: bool = True
+    """Decay per value channel too, as in the paper."""
+    rotary: bool = True
+    """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
+    gate_bias: tuple[float, float] = (2.0, 6.0)
+    """First and last gate bias of a head at the start: time constants spread between e^first and e^last tokens."""
+    positions: Literal["keep", "drop"] = "keep"
+    """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule)
+        check_feature_map(self.feature_map)
+        if len(self.gate_bias) != 2 or not all(math.isfinite(bias) for bias in self.gate_bias):
+            raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
+        object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
+        if self.window < 0 or self.window == 1:
+            raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
+        if self.positions not in POSITIONS:
+            raise FastWeightsError(f"positions {self.positions!r} is unknown; known are {', '.join(POSITIONS)}")
+        if self.layer_types is not None:
+            self._check_layer_types(self.layer_types)
+
+    def _check_layer_types(self, layer_types: list[str]) -> None:
+        if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):
+            raise FastWeightsError(f"layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+        if "hybrid_sliding" in layer_types and not self.window:
+            raise FastWeightsError(f"layer_types has hybrid_sliding and window is {self.window}; give a window of 2 up")
+        if self.window and "hybrid_sliding" not in layer_types:
+            raise FastWeightsError(f"window is {self.window} and layer_types has no hybrid_sliding: none would have it")
+
+    def for_layers(self, layers: int) -> ConversionConfig:
+        """The same with a type for each of so many layers.
+
+        Raises:
+            FastWeightsError: if `layer_types` has another number of entries.
+        """
+        layer_types = self.layer_types
+        if layer_types is None:
+            layer_types = ["hybrid_sliding" if self.window else "linear_attention"] * layers
+        if len(layer_types) != layers:
+            raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")
+        return replace(self, layer_types=list(layer_types))
