@@ -12,7 +12,17 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from fastweights.embedded import byte_tokenizer
 from tests.annotations import check_annotations
@@ -49,17 +59,66 @@ def make_llama(**changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
 
 
+def make_qwen3(**changes) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "max_position_embeddings": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,  # not hidden_size / heads
+        "initializer_range": 0.2,
+        **changes,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)  # whoever leaves them out is noticed
+    return model
+
+
+def make_gpt_neox(**changes) -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "max_position_embeddings": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        **changes,
+    }
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+    for layer in model.gpt_neox.layers:
+        torch.nn.init.normal_(layer.attention.query_key_value.bias, std=0.2)
+    return model
+
+
 def _tokens() -> dict[str, int]:
     return {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 
 
 MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
+"""The two families on which everything is tested."""
+FAMILIES = {**MAKERS, "qwen3": make_qwen3, "gpt_neox": make_gpt_neox}
+"""All of them, for what differs between families (tests/models/test_families.py)."""
 
 
 @pytest.fixture(params=sorted(MAKERS))
 def base(request) -> PreTrainedModel:
-    """A small random model of each family."""
+    """A small random model of either."""
     return MAKERS[request.param]()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> PreTrainedModel:
+    """A small random model of each family."""
+    return FAMILIES[request.param]()
 
 
 @pytest.fixture

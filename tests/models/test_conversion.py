@@ -88,7 +88,9 @@ def test_unknown_family_names_the_known_ones(tmp_path):
     )
     config.is_decoder = True
     BertLMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gpt2, gpt_neox, llama, qwen3"):
+    with pytest.raises(
+        FastWeightsError, match="'bert' cannot be converted; known types are gpt2, gpt_neox, llama, qwen3"
+    ):
         convert(tmp_path)
 
 

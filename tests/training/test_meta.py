@@ -29,7 +29,10 @@ def test_the_model_below_stays_frozen_unless_told_otherwise(tmp_path):
         model = add_fast_weight_layer(make_gpt2())
         stage = trainer(tmp_path / str(rate), model, base_learning_rate=rate)
         stage.run(resume=False)
-        same = all(torch.equal(a, b) for a, b in zip(model.model.parameters(), make_gpt2().parameters(), strict=True))
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(model.model.base.parameters(), make_gpt2().transformer.parameters(), strict=True)
+        )
         assert same == (rate is None)
         assert model.fast_weight_layer.output_scale.abs().min() > 0
         assert all(parameter.requires_grad for parameter in model.parameters())

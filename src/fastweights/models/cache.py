@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
@@ -244,8 +245,11 @@ class FastWeightsCache(DynamicCache):
             self.layers += DynamicCache(config=config).layers[len(self.layers) :]
         if config.fast_weight_layer is not None and self.block is None:
             self.layers.append(BlockCacheLayer())
+        base = DynamicCache(config=config.base).layers if "full_attention" in types else []
         for i, layer_type in enumerate(types):
-            if layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
+            if layer_type == "full_attention" and _is_unused(self.layers[i]):
+                self.layers[i] = base[i]  # which may have a window of its own
+            elif layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
                 self.layers[i] = PureCacheLayer()
             elif layer_type == "hybrid_sliding" and not isinstance(self.layers[i], HybridCacheLayer):
                 assert config.sliding_window is not None
@@ -272,6 +276,11 @@ class FastWeightsCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             if isinstance(layer, BlockCacheLayer):
                 self.layers[i] = block
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Of each layer whose window is the base model's own, for which this builds its masks."""
+        return [getattr(layer, "is_sliding", False) and not isinstance(layer, _Recurrent) for layer in self.layers]
 
     @property
     def padded(self) -> bool:
@@ -315,6 +324,10 @@ class FastWeightsCache(DynamicCache):
         """The counterpart of `lengths`."""
         for layer, length in zip(self.recurrent, lengths, strict=True):
             layer.cumulative_length = length
+
+
+def _is_unused(layer: Any) -> bool:
+    return type(layer) is DynamicLayer and not layer.is_initialized
 
 
 def detach(cache: Cache) -> None:

@@ -1,0 +1,114 @@
+"""What every rule must pass, and what each of them computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.feature_maps import FEATURE_MAPS
+from fastweights.layers.rules import RULES, RuleShape, TokenMarks, make_rule
+from fastweights.models import ConversionConfig, convert
+from tests import tolerances
+from tests.conftest import make_gpt2, make_llama
+from tests.models.checks import (
+    PADDING,
+    check_a_padded_batch_generates_what_each_row_does_alone,
+    check_padding_gives_each_row_what_it_has_alone,
+    check_pieces_equal_one_pass,
+)
+from tests.ops.problems import error
+
+B, T, G, R, K, V, D = 2, 13, 2, 2, 5, 6, 8
+SHAPE = RuleShape(hidden_size=D, kv_heads=G, key_width=K, value_width=V)
+
+
+@pytest.fixture(params=sorted(RULES))
+def rule(request):
+    torch.manual_seed(0)
+    made = make_rule(request.param, SHAPE)
+    made.reset_parameters()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def inputs(seed: int = 1) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(seed)
+    return torch.randn(B, T, D), torch.randn(B, T, G * R, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
+
+
+def call(rule, *tensors, marks=None, state=None, keep_state=True):
+    marks = TokenMarks() if marks is None else marks
+    return rule(*tensors, scale=0.5, marks=marks, state=state, keep_state=keep_state)
+
+
+def test_the_state_has_the_shape_that_the_rule_says(rule):
+    o, state = call(rule, *inputs())
+    assert o.shape == (B, T, G * R, V)
+    assert state.shape == (B, *rule.state_shape)
+    assert state.dtype == torch.float32
+    assert call(rule, *inputs(), keep_state=False)[1] is None
+
+
+def test_pieces_equal_one_pass(rule):
+    whole, last = call(rule, *inputs())
+    parts, state = [], None
+    for cut in (slice(0, 4), slice(4, 5), slice(5, T)):
+        o, state = call(rule, *(x[:, cut] for x in inputs()), state=state)
+        parts.append(o)
+    assert error(torch.cat(parts, 1), whole) <= tolerances.FLOAT32
+    assert error(state, last) <= tolerances.FLOAT32
+
+
+def test_padding_leaves_the_state_bit_for_bit_as_it_is(rule):
+    _, before = call(rule, *inputs())
+    nothing = TokenMarks(real=torch.zeros(B, T, dtype=torch.bool))
+    _, after = call(rule, *inputs(2), marks=nothing, state=before)
+    assert torch.equal(before, after)
+
+
+def test_a_document_starts_with_an_empty_state(rule):
+    starts = torch.zeros(B, T, dtype=torch.bool)
+    starts[0, 6] = starts[1, 0] = starts[1, 12] = True
+    o, state = call(rule, *inputs(), marks=TokenMarks(starts=starts), state=torch.randn(B, *rule.state_shape))
+    for row, begin, end in ((0, 6, T), (1, 0, 12), (1, 12, T)):
+        alone, last = call(rule, *(x[row : row + 1, begin:end] for x in inputs()))
+        assert error(o[row : row + 1, begin:end], alone) <= tolerances.FLOAT32
+    assert error(state[1:], last) <= tolerances.FLOAT32
+
+
+def test_gradients_are_finite_with_padding_and_documents(rule):
+    tensors = [x.requires_grad_() for x in inputs()]
+    marks = TokenMarks(torch.rand(B, T) < 0.8, torch.rand(B, T) < 0.3)
+    o, state = call(rule, *tensors, marks=marks)
+    (o.square().sum() + state.square().sum()).backward()
+    for x in (*tensors, *rule.parameters()):
+        assert x.grad is None or x.grad.isfinite().all()
+    assert tensors[1].grad.abs().sum() > 0
+
+
+def test_additive_rule_is_a_sum_of_all_writes():
+    _, q, k, v = inputs()
+    o, state = call(make_rule("add", SHAPE), *inputs())
+    writes = torch.einsum("btgk,btgv->btgkv", k, v).cumsum(1)
+    expected = 0.5 * torch.einsum("btgrk,btgkv->btgrv", q.unflatten(2, (G, R)), writes).flatten(2, 3)
+    assert error(o, expected) <= tolerances.FLOAT32
+    assert error(state, writes[:, -1]) <= tolerances.FLOAT32
+    assert not list(make_rule("add", SHAPE).parameters())
+
+
+def test_an_unknown_rule_names_the_known_ones():
+    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay, add"):
+        make_rule("gated", SHAPE)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
+def test_every_rule_and_map_works_in_a_model(rule, feature_map):
+    """In pieces, among padding, in generate()."""
+    make = make_llama if rule == "decay" else make_gpt2
+    model = convert(make(), ConversionConfig(rule=rule, feature_map=feature_map, window=8)).eval()
+    check_pieces_equal_one_pass(model, (7, 8, 25))
+    check_padding_gives_each_row_what_it_has_alone(model, sorted(PADDING)[0])
+    check_a_padded_batch_generates_what_each_row_does_alone(model)

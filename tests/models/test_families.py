@@ -1,0 +1,152 @@
+"""What every family must pass, whatever its row in ARCHITECTURES says; and what a row cannot express."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import ConversionConfig, convert
+from fastweights.models import architectures as module
+from fastweights.models.architectures import ARCHITECTURES, SplitProjections
+from tests.conftest import FAMILIES, make_gpt_neox, make_qwen3, random_ids
+from tests.models.checks import (
+    check_a_padded_batch_generates_what_each_row_does_alone,
+    check_padding_gives_each_row_what_it_has_alone,
+    check_pieces_equal_one_pass,
+)
+
+HYBRID = ConversionConfig(window=8)
+
+
+def test_all_families_are_tested():
+    assert FAMILIES.keys() == ARCHITECTURES.keys()
+
+
+@torch.no_grad()
+def test_without_a_converted_layer_it_is_the_model_it_was_bit_for_bit(family):
+    ids, labels = random_ids(2, 30), random_ids(2, 30, seed=1)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    converted = convert(family, ConversionConfig(layer_types=["full_attention"] * 3))
+    assert torch.equal(converted(ids).logits, family(ids).logits)
+    assert torch.equal(converted(ids, labels=labels).loss, family(ids, labels=labels).loss)
+    assert torch.equal(converted.model(ids)[0], family.base_model(ids)[0])
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    after, before = (model(ids, **given).logits[mask.bool()] for model in (converted, family))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_and_nothing_else_is_softmax_attention(family):
+    ids = random_ids(1, 30)
+    model = convert(family, ConversionConfig(window=30))
+    for layer in model.fast_attentions():
+        layer.fast_scale.zero_()
+    torch.testing.assert_close(model(ids).logits, family(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 8])
+def test_generation_equals_one_pass(family, window):
+    model = convert(family, ConversionConfig(window=window)).eval()
+    ids = random_ids(2, 12)
+    arguments = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 256}
+    output = model.generate(
+        ids, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True, **arguments
+    )
+    one_pass = model(output.sequences, use_cache=False).logits[:, 11:-1]
+    torch.testing.assert_close(torch.stack(output.logits, 1), one_pass, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"], indirect=True)
+def test_pieces_padding_and_batches(family):
+    model = convert(family, HYBRID).eval()
+    check_pieces_equal_one_pass(model, (7, 8, 9, 25))
+    for where in ("left", "holes"):
+        check_padding_gives_each_row_what_it_has_alone(model, where)
+    check_a_padded_batch_generates_what_each_row_does_alone(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"], indirect=True)
+def test_saved_and_loaded(family, tmp_path):
+    model = convert(family, HYBRID).eval()
+    model.save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    ids = random_ids(1, 20)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "a")(ids)[0], model.model(ids)[0])
+    loaded.save_pretrained(tmp_path / "b")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@torch.no_grad()
+def test_gpt_neox_with_and_without_parallel_residual():
+    for parallel in (True, False):
+        base = make_gpt_neox(use_parallel_residual=parallel)
+        model = convert(base, ConversionConfig(window=30))
+        for layer in model.fast_attentions():
+            layer.fast_scale.zero_()
+        ids = random_ids(1, 30)
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_leaves_parts_out_is_refused(monkeypatch):
+    """A Llama row copied for Qwen3 would skip its q and k norms without a word."""
+    row = replace(ARCHITECTURES["qwen3"], projections=SplitProjections())
+    monkeypatch.setitem(module.ARCHITECTURES, "qwen3", row)
+    with pytest.raises(FastWeightsError, match="Qwen3Attention has k_norm, q_norm, which SplitProjections"):
+        convert(make_qwen3())
+
+
+def test_a_row_with_parts_that_are_not_there_is_refused(monkeypatch):
+    monkeypatch.setitem(module.ARCHITECTURES, "qwen3", replace(ARCHITECTURES["gpt_neox"], attention="self_attn"))
+    with pytest.raises(FastWeightsError, match=r"Qwen3Attention has .* which InterleavedProjections would leave out"):
+        convert(make_qwen3())
+
+
+def test_an_attention_that_computes_something_else_is_refused(monkeypatch):
+    """As a row that forgets that GPT-NeoX has rotary embedding, or a model that caps its scores, would."""
+    no_rotary = type(
+        "NoRotary", (type(ARCHITECTURES["gpt_neox"].projections),), {"rotate": lambda self, q, k, _: (q, k)}
+    )
+    row = replace(ARCHITECTURES["gpt_neox"], projections=no_rotary("query_key_value", "dense"))
+    monkeypatch.setitem(module.ARCHITECTURES, "gpt_neox", row)
+    with pytest.raises(FastWeightsError, match=r"attention of layer 0 \(GPTNeoXAttention\) is not what its row"):
+        convert(make_gpt_neox())
+
+
+def test_logits_that_are_more_than_the_unembedding_are_refused(family, monkeypatch):
+    forward = type(family).forward
+
+    def capped(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = 5 * torch.tanh(output.logits / 5)
+        return output
+
+    monkeypatch.setattr(type(family), "forward", capped)
+    with pytest.raises(FastWeightsError, match="more than its unembedding"):
+        convert(family)
+
+
+def test_layers_with_windows_of_their_own_stay_softmax():
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    base = make_qwen3(layer_types=types, use_sliding_window=True, sliding_window=4)
+    with pytest.raises(FastWeightsError, match="layer 1 has sliding-window attention over 4 tokens"):
+        convert(base)
+    model = convert(base, ConversionConfig(layer_types=["linear_attention", "full_attention", "linear_attention"]))
+    check_pieces_equal_one_pass(model.eval(), (7, 8, 25))
+
+
+@torch.no_grad()
+def test_a_cache_under_another_name_is_refused(monkeypatch):
+    """Its state would be lost without a word."""
+    monkeypatch.setitem(module.ARCHITECTURES, "gpt_neox", replace(ARCHITECTURES["gpt_neox"], cache_argument="cache"))
+    model = convert(make_gpt_neox())
+    with pytest.raises(FastWeightsError, match="was given a cache as layer_past and looks for it in cache"):
+        model(random_ids(1, 5), past_key_values=DynamicCache(config=model.config))
