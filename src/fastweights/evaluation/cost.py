@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from fastweights.models.architectures import position_limit
 from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
-from fastweights.reading.stream import reads_without_end
+from fastweights.reading.stream import Stream, reads_without_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,10 +79,11 @@ def decode_costs(
 
 def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
     """The state of a recurrent model after each of the contexts."""
-    cache, read, caches = FastWeightsCache(model.config), 0, {}
+    cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     for context in contexts:
         if at_most is not None and reads_without_end(model) and context - read > at_most:
-            _pretend(cache, context - at_most)
+            assert isinstance(cache, FastWeightsCache)
+            cache.set_lengths([context - at_most] * len(cache.recurrent))
             read = context - at_most
         while read < context:
             step = min(_PREFILL, context - read)
@@ -95,11 +96,6 @@ def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) 
 
 def _is_recurrent(model: PreTrainedModel) -> bool:
     return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_attentions())
-
-
-def _pretend(cache: FastWeightsCache, tokens: int) -> None:
-    """Move the text's place on without reading."""
-    cache.set_lengths([tokens] * len(cache.recurrent))
 
 
 def _step(model: PreTrainedModel, cache: Cache) -> float:

@@ -245,11 +245,12 @@ class FastWeightsCache(DynamicCache):
             self.layers += DynamicCache(config=config).layers[len(self.layers) :]
         if config.fast_weight_layer is not None and self.block is None:
             self.layers.append(BlockCacheLayer())
-        base = DynamicCache(config=config.base).layers if "full_attention" in types else []
+        softmax = [i for i, layer_type in enumerate(types) if layer_type == "full_attention"]
+        if any(_is_unused(self.layers[i]) for i in softmax):
+            base = DynamicCache(config=config.base).layers  # which may have windows of their own
+            self.layers[:] = [base[i] if i in softmax and _is_unused(x) else x for i, x in enumerate(self.layers)]
         for i, layer_type in enumerate(types):
-            if layer_type == "full_attention" and _is_unused(self.layers[i]):
-                self.layers[i] = base[i]  # which may have a window of its own
-            elif layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
+            if layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
                 self.layers[i] = PureCacheLayer()
             elif layer_type == "hybrid_sliding" and not isinstance(self.layers[i], HybridCacheLayer):
                 assert config.sliding_window is not None

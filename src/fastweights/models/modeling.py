@@ -81,8 +81,11 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         config.dtype = config.base.dtype = self.base.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.base._no_split_modules
         _replace_attention(self.base, config)
+        self.max_positions = position_limit(config.base)
+        """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
             _drop_positions(self.base, self.architecture.positions)
+            self.max_positions = None
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self.post_init()
@@ -90,11 +93,6 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             attention.reset_new_parameters()
         if self.fast_weight_layer is not None:
             self.fast_weight_layer.reset_parameters()
-
-    @property
-    def max_positions(self) -> int | None:
-        """Where absolute positions end; None where there are none."""
-        return None if self.config.settings.positions == "drop" else position_limit(self.config.base)
 
     def fast_attentions(self) -> list[FastWeightAttention]:
         """The attention of each converted layer, in order."""
