@@ -148,8 +148,9 @@ class _Dense(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        # Drawn as nn.Linear's are, so that a seed gives the model that it gave when these were some.
+        drawn = nn.Linear(in_features, out_features, dtype=torch.float32)
+        self.weight, self.bias = drawn.weight, drawn.bias
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         return linear(x, self.weight, self.bias)
