@@ -78,7 +78,6 @@ def add_fast_weight_layer(
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
     model.model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
-    use_onednn(model.model.fast_weight_layer)
     return model
 
 
