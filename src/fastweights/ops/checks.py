@@ -88,8 +88,9 @@ def _check_gate(name: str, gate: Tensor | None, x: Tensor, x_name: str) -> None:
     if gate is None:
         return
     _check_real(name, gate, x.device)
-    if gate.ndim != 4 or gate.shape[:3] != x.shape[:3] or gate.shape[3] not in (1, x.shape[3]):
-        B, T, G, D = x.shape
+    B, T, G, D = x.shape
+    # Two comparisons: `in` does not see that two symbolic sizes of torch.compile are equal.
+    if gate.ndim != 4 or gate.shape[:3] != x.shape[:3] or (gate.shape[3] != 1 and gate.shape[3] != D):
         raise ValueError(
             f"{name} has shape {_shape(gate)}; it must be {(B, T, G, D)} like {x_name}, "
             f"or {(B, T, G, 1)} for one decay per head"

@@ -79,6 +79,16 @@ def test_torch_compile(eager):
     assert all(torch.equal(tensors[name].grad, expected[name].grad) for name in NAMES)
 
 
+def test_torch_compile_of_other_widths_and_gates():
+    torch.compiler.reset()
+    compiled = torch.compile(decay_rule, fullgraph=True, backend="aot_eager")
+    # From the second call on, a width that has changed is a symbol, and that of a new gate is not.
+    for problem in (Problem(20, 8, 8, value_gate="none"), Problem(20, 16, 12)):
+        tensors = inputs(problem, torch.float32)
+        expected = decay_rule(**tensors, backend="cpu")[0]
+        assert torch.equal(compiled(**tensors, backend="cpu")[0], expected)
+
+
 def test_torch_compile_of_packed_sequences():
     problem = Problem(40, 8, 8, cu_seqlens=(0, 13, 40))
     tensors = inputs(problem, torch.float32)
