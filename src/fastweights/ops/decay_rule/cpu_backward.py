@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from numba import float32, float64, int64, njit, types
+from numba.extending import register_jitable
 
 from ..numba.staging import (
     COLUMNS,
@@ -47,7 +48,21 @@ from ..numba.staging import (
     stage_key_gate,
     unstage,
 )
-from ..numba.vectors import LANES, fill, fma, load, pointer, record_at, shift, splat, store, store_fours, total, totals
+from ..numba.vectors import (
+    LANES,
+    fill,
+    fma,
+    load,
+    place,
+    pointer,
+    record_at,
+    shift,
+    splat,
+    store,
+    store_fours,
+    total,
+    totals,
+)
 
 CHUNK = 8
 
@@ -71,13 +86,71 @@ class Gradients(NamedTuple):
     """B * T"""
 
 
-def scratch_size(K: int, V: int, R: int) -> int:
-    """Numbers of scratch that the kernel needs."""
-    Kp, Vp = -(-K // LANES) * LANES, -(-V // COLUMNS) * COLUMNS
-    staged = SEGMENT * ((2 + 2 * R) * Kp + (2 + R) * Vp)
-    states = (SEGMENT // CHUNK + 1) * Kp * Vp
-    rows = (CHUNK * CHUNK + CHUNK + 1 + (R + 4) * CHUNK + 2) * (Kp + Vp)
-    return staged + states + rows + 2 * CHUNK
+class Buffers(NamedTuple):
+    """Scratch of the kernel: how many numbers each buffer has or, in the kernel, where it starts."""
+
+    k: int
+    f: int
+    q: int
+    dq: int
+    v: int
+    z: int
+    g: int
+    states: int
+    dS: int
+    kt: int
+    vt: int
+    F: int
+    Z: int
+    qF: int
+    gZ: int
+    dk: int
+    dv: int
+    x: int
+    y: int
+    read_k: int
+    read_v: int
+    later_k: int
+    later_v: int
+    row_k: int
+    row_v: int
+    weights: int
+    dweights: int
+
+
+@register_jitable
+def buffer_sizes(K, V, R, parts):
+    """The kernel's buffers: of a segment's tokens, of the states at its chunks, and of one chunk's tokens."""
+    Kp, Vp = round_up(K, LANES), part_width(V, parts)
+    return Buffers(
+        k=SEGMENT * Kp,
+        f=SEGMENT * Kp,
+        q=R * SEGMENT * Kp,
+        dq=R * SEGMENT * Kp,
+        v=SEGMENT * Vp,
+        z=SEGMENT * Vp,
+        g=R * SEGMENT * Vp,
+        states=SEGMENT // CHUNK * Kp * Vp,
+        dS=Kp * Vp,
+        kt=CHUNK * CHUNK * Kp,
+        vt=CHUNK * CHUNK * Vp,
+        F=CHUNK * Kp,
+        Z=CHUNK * Vp,
+        qF=R * CHUNK * Kp,
+        gZ=R * CHUNK * Vp,
+        dk=CHUNK * Kp,
+        dv=CHUNK * Vp,
+        x=CHUNK * Kp,
+        y=CHUNK * Vp,
+        read_k=CHUNK * Kp,
+        read_v=CHUNK * Vp,
+        later_k=Kp,
+        later_v=Vp,
+        row_k=Kp,
+        row_v=Vp,
+        weights=CHUNK,
+        dweights=CHUNK,
+    )
 
 
 # --- matrix products --------------------------------------------------------------------------------
@@ -312,34 +385,12 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
     most_columns = part_width(V, p.parts)
     factor, one = float32(scale), float32(1.0)
 
-    Kp, Vp = round_up(K, LANES), most_columns
-    k = pointer(scratch)
-    f = shift(k, SEGMENT * Kp)
-    q = shift(f, SEGMENT * Kp)
-    dq = shift(q, R * SEGMENT * Kp)
-    v = shift(dq, R * SEGMENT * Kp)
-    z = shift(v, SEGMENT * Vp)
-    g = shift(z, SEGMENT * Vp)
-    states = shift(g, R * SEGMENT * Vp)
-    dS = shift(states, SEGMENT // CHUNK * Kp * Vp)
-    kt = shift(dS, Kp * Vp)
-    vt = shift(kt, CHUNK * CHUNK * Kp)
-    F = shift(vt, CHUNK * CHUNK * Vp)
-    Z = shift(F, CHUNK * Kp)
-    qF = shift(Z, CHUNK * Vp)
-    gZ = shift(qF, R * CHUNK * Kp)
-    dk = shift(gZ, R * CHUNK * Vp)
-    dv = shift(dk, CHUNK * Kp)
-    x = shift(dv, CHUNK * Vp)
-    y = shift(x, CHUNK * Kp)
-    read_k = shift(y, CHUNK * Vp)
-    read_v = shift(read_k, CHUNK * Kp)
-    later_k = shift(read_v, CHUNK * Vp)
-    later_v = shift(later_k, Kp)
-    row_k = shift(later_v, Vp)
-    row_v = shift(row_k, Kp)
-    weights = shift(row_v, Vp)
-    dweights = shift(weights, CHUNK)
+    Kp = round_up(K, LANES)
+    b = place(pointer(scratch), buffer_sizes(K, V, R, p.parts), p.guard)
+    k, f, q, dq, v, z, g, states, dS, kt, vt = b.k, b.f, b.q, b.dq, b.v, b.z, b.g, b.states, b.dS, b.kt, b.vt
+    F, Z, qF, gZ, dk, dv, x, y = b.F, b.Z, b.qF, b.gZ, b.dk, b.dv, b.x, b.y
+    read_k, read_v, later_k, later_v, row_k, row_v = b.read_k, b.read_v, b.later_k, b.later_v, b.row_k, b.row_v
+    weights, dweights = b.weights, b.dweights
 
     for unit in range(first_unit, end_unit):
         part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G
@@ -468,8 +519,8 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
 
                 for r in range(R):
                     decay = r == 0
-                    a, b = shift(qF, r * CHUNK * Kp), shift(gZ, r * CHUNK * Vp)
-                    _outer(dS, dS, Kp, Vp, decay and key_gate, last_F, decay and value_gate, last_Z, a, b)
+                    qFr, gZr = shift(qF, r * CHUNK * Kp), shift(gZ, r * CHUNK * Vp)
+                    _outer(dS, dS, Kp, Vp, decay and key_gate, last_F, decay and value_gate, last_Z, qFr, gZr)
 
             for r in range(R):
                 at = ((part * d.tokens + row + t0 + late) * H + head * R + r) * K

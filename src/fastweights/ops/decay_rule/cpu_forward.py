@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from numba import float32, float64, int64, njit, types
+from numba.extending import register_jitable
 
 from ..numba.staging import (
     COLUMNS,
@@ -51,6 +52,7 @@ from ..numba.vectors import (
     fill,
     fma,
     load,
+    place,
     pointer,
     record_at,
     shift,
@@ -72,10 +74,39 @@ class Outputs(NamedTuple):
     final_state: int
 
 
-def scratch_size(K: int, V: int, R: int) -> int:
-    """Numbers of scratch that the kernel needs."""
-    Kp, Vp = -(-K // LANES) * LANES, -(-V // COLUMNS) * COLUMNS
-    return (BLOCK * (R + 2) + 2) * (Kp + Vp) + Kp * Vp
+class Buffers(NamedTuple):
+    """Scratch of the kernel: how many numbers each buffer has or, in the kernel, where it starts."""
+
+    k: int
+    f: int
+    q: int
+    v: int
+    z: int
+    o: int
+    D: int
+    F: int
+    E: int
+    Z: int
+    padded_state: int
+
+
+@register_jitable
+def buffer_sizes(K, V, R, parts):
+    """The kernel's buffers; each has whole vectors."""
+    Kp, Vp = round_up(K, LANES), part_width(V, parts)
+    return Buffers(
+        k=BLOCK * Kp,
+        f=BLOCK * Kp,
+        q=R * BLOCK * Kp,
+        v=BLOCK * Vp,
+        z=BLOCK * Vp,
+        o=R * BLOCK * Vp,
+        D=Kp,
+        F=Kp,
+        E=Vp,
+        Z=Vp,
+        padded_state=Kp * Vp,
+    )
 
 
 def _make_tiles(grouped: bool):
@@ -209,18 +240,8 @@ def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
     most_columns = part_width(V, p.parts)
     factor, one = float32(scale), float32(1.0)
 
-    Kp, Vp = round_up(K, LANES), most_columns
-    k = pointer(scratch)
-    f = shift(k, BLOCK * Kp)
-    q = shift(f, BLOCK * Kp)
-    v = shift(q, R * BLOCK * Kp)
-    z = shift(v, BLOCK * Vp)
-    o = shift(z, BLOCK * Vp)
-    D = shift(o, R * BLOCK * Vp)
-    F = shift(D, Kp)
-    E = shift(F, Kp)
-    Z = shift(E, Vp)
-    padded_state = shift(Z, Vp)
+    Kp = round_up(K, LANES)
+    k, f, q, v, z, o, D, F, E, Z, padded_state = place(pointer(scratch), buffer_sizes(K, V, R, p.parts), p.guard)
 
     for unit in range(first_unit, end_unit):
         part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G

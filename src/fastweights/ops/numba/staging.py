@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, njit
+from numba.extending import register_jitable
 
 from .vectors import (
     LANES,
@@ -72,6 +73,8 @@ class Problem(NamedTuple):
     z_strides: tuple[int, int, int]
     initial_state: int
     checkpoints: int
+    guard: int = 0
+    """Numbers in each guard of the scratch (scratch.py)."""
 
 
 def sources_version() -> int:
@@ -87,17 +90,16 @@ def sources_version() -> int:
     return int(digest.hexdigest()[:15], 16)
 
 
-@njit(nogil=True)
+@register_jitable
 def round_up(width, multiple):
     """The next multiple."""
     return (width + multiple - 1) // multiple * multiple
 
 
-@njit(nogil=True)
+@register_jitable
 def part_width(V, parts):
     """Value columns of each part but the last; rounding up may leave fewer parts than asked for."""
-    width = (V + parts - 1) // parts
-    return (width + COLUMNS - 1) // COLUMNS * COLUMNS
+    return round_up((V + parts - 1) // parts, COLUMNS)
 
 
 @njit(nogil=True)

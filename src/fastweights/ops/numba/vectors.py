@@ -119,6 +119,24 @@ def record_at(typingctx, address, kind):
 
 
 @intrinsic
+def place(typingctx, block, sizes, guard):
+    """The start of each buffer of a block (scratch.py), as a named tuple like that of their sizes."""
+    cls = sizes.instance_class
+    starts: Any = types.BaseTuple.from_types([_pointer_type] * len(sizes), cls)
+
+    def codegen(context, builder, sig, args):
+        end, numbers, guard = args
+        values = []
+        for i in range(len(cls._fields)):
+            start = builder.gep(end, [guard])
+            values.append(start)
+            end = builder.gep(start, [builder.extract_value(numbers, i)])
+        return context.make_tuple(builder, starts, values)
+
+    return starts(_pointer_type, sizes, types.int64), codegen
+
+
+@intrinsic
 def load(typingctx, x, i):
     """The vector x[i : i + LANES]."""
 
