@@ -59,14 +59,14 @@ def test_nothing_is_written_beyond_a_buffer(monkeypatch, problem, threads):
 BUFFERS = [
     (kernel, name)
     for kernel in ("cpu_forward", "cpu_backward")
-    for name in getattr(load_kernels(), kernel).Buffers._fields
+    for name in getattr(load_kernels("decay_rule"), kernel).Buffers._fields
 ]
 
 
 @pytest.mark.parametrize(("kernel", "name"), BUFFERS)
 def test_a_buffer_too_small_is_found_out_by_name(monkeypatch, kernel, name):
     problem = Problem(130, 20, 24, H=4, G=2)  # fills each buffer
-    kernel = getattr(load_kernels(), kernel)
+    kernel = getattr(load_kernels("decay_rule"), kernel)
 
     def drifted(*args):
         """The sizes of a kernel whose buffer `name` has grown by a vector, without a word to who takes the memory."""

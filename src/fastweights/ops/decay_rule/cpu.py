@@ -22,12 +22,11 @@ from torch import Tensor
 from ..checks import compute_dtype, sequence_bounds
 from ..numba import calls
 from ..numba.calls import address, rows_of_float32, strides
+from ..numba.checkpoints import checkpoint_count
 from ..numba.runtime import load_kernels, thread_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-_SEGMENT = 128  # tokens between checkpoints, as in staging.py, which imports Numba
 
 
 def decay_rule_cpu(
@@ -66,7 +65,7 @@ def _forward_op(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final state, checkpoints of the state for the backward pass if `keep`)."""
-    kernel = load_kernels().cpu_forward
+    kernel = load_kernels("decay_rule").cpu_forward
     o, final_state, checkpoints = _outputs(q, k, v, cu_seqlens, keep)
     call = _Call(q, k, v, f, z, initial_state, cu_seqlens, inclusive)
     o_float32 = o if o.dtype == torch.float32 else calls.empty(o.shape)
@@ -97,7 +96,7 @@ def _backward_op(
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, df, dz, gradient of the initial state); empty for a gate that is None."""
-    kernel = load_kernels().cpu_backward
+    kernel = load_kernels("decay_rule").cpu_backward
     call = _Call(q, k, v, f, z, None, cu_seqlens, inclusive)
     do, dfinal = rows_of_float32(do), None if dfinal is None else dfinal.contiguous()
     dq, dk = calls.empty((call.parts, *q.shape)), calls.empty((call.parts, *k.shape))
@@ -175,12 +174,12 @@ class _Call:
         """Value columns are independent of each other: they make up for too few heads."""
         if self.threads <= self.N * self.G:
             return 1
-        part_width = load_kernels().staging.part_width
+        part_width = load_kernels("decay_rule").staging.part_width
         return -(-self.V // part_width(self.V, -(-self.threads // max(self.N * self.G, 1))))
 
     def run(self, kernel, buffer_sizes, results, scale: float, checkpoints: Tensor | None) -> None:
         """Call the kernel for all units of work; `results` are the addresses of what it writes."""
-        problem = load_kernels().staging.Problem(
+        problem = load_kernels("decay_rule").staging.Problem(
             self.T,
             self.G,
             self.R,
@@ -203,7 +202,5 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: b
     B, T, H, K = q.shape
     G, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segments = 0
-    if keep:
-        segments = B * -(-T // _SEGMENT) if cu_seqlens is None else T // _SEGMENT + N
-    return calls.empty((B, T, H, V), v.dtype), calls.empty((N, G, K, V)), calls.empty((segments, G, K, V))
+    checkpoints = checkpoint_count(N, T, packed=cu_seqlens is not None) if keep else 0
+    return calls.empty((B, T, H, V), v.dtype), calls.empty((N, G, K, V)), calls.empty((checkpoints, G, K, V))

@@ -24,14 +24,16 @@ Notation
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, float64, int64, njit, types
 from numba.extending import register_jitable
 
+from ..numba.checkpoints import SEGMENT
+from ..numba.runtime import sources_version
 from ..numba.staging import (
     COLUMNS,
-    SEGMENT,
     Problem,
     clear,
     fill_ones,
@@ -40,7 +42,6 @@ from ..numba.staging import (
     part_width,
     round_up,
     sequence,
-    sources_version,
     stage,
     stage_gate,
     stage_key_gate,
@@ -355,4 +356,4 @@ def _compile(version: int):
     return forward
 
 
-forward = _compile(sources_version())
+forward = _compile(sources_version(Path(__file__).parent))

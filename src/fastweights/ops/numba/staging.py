@@ -11,13 +11,12 @@ Notation
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, njit
 from numba.extending import register_jitable
 
+from . import checkpoints
 from .vectors import (
     LANES,
     exp,
@@ -33,12 +32,12 @@ from .vectors import (
     store_first,
 )
 
+first_checkpoint = register_jitable(checkpoints.first_checkpoint)
+
 LINE = 16
 """Numbers in a line of the processor's cache."""
 COLUMNS = 2 * LANES
 """Value columns of a register tile; Vp is a multiple of it."""
-SEGMENT = 128
-"""Tokens between checkpoints of the state."""
 
 
 class Problem(NamedTuple):
@@ -77,19 +76,6 @@ class Problem(NamedTuple):
     """Numbers in each guard of the scratch (scratch.py)."""
 
 
-def sources_version() -> int:
-    """A number that changes with any file of the kernels.
-
-    Numba's disk cache watches only the file of the cached function. As a closure variable of that function, this
-    number is part of the cache's key, so a kernel never meets helpers or records other than those it was compiled with.
-    """
-    digest = hashlib.sha256()
-    folders = (Path(__file__).parent, Path(__file__).parents[1] / "decay_rule")
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int(digest.hexdigest()[:15], 16)
-
-
 @register_jitable
 def round_up(width, multiple):
     """The next multiple."""
@@ -111,11 +97,11 @@ def offset(strides, batch, token, head):
 @njit(nogil=True)
 def sequence(p, n):
     """(batch row, first token, end, index of the first checkpoint) of sequence n."""
-    if p.cu_seqlens == 0:
-        return n, 0, p.T, n * ((p.T + SEGMENT - 1) // SEGMENT)
-    start, end = integer_at(p.cu_seqlens, n), integer_at(p.cu_seqlens, n + 1)
-    # A packed sequence has one checkpoint more than full segments begin in it, at most.
-    return 0, start, end, start // SEGMENT + n
+    packed = p.cu_seqlens != 0
+    batch, start, end = n, 0, p.T
+    if packed:
+        batch, start, end = 0, integer_at(p.cu_seqlens, n), integer_at(p.cu_seqlens, n + 1)
+    return batch, start, end, first_checkpoint(n, start, p.T, packed)
 
 
 @njit(nogil=True)
