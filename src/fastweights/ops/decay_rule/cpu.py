@@ -174,12 +174,12 @@ class _Call:
         """Value columns are independent of each other: they make up for too few heads."""
         if self.threads <= self.N * self.G:
             return 1
-        part_width = load_kernels("decay_rule").staging.part_width
+        part_width = load_kernels("decay_rule").part_width
         return -(-self.V // part_width(self.V, -(-self.threads // max(self.N * self.G, 1))))
 
     def run(self, kernel, buffer_sizes, results, scale: float, checkpoints: Tensor | None) -> None:
         """Call the kernel for all units of work; `results` are the addresses of what it writes."""
-        problem = load_kernels("decay_rule").staging.Problem(
+        problem = load_kernels("decay_rule").Problem(
             self.T,
             self.G,
             self.R,
