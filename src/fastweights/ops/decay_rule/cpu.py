@@ -9,7 +9,7 @@ Notation
     H, G     query heads, key/value heads
     K, V     key and value width
     N        sequences: B, or those packed into one row by cu_seqlens
-    f, z     log decays of the key side and the value side
+    log_f, log_z   logs of the key-side and value-side gates
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _forward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f: Tensor | None,
-    z: Tensor | None,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -67,7 +67,7 @@ def _forward_op(
     """(o, final state, checkpoints of the state for the backward pass if `keep`)."""
     kernel = load_kernels("decay_rule").cpu_forward
     o, final_state, checkpoints = _outputs(q, k, v, cu_seqlens, keep)
-    call = _Call(q, k, v, f, z, initial_state, cu_seqlens, inclusive)
+    call = _Call(q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive)
     o_float32 = o if o.dtype == torch.float32 else calls.empty(o.shape)
     outputs = kernel.Outputs(o_float32.data_ptr(), final_state.data_ptr())
     call.run(kernel.forward, kernel.buffer_sizes, outputs, scale, checkpoints if keep else None)
@@ -77,7 +77,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, keep):
+def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive, keep):
     return _outputs(q, k, v, cu_seqlens, keep)
 
 
@@ -88,22 +88,22 @@ def _backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f: Tensor | None,
-    z: Tensor | None,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
     cu_seqlens: Tensor | None,
     checkpoints: Tensor,
     scale: float,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, df, dz, gradient of the initial state); empty for a gate that is None."""
+    """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
     kernel = load_kernels("decay_rule").cpu_backward
-    call = _Call(q, k, v, f, z, None, cu_seqlens, inclusive)
+    call = _Call(q, k, v, log_f, log_z, None, cu_seqlens, inclusive)
     do, dfinal = rows_of_float32(do), None if dfinal is None else dfinal.contiguous()
     dq, dk = calls.empty((call.parts, *q.shape)), calls.empty((call.parts, *k.shape))
     # One value gate per head is folded into the key gate, and so is its gradient.
     folded = call.Vz == 1 and call.V != 1
-    df = calls.empty((call.parts, *k.shape[:3], max(call.Kf, int(folded))))
-    dv, dz = calls.empty(v.shape), calls.empty((0,) if z is None else z.shape)
+    dlog_f = calls.empty((call.parts, *k.shape[:3], max(call.Kf, int(folded))))
+    dv, dlog_z = calls.empty(v.shape), calls.empty((0,) if log_z is None else log_z.shape)
     dinitial = calls.empty((call.N, *k.shape[2:], call.V))
     gradients = kernel.Gradients(
         do=address(do),
@@ -112,30 +112,30 @@ def _backward_op(
         dq=dq.data_ptr(),
         dk=dk.data_ptr(),
         dv=dv.data_ptr(),
-        df=df.data_ptr(),
-        dz=dz.data_ptr(),
+        dlog_f=dlog_f.data_ptr(),
+        dlog_z=dlog_z.data_ptr(),
         dinitial=dinitial.data_ptr(),
         tokens=q.shape[0] * q.shape[1],
     )
     call.run(kernel.backward, kernel.buffer_sizes, gradients, scale, checkpoints)
-    dq, dk, df = (x[0] if call.parts == 1 else x.sum(0) for x in (dq, dk, df))
+    dq, dk, dlog_f = (x[0] if call.parts == 1 else x.sum(0) for x in (dq, dk, dlog_f))
     if folded:
-        dz = df.sum(-1, keepdim=True)
-    df = calls.empty((0,)) if f is None else df.to(f.dtype)
-    dz = dz if z is None else dz.to(z.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), df, dz, dinitial
+        dlog_z = dlog_f.sum(-1, keepdim=True)
+    dlog_f = calls.empty((0,)) if log_f is None else dlog_f.to(log_f.dtype)
+    dlog_z = dlog_z if log_z is None else dlog_z.to(log_z.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dlog_f, dlog_z, dinitial
 
 
 @_backward_op.register_fake
-def _(do, dfinal, q, k, v, f, z, cu_seqlens, checkpoints, scale, inclusive):
+def _(do, dfinal, q, k, v, log_f, log_z, cu_seqlens, checkpoints, scale, inclusive):
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gradients = [calls.empty((0,)) if x is None else calls.empty(x.shape, x.dtype) for x in (q, k, v, f, z)]
+    gradients = [calls.empty((0,)) if x is None else calls.empty(x.shape, x.dtype) for x in (q, k, v, log_f, log_z)]
     return *gradients, calls.empty((N, *k.shape[2:], v.shape[3]))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, _ = inputs
-    ctx.save_for_backward(q, k, v, f, z, cu_seqlens, output[2])
+    q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive, _ = inputs
+    ctx.save_for_backward(q, k, v, log_f, log_z, cu_seqlens, output[2])
     ctx.scale, ctx.inclusive = scale, inclusive
     ctx.has_initial_state = initial_state is not None
     ctx.set_materialize_grads(False)
@@ -154,14 +154,14 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 class _Call:
     """The tensors of one call as the kernels want them; keeps them alive while their addresses are in use."""
 
-    def __init__(self, q, k, v, f, z, initial_state, cu_seqlens, inclusive) -> None:
+    def __init__(self, q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive) -> None:
         B, self.T, H, self.K = q.shape
         self.G, self.V = v.shape[2:]
         self.R = H // self.G
-        self.Kf = 0 if f is None else f.shape[3]
-        self.Vz = 0 if z is None else z.shape[3]
+        self.Kf = 0 if log_f is None else log_f.shape[3]
+        self.Vz = 0 if log_z is None else log_z.shape[3]
         self.inclusive = inclusive
-        self.tensors = [rows_of_float32(x) for x in (q, k, v, f, z)]
+        self.tensors = [rows_of_float32(x) for x in (q, k, v, log_f, log_z)]
         self.initial_state = None if initial_state is None else initial_state.contiguous()
         self.N, self.bounds = B, None
         if cu_seqlens is not None:

@@ -10,17 +10,19 @@ and nothing is divided or subtracted, so strong decay costs no accuracy. While t
 is the gradient of kt[t, i], and is multiplied by f_t to become that of kt[t-1, i]. The gradient of a
 gate is the sum of all paths across it,
 
-    d log f_t = sum_v P_t     d log z_t = sum_k P_t     P_t = (f_t z_t^T) * S_{t-1} * dS_t
+    dlog_f_t = sum_v P_t     dlog_z_t = sum_k P_t     P_t = (f_t z_t^T) * S_{t-1} * dS_t
 
-taken apart into paths that start at a token of the chunk, sum_i kt[t, i] * dk_i, and paths that
-start in the state before the chunk, which end at a token's read or go on past the chunk's end.
+taken apart into paths that start at a token of the chunk, sum_i kt[t, i] * dk_i (`step_back`), and
+paths that start in the state before the chunk, which end at a token's read
+(`_from_reads_of_earlier_state`) or go on past the chunk's end (`paths_across`).
 
 Notation
     G, R     key/value heads, query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
     S, dS    state and its gradient, rows of V numbers for each of K keys
-    f, z     key-side and value-side gates (not their logs)
+    f, z     key-side and value-side gates, in [0, 1]; dlog_f, dlog_z the gradients of their logs
     F, Z     products of f and z from the chunk's start to a token
+    P_t      all paths across step t, for each number of the state: what an earlier S gives to a later loss
     g        scale * do
 """
 
@@ -36,7 +38,7 @@ from ..numba.checkpoints import SEGMENT
 from ..numba.rows import add, add_product, clear, dot, fill_ones, gather, multiply, spread, sum_of
 from ..numba.runtime import sources_version
 from ..numba.staging import offset, part_width, round_up, stage, unstage
-from ..numba.vectors import LANES, place, pointer, record_at, shift
+from ..numba.vectors import LANES, inner, place, pointer, record_at, shift
 from .cpu_paths import decay_pairs, decay_to_end, gate_products, paths_across, step_back
 from .cpu_problem import (
     Problem,
@@ -57,7 +59,7 @@ from .cpu_products import CHUNK, decay_and_write, times_keys, times_values
 class Gradients(NamedTuple):
     """Addresses of the output gradients (0: none) and of what the kernel writes.
 
-    All are contiguous. dq, dk and df have the parts as an additional first dimension.
+    All are contiguous. dq, dk and dlog_f have the parts as an additional first dimension.
     """
 
     do: int
@@ -66,8 +68,8 @@ class Gradients(NamedTuple):
     dq: int
     dk: int
     dv: int
-    df: int
-    dz: int
+    dlog_f: int
+    dlog_z: int
     dinitial: int
     tokens: int
     """B * T"""
@@ -181,7 +183,7 @@ class Chunk(NamedTuple):
     """Pairs kt[t, i] and vt[t, i] of token t start at t * step_k and t * step_v; without gates they are k_i and v_i."""
 
 
-@njit(nogil=True)
+@inner
 def _chunk_at(p, b, u, s, first):
     """The segment's chunk that starts at its row `first`, with its pairs and products of gates worked out."""
     i, j = first * u.Kp, first * u.Vp
@@ -202,7 +204,7 @@ def _chunk_at(p, b, u, s, first):
 # --- a segment's rows and states -------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@inner
 def _stage_writes(p, b, u, s):
     """k, v and gates. Tokens that the last chunk lacks are zeros with gates of 1: they leave S and dS alone."""
     missing = s.staged - s.rows
@@ -218,7 +220,7 @@ def _stage_writes(p, b, u, s):
         fill_ones(shift(b.z, s.rows * u.Vp), missing * u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _stage_reads(p, d, b, u, s, scale):
     """q and g = scale * do of each query head; zeros for reads that are not there."""
     missing = s.staged - s.reads
@@ -231,7 +233,7 @@ def _stage_reads(p, d, b, u, s, scale):
         clear(shift(g, s.reads * u.Vp), missing * u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _stage_output_gradient(out, p, d, u, r, token, rows, scale):
     """g = scale * do of `rows` tokens and the r-th query head."""
     if d.do == 0:
@@ -241,7 +243,7 @@ def _stage_output_gradient(out, p, d, u, r, token, rows, scale):
         stage(out, u.Vp, u.Vp, x, d.do_strides[1], u.columns, rows, scale)
 
 
-@njit(nogil=True)
+@inner
 def _recompute_states(p, b, u, s):
     """S at the start of each chunk, from the checkpoint at the start of the segment."""
     size = u.Kp * u.Vp
@@ -260,7 +262,7 @@ def _recompute_states(p, b, u, s):
 # --- the gradients of a chunk ----------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@inner
 def _from_later_state(p, b, u, c):
     """dk, dv and paths over the whole chunk, from dS after it."""
     last_k, last_v = shift(c.kt, (CHUNK - 1) * c.step_k), shift(c.vt, (CHUNK - 1) * c.step_v)
@@ -271,7 +273,7 @@ def _from_later_state(p, b, u, c):
         paths_across(b.later_k, b.later_v, c.S, b.dS, p.K, u.Kp, u.Vp, F, has_value_gate(p), Z)
 
 
-@njit(nogil=True)
+@inner
 def _from_reads_of_earlier_state(p, b, u, c):
     """dq of the chunk's reads of the state before it, and the paths that end at them."""
     size_k, size_v = CHUNK * u.Kp, CHUNK * u.Vp
@@ -291,7 +293,7 @@ def _from_reads_of_earlier_state(p, b, u, c):
             add_product(b.read_v, gZ, b.y, size_v)
 
 
-@njit(nogil=True)
+@inner
 def _from_pairs(p, b, u, c, t):
     """dq_t, dk_i and dv_i from the read of token t of what tokens i <= t of the chunk wrote."""
     kt, vt = shift(c.kt, t * c.step_k), shift(c.vt, t * c.step_v)
@@ -306,7 +308,7 @@ def _from_pairs(p, b, u, c, t):
         gather(dq, b.dweights, kt, t + 1, u.Kp)
 
 
-@njit(nogil=True)
+@inner
 def _step_back_over_gates(p, d, b, u, c, t):
     """Gradients of the gates of token t, and dk_i and dv_i of earlier tokens taken back over them."""
     single = late_reads(p) + p.inclusive  # 1, but no literal: Numba would compile `unstage` again for it
@@ -314,18 +316,18 @@ def _step_back_over_gates(p, d, b, u, c, t):
     if has_key_gate(p):
         add(b.later_k, shift(b.read_k, t * u.Kp), u.Kp)
         step_back(b.row_k, b.later_k, shift(c.kt, t * c.step_k), b.dk, shift(c.f, t * u.Kp), t, u.Kp)
-        df, part = pointer(d.df), u.part * d.tokens * p.G
+        dlog_f, part = pointer(d.dlog_f), u.part * d.tokens * p.G
         if p.Kf == p.K:
-            unstage(shift(df, (part + at) * p.K), p.K, p.K, single, b.row_k, u.Kp)
+            unstage(shift(dlog_f, (part + at) * p.K), p.K, p.K, single, b.row_k, u.Kp)
         else:
-            df[part + at] = sum_of(b.row_k, u.Kp)
+            dlog_f[part + at] = sum_of(b.row_k, u.Kp)
     if has_value_gate(p):
         add(b.later_v, shift(b.read_v, t * u.Vp), u.Vp)
         step_back(b.row_v, b.later_v, shift(c.vt, t * c.step_v), b.dv, shift(c.z, t * u.Vp), t, u.Vp)
-        unstage(shift(pointer(d.dz), at * p.V + u.column), p.V, u.columns, single, b.row_v, u.Vp)
+        unstage(shift(pointer(d.dlog_z), at * p.V + u.column), p.V, u.columns, single, b.row_v, u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _write_key_and_value_gradients(p, d, b, u, c):
     at = (u.batch * p.T + c.token) * p.G + u.head
     dk = shift(pointer(d.dk), (u.part * d.tokens * p.G + at) * p.K)
@@ -333,7 +335,7 @@ def _write_key_and_value_gradients(p, d, b, u, c):
     unstage(shift(pointer(d.dv), at * p.V + u.column), p.G * p.V, u.columns, c.rows, b.dv, u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _to_earlier_state(p, b, u):
     """dS before the chunk: decayed, and with what the chunk's reads add."""
     F, Z = shift(b.F, (CHUNK - 1) * u.Kp), shift(b.Z, (CHUNK - 1) * u.Vp)
@@ -343,7 +345,7 @@ def _to_earlier_state(p, b, u):
         decay_and_write(b.dS, b.dS, u.Kp, u.Vp, gate_f, F, gate_z, Z, qF, gZ)
 
 
-@njit(nogil=True)
+@inner
 def _chunk_back(p, d, b, u, s, first):
     """All gradients of a chunk; dS from that after the chunk to that before it."""
     c = _chunk_at(p, b, u, s, first)
@@ -359,14 +361,14 @@ def _chunk_back(p, d, b, u, s, first):
 # --- units -----------------------------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@inner
 def _query_gradient(p, d, u, r, token):
     """Where dq of a token and the r-th query head is written."""
     row = u.part * d.tokens + u.batch * p.T + token
     return shift(pointer(d.dq), ((row * p.G + u.head) * p.R + r) * p.K)
 
 
-@njit(nogil=True)
+@inner
 def _segment_back(p, d, b, u, s, scale):
     """All gradients of a segment; dS from that after it to that before it."""
     _stage_writes(p, b, u, s)
@@ -379,7 +381,7 @@ def _segment_back(p, d, b, u, s, scale):
         unstage(dq, p.G * p.R * p.K, p.K, s.reads, shift(b.dq, r * SEGMENT * u.Kp), u.Kp)
 
 
-@njit(nogil=True)
+@inner
 def _first_read_back(p, d, b, u, scale):
     """The exclusive read of the first token: of the initial state, with which `states` starts."""
     single = late_reads(p)

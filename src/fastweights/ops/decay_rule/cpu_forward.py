@@ -14,8 +14,9 @@ up to BLOCK tokens.
 Notation
     R        query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
-    S        state, and T above: rows of V (or `width`) numbers for each of K keys
-    f, z     key-side and value-side gates (not their logs), then their products F and Z
+    S        memory of the state: rows of V (or `width`) numbers for each of K keys
+    T_t      what it holds: the state less its put-off decay (`_put_off_decay` divides k and v, tiles add them up)
+    f, z     key-side and value-side gates, in [0, 1], then their products F and Z
     D, E     products that have yet to be made good on S
 """
 
@@ -36,6 +37,7 @@ from ..numba.vectors import (
     choose_below,
     fill,
     fma,
+    inner,
     load,
     place,
     pointer,
@@ -107,7 +109,7 @@ def buffer_sizes(K, V, R, parts):
     )
 
 
-@njit(nogil=True)
+@inner
 def _accumulate(product, gate, width, smallest):
     """gate = product * gate; whether a number of it has left [smallest, 1 / smallest], or is none."""
     low, high = fill(smallest), fill(float32(1.0) / smallest)
@@ -120,7 +122,7 @@ def _accumulate(product, gate, width, smallest):
     return not total(outside) <= float32(0.0)  # x - x is NaN for NaN, which compares to nothing
 
 
-@njit(nogil=True)
+@inner
 def _decay(out, stride, S, width, K, columns, D, E):
     """out = (D E^T) * S; `out` may be S itself."""
     whole = columns // LANES * LANES
@@ -133,7 +135,7 @@ def _decay(out, stride, S, width, K, columns, D, E):
             store_first(to, whole, load(row, whole) * (d * load(E, whole)), columns - whole)
 
 
-@njit(nogil=True)
+@inner
 def _write_and_read(b, u, R, S, width, decays, first, end):
     """The tiles for tokens `first` to `end` of a block."""
     i, j, rows = first * u.Kp, first * u.Vp, end - first
@@ -144,7 +146,7 @@ def _write_and_read(b, u, R, S, width, decays, first, end):
         tiles_of_groups(S, width, decays, b.D, b.E, k, q, u.Kp, v, o, u.Vp, rows, R)
 
 
-@njit(nogil=True)
+@inner
 def _read(o, S, width, q, K, Vp):
     """o = S^T q, added up in the order of the tiles."""
     for value in range(0, Vp, LANES):
@@ -154,7 +156,7 @@ def _read(o, S, width, q, K, Vp):
         store(o, value, total)
 
 
-@njit(nogil=True)
+@inner
 def _first_state(p, out, b, u):
     """(state, numbers from row to row): the final state's own memory if tiles fit it, else padded scratch."""
     S, width = shift(pointer(out.final_state), u.state), p.V
@@ -174,14 +176,14 @@ def _in_place(p, u):
     return p.K % LANES == 0 and u.columns % COLUMNS == 0
 
 
-@njit(nogil=True)
+@inner
 def _output(p, out, u, r, token):
     """Where o of a token and the r-th query head is written."""
     row = (u.batch * p.T + token) * p.G + u.head
     return shift(pointer(out.o), (row * p.R + r) * p.V + u.column)
 
 
-@njit(nogil=True)
+@inner
 def _read_initial_state(p, out, b, u, S, width, scale):
     """The exclusive read of the first token."""
     single = late_reads(p)
@@ -191,7 +193,7 @@ def _read_initial_state(p, out, b, u, S, width, scale):
         unstage(_output(p, out, u, r, u.start), p.V, u.columns, single, b.o, u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _stage_block(p, b, u, token, rows, reads, scale):
     """k, v, gates and q of a block; o = 0."""
     stage_keys(b.k, p, u, token, rows)
@@ -207,7 +209,7 @@ def _stage_block(p, b, u, token, rows, reads, scale):
         clear(shift(b.o, r * BLOCK * u.Vp), rows * u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _put_off_decay(p, b, u, S, width, rows, smallest, carried):
     """Turn a block's gates into their products F and Z since some token, and divide k and v, multiply q by them.
 
@@ -253,7 +255,7 @@ def _put_off_decay(p, b, u, S, width, rows, smallest, carried):
     return first, decays, smallest, carried
 
 
-@njit(nogil=True)
+@inner
 def _write_outputs(p, out, b, u, token, reads):
     for r in range(p.R):
         o = shift(b.o, r * BLOCK * u.Vp)
@@ -263,7 +265,7 @@ def _write_outputs(p, out, b, u, token, reads):
         unstage(to, p.G * p.R * p.V, u.columns, reads, o, u.Vp)
 
 
-@njit(nogil=True)
+@inner
 def _unit(p, out, b, u, scale):
     """o, the final state and, unless their address is 0, the checkpoints, for one unit."""
     S, width = _first_state(p, out, b, u)

@@ -9,14 +9,14 @@ Notation
 
 from __future__ import annotations
 
-from numba import float32, njit
+from numba import float32
 
 from ..numba.rows import clear
-from ..numba.vectors import LANES, fill, fma, load, splat, store, total
+from ..numba.vectors import LANES, fill, fma, inner, load, splat, store, total
 from .cpu_products import CHUNK
 
 
-@njit(nogil=True)
+@inner
 def decay_to_end(out, product, x, gated, gate, width):
     """out_t = x_t times the gates of the chunk's later tokens; product = that of all of its gates."""
     for i in range(0, width, LANES):
@@ -31,7 +31,7 @@ def decay_to_end(out, product, x, gated, gate, width):
         store(product, i, w)
 
 
-@njit(nogil=True)
+@inner
 def decay_pairs(out, x, gate, width):
     """out[t, i] = x_i times the gates of tokens i + 1 to t, for i <= t."""
     step = CHUNK * width
@@ -44,7 +44,7 @@ def decay_pairs(out, x, gate, width):
                 store(out, t * step + i * width + c, w)
 
 
-@njit(nogil=True)
+@inner
 def gate_products(out, gated, gate, width):
     """out_t = product of the chunk's gates up to token t."""
     for i in range(0, width, LANES):
@@ -55,7 +55,7 @@ def gate_products(out, gated, gate, width):
             store(out, t * width + i, product)
 
 
-@njit(nogil=True)
+@inner
 def paths_across(sum_k, sum_v, S, dS, K, Kp, Vp, F, gate_z, Z):
     """Paths from before the chunk to past its end: (F Z^T) * S * dS, its sums over values and over keys."""
     clear(sum_k, Kp)
@@ -74,9 +74,9 @@ def paths_across(sum_k, sum_v, S, dS, K, Kp, Vp, F, gate_z, Z):
         sum_k[key] = total(row)
 
 
-@njit(nogil=True)
-def step_back(dgate, later, xt, dx, gate, t, width):
-    """d log gate_t = later paths + sum_i xt[t, i] * dx_i over i < t; then dx_i *= gate_t."""
+@inner
+def step_back(dlog_gate, later, xt, dx, gate, t, width):
+    """dlog_gate_t = later paths + sum_i xt[t, i] * dx_i over i < t; then dx_i *= gate_t."""
     for c in range(0, width, LANES):
         w = load(later, c)
         d = load(gate, c)
@@ -84,4 +84,4 @@ def step_back(dgate, later, xt, dx, gate, t, width):
             x = load(dx, i * width + c)
             w = fma(load(xt, i * width + c), x, w)
             store(dx, i * width + c, x * d)
-        store(dgate, c, w)
+        store(dlog_gate, c, w)

@@ -6,19 +6,20 @@ nothing of each other's, so any number of threads may share them out.
 Notation
     G, R     key/value heads, query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
-    f, z     key-side and value-side gates, in [0, 1]; in tensors their logs. A scalar z is folded into f
+    f, z     key-side and value-side gates, in [0, 1]; a scalar z is folded into f
+    log_f, log_z   their logs, as tensors have them
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from numba import float32, njit
+from numba import float32
 from numba.extending import register_jitable
 
 from ..numba.rows import clear
 from ..numba.staging import COLUMNS, offset, part_width, round_up, sequence, stage, stage_gate
-from ..numba.vectors import LANES, exp, fill, load, pointer, shift, splat, store
+from ..numba.vectors import LANES, exp, fill, inner, load, pointer, shift, splat, store
 
 
 class Problem(NamedTuple):
@@ -47,10 +48,10 @@ class Problem(NamedTuple):
     k_strides: tuple[int, int, int]
     v: int
     v_strides: tuple[int, int, int]
-    f: int
-    f_strides: tuple[int, int, int]
-    z: int
-    z_strides: tuple[int, int, int]
+    log_f: int
+    log_f_strides: tuple[int, int, int]
+    log_z: int
+    log_z_strides: tuple[int, int, int]
     initial_state: int
     checkpoints: int
     guard: int = 0
@@ -115,48 +116,48 @@ def late_reads(p):
     return 1 - p.inclusive
 
 
-@njit(nogil=True)
+@inner
 def stage_keys(out, p, u, token, rows):
     """Copy k of `rows` tokens to scratch."""
     x = shift(pointer(p.k), offset(p.k_strides, u.batch, token, u.head))
     stage(out, u.Kp, u.Kp, x, p.k_strides[1], p.K, rows, float32(1.0))
 
 
-@njit(nogil=True)
+@inner
 def stage_values(out, p, u, token, rows):
     """Copy v of `rows` tokens to scratch."""
     x = shift(pointer(p.v), offset(p.v_strides, u.batch, token, u.head) + u.column)
     stage(out, u.Vp, u.Vp, x, p.v_strides[1], u.columns, rows, float32(1.0))
 
 
-@njit(nogil=True)
+@inner
 def stage_queries(out, p, u, r, token, rows, scale):
     """Copy q of `rows` tokens and the r-th query head to scratch, scaled."""
     x = shift(pointer(p.q), offset(p.q_strides, u.batch, token, u.head * p.R + r))
     stage(out, u.Kp, u.Kp, x, p.q_strides[1], p.K, rows, scale)
 
 
-@njit(nogil=True)
+@inner
 def stage_value_gate(out, p, u, token, rows):
     """z of `rows` tokens."""
-    x = shift(pointer(p.z), offset(p.z_strides, u.batch, token, u.head) + u.column)
-    stage_gate(out, u.Vp, x, p.z_strides[1], u.columns, rows)
+    x = shift(pointer(p.log_z), offset(p.log_z_strides, u.batch, token, u.head) + u.column)
+    stage_gate(out, u.Vp, x, p.log_z_strides[1], u.columns, rows)
 
 
-@njit(nogil=True)
+@inner
 def stage_key_gate(out, p, u, token, rows):
-    """f of `rows` tokens, times z where that is a scalar: logs are added, and ones are made up for no gate."""
+    """f of `rows` tokens, times z where that is a scalar: their logs are added, and ones are made up for no gate."""
     if p.Kf == p.K:
-        x = shift(pointer(p.f), offset(p.f_strides, u.batch, token, u.head))
-        stage(out, u.Kp, u.Kp, x, p.f_strides[1], p.K, rows, float32(1.0))
+        x = shift(pointer(p.log_f), offset(p.log_f_strides, u.batch, token, u.head))
+        stage(out, u.Kp, u.Kp, x, p.log_f_strides[1], p.K, rows, float32(1.0))
     else:
         clear(out, rows * u.Kp)
     for t in range(rows):
         scalar = fill(float32(0.0))
         if p.Kf == 1 and p.K != 1:
-            scalar = splat(pointer(p.f), offset(p.f_strides, u.batch, token + t, u.head))
+            scalar = splat(pointer(p.log_f), offset(p.log_f_strides, u.batch, token + t, u.head))
         if p.Vz == 1 and p.V != 1:
-            scalar = scalar + splat(pointer(p.z), offset(p.z_strides, u.batch, token + t, u.head))
+            scalar = scalar + splat(pointer(p.log_z), offset(p.log_z_strides, u.batch, token + t, u.head))
         row = shift(out, t * u.Kp)
         for i in range(0, u.Kp, LANES):
             store(row, i, exp(load(row, i) + scalar))

@@ -12,13 +12,13 @@ from __future__ import annotations
 from numba import float32, njit
 
 from ..numba.staging import COLUMNS
-from ..numba.vectors import LANES, fill, fma, load, shift, splat, store, store_fours, totals
+from ..numba.vectors import LANES, fill, fma, inner, load, shift, splat, store, store_fours, totals
 
 CHUNK = 8
 """Tokens in a chunk of the backward pass."""
 
 
-@njit(nogil=True)
+@inner
 def decay_and_write(out, S, Kp, Vp, gate_f, F, gate_z, Z, a, b):
     """out = (F Z^T) * S + sum over a chunk's tokens of a_t b_t^T; `out` may be S itself."""
     for value in range(0, Vp, COLUMNS):
@@ -46,7 +46,7 @@ def decay_and_write(out, S, Kp, Vp, gate_f, F, gate_z, Z, a, b):
             _store_tile(shift(out, key * Vp + value), Vp, s00, s01, s10, s11, s20, s21, s30, s31)
 
 
-@njit(nogil=True)
+@inner
 def times_keys(out, S, Kp, Vp, a):
     """out_t = S^T a_t for a chunk's tokens."""
     zero = fill(float32(0.0))
@@ -78,7 +78,7 @@ def _store_tile(out, width, s00, s01, s10, s11, s20, s21, s30, s31):
     store(out, 3 * width + LANES, s31)
 
 
-@njit(nogil=True)
+@inner
 def times_values(out, S, Kp, Vp, b):
     """out_t = S b_t for a chunk's tokens."""
     zero = fill(float32(0.0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from numba import njit
 
 from ..numba.staging import COLUMNS
-from ..numba.vectors import LANES, fma, load, shift, splat, store
+from ..numba.vectors import LANES, fma, inner, load, shift, splat, store
 
 BLOCK = 16
 """Tokens that a tile stays in registers for, at most."""
@@ -34,7 +34,7 @@ def _make_tiles(grouped: bool):
         store(o, j, o0)
         store(o, j + LANES, o1)
 
-    @njit(nogil=True)
+    @inner
     def tiled(S, width, decays, D, E, k, q, Kp, v, o, Vp, rows, R):
         for value in range(0, Vp, COLUMNS):
             for key in range(0, Kp, 4):

@@ -6,12 +6,12 @@ Notation
 
 from __future__ import annotations
 
-from numba import float32, njit
+from numba import float32
 
-from .vectors import LANES, fill, fma, load, splat, store, total
+from .vectors import LANES, fill, fma, inner, load, splat, store, total
 
 
-@njit(nogil=True)
+@inner
 def clear(out, size):
     """out = 0"""
     zero = fill(float32(0.0))
@@ -19,7 +19,7 @@ def clear(out, size):
         store(out, i, zero)
 
 
-@njit(nogil=True)
+@inner
 def fill_ones(out, size):
     """out = 1"""
     one = fill(float32(1.0))
@@ -27,28 +27,28 @@ def fill_ones(out, size):
         store(out, i, one)
 
 
-@njit(nogil=True)
+@inner
 def multiply(out, x, y, size):
     """out = x * y; `out` may be either of them"""
     for i in range(0, size, LANES):
         store(out, i, load(x, i) * load(y, i))
 
 
-@njit(nogil=True)
+@inner
 def copy(out, x, size):
     """out = x"""
     for i in range(0, size, LANES):
         store(out, i, load(x, i))
 
 
-@njit(nogil=True)
+@inner
 def divide(x, y, size):
     """x /= y"""
     for i in range(0, size, LANES):
         store(x, i, load(x, i) / load(y, i))
 
 
-@njit(nogil=True)
+@inner
 def dot(x, y, size):
     """The sum of x * y."""
     columns = 2 * LANES
@@ -62,14 +62,14 @@ def dot(x, y, size):
     return total(sum0 + sum1)
 
 
-@njit(nogil=True)
+@inner
 def add(out, x, size):
     """out += x"""
     for i in range(0, size, LANES):
         store(out, i, load(x, i) + load(out, i))
 
 
-@njit(nogil=True)
+@inner
 def spread(out, weights, x, rows, size):
     """out_u += weight_u * x"""
     for i in range(0, size, LANES):
@@ -78,7 +78,7 @@ def spread(out, weights, x, rows, size):
             store(out, u * size + i, fma(splat(weights, u), xi, load(out, u * size + i)))
 
 
-@njit(nogil=True)
+@inner
 def gather(out, weights, x, rows, size):
     """out += sum of weight_u * x_u"""
     for i in range(0, size, LANES):
@@ -88,14 +88,14 @@ def gather(out, weights, x, rows, size):
         store(out, i, sum_)
 
 
-@njit(nogil=True)
+@inner
 def add_product(out, x, y, size):
     """out += x * y"""
     for i in range(0, size, LANES):
         store(out, i, fma(load(x, i), load(y, i), load(out, i)))
 
 
-@njit(nogil=True)
+@inner
 def sum_of(x, size):
     """The sum of x."""
     s = fill(float32(0.0))

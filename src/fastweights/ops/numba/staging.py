@@ -9,7 +9,7 @@ Notation
 
 from __future__ import annotations
 
-from numba import float32, njit
+from numba import float32
 from numba.extending import register_jitable
 
 from . import checkpoints
@@ -17,6 +17,7 @@ from .vectors import (
     LANES,
     exp,
     fill,
+    inner,
     integer_at,
     load,
     load_first,
@@ -46,13 +47,13 @@ def part_width(V, parts):
     return round_up((V + parts - 1) // parts, COLUMNS)
 
 
-@njit(nogil=True)
+@inner
 def offset(strides, batch, token, head):
     """Where a row starts in its tensor."""
     return batch * strides[0] + token * strides[1] + head * strides[2]
 
 
-@njit(nogil=True)
+@inner
 def sequence(p, n):
     """(batch row, first token, end, index of the first checkpoint) of sequence n."""
     packed = p.cu_seqlens != 0
@@ -62,14 +63,14 @@ def sequence(p, n):
     return batch, start, end, first_checkpoint(n, start, p.T, packed)
 
 
-@njit(nogil=True, forceinline=True)
+@inner
 def _fetch(row, width):
     """Have a row, which the next block of as many rows will want, on its way from memory."""
     for i in range(0, width, LINE):
         prefetch(row, i)
 
 
-@njit(nogil=True)
+@inner
 def stage(out, out_stride, padded, x, stride, width, rows, scale):
     """Copy rows of a tensor to scratch, scaled; zeros from `width` to `padded`."""
     s = fill(scale)
@@ -86,7 +87,7 @@ def stage(out, out_stride, padded, x, stride, width, rows, scale):
             store(to, whole, load_first(source, whole, width - whole) * s)
 
 
-@njit(nogil=True)
+@inner
 def unstage(x, stride, width, rows, out, out_stride):
     """Copy scratch rows back to a tensor."""
     whole = width // LANES * LANES
@@ -99,7 +100,7 @@ def unstage(x, stride, width, rows, out, out_stride):
             store_first(to, whole, load(source, whole), width - whole)
 
 
-@njit(nogil=True)
+@inner
 def stage_gate(out, padded, x, stride, width, rows):
     """Like `stage`, but the exponential; 1 in the padding."""
     stage(out, padded, padded, x, stride, width, rows, float32(1.0))

@@ -40,6 +40,10 @@ _ints = ir.VectorType(_int, LANES)
 _masks = ir.VectorType(ir.IntType(1), LANES)
 
 
+inner: Any = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # pyright: ignore[reportCallIssue]
+"""For functions that only kernels call: they need no wrappers to be called from Python, which take time to compile."""
+
+
 def intrinsic(function: Callable) -> Any:
     """Numba's `intrinsic`, for type checkers a function of anything: the first parameter is the compiler's."""
     return _extending.intrinsic(function)
