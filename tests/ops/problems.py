@@ -116,6 +116,11 @@ def assert_close(results: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     assert not wrong, f"relative errors above {tolerance:.0e}: {wrong}"
 
 
+def same(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Whether all that is expected has come out, bit for bit."""
+    return all(torch.equal(results[name], x) for name, x in expected.items())
+
+
 @contextmanager
 def one_thread():
     """Tensors of the step-by-step reference are too small to share out."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import check_decay_inputs, compute_dtype
+from .checks import check_gate, check_inputs, compute_dtype
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
 from .decay_rule.reference import decay_rule_reference
@@ -53,20 +53,40 @@ def decay_rule(
     (H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", 2022.) Without
     gates this is the additive rule, with one scalar gate per head the gated rule.
 
-    q has H heads, k and v have G; H is a multiple of G, and query head h reads the state of
-    key/value head h // (H // G). A log gate is at most 0 (not checked; a positive one lets the state
-    grow) and may be -inf, which forgets all before; Kf is K, or 1 for one gate per head, and Vz
-    likewise. A token with k = v = 0 and log gates 0 leaves the state bit for bit as it is.
+    A token with k = v = 0 and log gates 0 leaves the state bit for bit as it is. One with log gate -inf forgets all
+    before it: what it and later tokens read of the state, and all of its gradients, are as if the sequence had
+    started there. (Its own exclusive read is of the state before.)
 
-    `cu_seqlens` = [0, n_1, n_1 + n_2, ...] (int32 or int64) packs N sequences, possibly empty ones,
-    into one row (B = 1); otherwise N = B.
+    States and sums are float32, or float64 when q, k or v is. Sums in "cpu" overflow from 1e28 on, and not from 1e38.
 
-    Returns o in v's dtype and, if `output_final_state`, the state after the last token. States and
-    sums are float32, or float64 when q, k or v is. Backends: "reference", "chunked", "cpu"; "auto"
-    takes "cpu" for tensors on a CPU, except float64 ones, and "chunked" for all others. Only
-    "reference" and "chunked" can be differentiated twice; sums in "cpu" overflow from 1e28 on, and not from 1e38.
+    Args:
+        q: queries (B, T, H, K).
+        k: keys (B, T, G, K); H is a multiple of G, and query head h reads the state of key/value head h // (H // G).
+        v: values (B, T, G, V).
+        key_log_decay: log f, natural logarithm per step, (B, T, G, K), or (B, T, G, 1) for one gate per head; None
+            for no gate. At most 0, which is not checked (a positive one lets the state grow); may be -inf.
+        value_log_decay: log z, likewise, (B, T, G, V) or (B, T, G, 1).
+        scale: factor of the output.
+        initial_state: S_0 (N, G, K, V), in the dtype of the state; None for zeros.
+        output_final_state: whether to return the state after the last token.
+        inclusive: whether token t reads the state after its own decay and write, or before both.
+        cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
+            none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
+        backend: "reference", "chunked" or "cpu"; "auto" takes "cpu" for tensors on a CPU, except float64 ones, and
+            "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
+
+    Raises:
+        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu".
+        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or it is "cpu"
+            for tensors elsewhere.
+        ImportError: the backend is "cpu", and Numba is not installed.
     """
-    check_decay_inputs(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens)
+    check_inputs(q, k, v, initial_state, cu_seqlens)
+    check_gate("key_log_decay", key_log_decay, k, "k")
+    check_gate("value_log_decay", value_log_decay, v, "v")
     if backend == "auto":
         backend = _choose(q.device.type, compute_dtype(q, k, v))
     elif backend not in _DECAY_RULE:

@@ -15,16 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_decay_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise a TypeError or ValueError that names the first argument that does not fit."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What any rule with a state (N, G, K, V) takes; raise an error that names the first argument that does not fit.
+
+    Raises:
+        TypeError: one is no tensor, or of a dtype that the rules do not take.
+        ValueError: shapes or devices do not fit together.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_real(name, x)
         if x.ndim != 4:
@@ -32,10 +29,27 @@ def check_decay_inputs(
                 f"{name} has shape {_shape(x)}; it must be (batch, time, heads, dim): add the missing dimension"
             )
     _check_heads(q, k, v)
-    _check_gate("key_log_decay", key_log_decay, k, "k")
-    _check_gate("value_log_decay", value_log_decay, v, "v")
     _check_cu_seqlens(cu_seqlens, q)
     _check_state(initial_state, q, k, v, cu_seqlens)
+
+
+def check_gate(name: str, gate: Tensor | None, x: Tensor, x_name: str) -> None:
+    """A gate of one number per token, or one for each channel of x (B, T, G, D), which has been checked.
+
+    Raises:
+        TypeError: it is no tensor of floating-point numbers.
+        ValueError: its shape or device does not fit that of x.
+    """
+    if gate is None:
+        return
+    _check_real(name, gate, x.device)
+    B, T, G, D = x.shape
+    # Two comparisons: `in` does not see that two symbolic sizes of torch.compile are equal.
+    if gate.ndim != 4 or gate.shape[:3] != x.shape[:3] or (gate.shape[3] != 1 and gate.shape[3] != D):
+        raise ValueError(
+            f"{name} has shape {_shape(gate)}; it must be {(B, T, G, D)} like {x_name}, "
+            f"or {(B, T, G, 1)} for one decay per head"
+        )
 
 
 def compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -81,18 +95,6 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} key/value heads; "
             "grouped-query heads share a key/value head evenly"
-        )
-
-
-def _check_gate(name: str, gate: Tensor | None, x: Tensor, x_name: str) -> None:
-    if gate is None:
-        return
-    _check_real(name, gate, x.device)
-    if gate.ndim != 4 or gate.shape[:3] != x.shape[:3] or gate.shape[3] not in (1, x.shape[3]):
-        B, T, G, D = x.shape
-        raise ValueError(
-            f"{name} has shape {_shape(gate)}; it must be {(B, T, G, D)} like {x_name}, "
-            f"or {(B, T, G, 1)} for one decay per head"
         )
 
 

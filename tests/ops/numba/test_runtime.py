@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_importing_the_ops_imports_no_numba():
 def test_a_missing_numba_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba.core", None)
     with pytest.raises(ImportError, match="backend='cpu' needs numba, which is not installed: pip install numba"):
-        runtime.load_kernels.__wrapped__()
+        runtime.load_kernels.__wrapped__("decay_rule")
 
 
 def test_compiling_is_announced_once(capsys):
@@ -36,7 +37,7 @@ def test_compiling_is_announced_once(capsys):
 
 
 def test_kernels_from_the_disk_are_not_announced(capsys):
-    runtime.load_kernels.__wrapped__()
+    runtime.load_kernels.__wrapped__("decay_rule")
     assert capsys.readouterr().err == ""
 
 
@@ -112,7 +113,19 @@ def test_small_problems_take_one_thread(monkeypatch):
 
 
 def test_the_disk_cache_watches_every_file_of_the_kernels():
-    kernels = runtime.load_kernels()
+    kernels = runtime.load_kernels("decay_rule")
     for kernel in (kernels.cpu_forward.forward, kernels.cpu_backward.backward):
         (version,) = [cell.cell_contents for cell in kernel.py_func.__closure__]
-        assert version == kernels.staging.sources_version()
+        assert version == runtime.sources_version(Path(kernels.__file__).parent)
+
+
+def test_a_version_of_sources_changes_with_the_rules_folder_and_with_that_of_all_kernels(tmp_path, monkeypatch):
+    shared, rule = tmp_path / "numba", tmp_path / "rule"
+    monkeypatch.setattr(runtime, "__file__", str(shared / "runtime.py"))
+    versions = set()
+    for folder in (shared, rule):
+        folder.mkdir()
+        for text in ("a = 1", "a = 2"):
+            (folder / "x.py").write_text(text)
+            versions.add(runtime.sources_version(rule))
+    assert len(versions) == 4

@@ -9,24 +9,24 @@ Notation
     H, G     query heads, key/value heads
     K, V     key and value width
     N        sequences: B, or those packed into one row by cu_seqlens
-    f, z     log decays of the key side and the value side
+    log_f, log_z   logs of the key-side and value-side gates
 """
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..checks import compute_dtype, sequence_bounds
-from ..numba.runtime import load_kernels, share_out, thread_count
+from ..numba import calls
+from ..numba.calls import address, rows_of_float32, strides
+from ..numba.checkpoints import checkpoint_count
+from ..numba.runtime import load_kernels, thread_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-_SEGMENT = 128  # tokens between checkpoints, as in staging.py, which imports Numba
 
 
 def decay_rule_cpu(
@@ -56,8 +56,8 @@ def _forward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f: Tensor | None,
-    z: Tensor | None,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -65,19 +65,19 @@ def _forward_op(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final state, checkpoints of the state for the backward pass if `keep`)."""
-    kernel = load_kernels().cpu_forward
+    kernel = load_kernels("decay_rule").cpu_forward
     o, final_state, checkpoints = _outputs(q, k, v, cu_seqlens, keep)
-    call = _Call(q, k, v, f, z, initial_state, cu_seqlens, inclusive)
-    o_float32 = o if o.dtype == torch.float32 else _empty(o.shape)
+    call = _Call(q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive)
+    o_float32 = o if o.dtype == torch.float32 else calls.empty(o.shape)
     outputs = kernel.Outputs(o_float32.data_ptr(), final_state.data_ptr())
-    call.run(kernel.forward, kernel.scratch_size(call.K, call.V, call.R), outputs, scale, checkpoints if keep else None)
+    call.run(kernel.forward, kernel.buffer_sizes, outputs, scale, checkpoints if keep else None)
     if o_float32 is not o:
         o.copy_(o_float32)
     return o, final_state, checkpoints
 
 
 @_forward_op.register_fake
-def _(q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, keep):
+def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive, keep):
     return _outputs(q, k, v, cu_seqlens, keep)
 
 
@@ -88,54 +88,54 @@ def _backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f: Tensor | None,
-    z: Tensor | None,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
     cu_seqlens: Tensor | None,
     checkpoints: Tensor,
     scale: float,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, df, dz, gradient of the initial state); empty for a gate that is None."""
-    kernel = load_kernels().cpu_backward
-    call = _Call(q, k, v, f, z, None, cu_seqlens, inclusive)
-    do, dfinal = _rows_of_float32(do), None if dfinal is None else dfinal.contiguous()
-    dq, dk = _empty((call.parts, *q.shape)), _empty((call.parts, *k.shape))
+    """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
+    kernel = load_kernels("decay_rule").cpu_backward
+    call = _Call(q, k, v, log_f, log_z, None, cu_seqlens, inclusive)
+    do, dfinal = rows_of_float32(do), None if dfinal is None else dfinal.contiguous()
+    dq, dk = calls.empty((call.parts, *q.shape)), calls.empty((call.parts, *k.shape))
     # One value gate per head is folded into the key gate, and so is its gradient.
     folded = call.Vz == 1 and call.V != 1
-    df = _empty((call.parts, *k.shape[:3], max(call.Kf, int(folded))))
-    dv, dz = _empty(v.shape), _empty((0,) if z is None else z.shape)
-    dinitial = _empty((call.N, *k.shape[2:], call.V))
+    dlog_f = calls.empty((call.parts, *k.shape[:3], max(call.Kf, int(folded))))
+    dv, dlog_z = calls.empty(v.shape), calls.empty((0,) if log_z is None else log_z.shape)
+    dinitial = calls.empty((call.N, *k.shape[2:], call.V))
     gradients = kernel.Gradients(
-        do=_address(do),
-        do_strides=_strides(do),
-        dfinal=_address(dfinal),
+        do=address(do),
+        do_strides=strides(do),
+        dfinal=address(dfinal),
         dq=dq.data_ptr(),
         dk=dk.data_ptr(),
         dv=dv.data_ptr(),
-        df=df.data_ptr(),
-        dz=dz.data_ptr(),
+        dlog_f=dlog_f.data_ptr(),
+        dlog_z=dlog_z.data_ptr(),
         dinitial=dinitial.data_ptr(),
         tokens=q.shape[0] * q.shape[1],
     )
-    call.run(kernel.backward, kernel.scratch_size(call.K, call.V, call.R), gradients, scale, checkpoints)
-    dq, dk, df = (x[0] if call.parts == 1 else x.sum(0) for x in (dq, dk, df))
+    call.run(kernel.backward, kernel.buffer_sizes, gradients, scale, checkpoints)
+    dq, dk, dlog_f = (x[0] if call.parts == 1 else x.sum(0) for x in (dq, dk, dlog_f))
     if folded:
-        dz = df.sum(-1, keepdim=True)
-    df = _empty((0,)) if f is None else df.to(f.dtype)
-    dz = dz if z is None else dz.to(z.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), df, dz, dinitial
+        dlog_z = dlog_f.sum(-1, keepdim=True)
+    dlog_f = calls.empty((0,)) if log_f is None else dlog_f.to(log_f.dtype)
+    dlog_z = dlog_z if log_z is None else dlog_z.to(log_z.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dlog_f, dlog_z, dinitial
 
 
 @_backward_op.register_fake
-def _(do, dfinal, q, k, v, f, z, cu_seqlens, checkpoints, scale, inclusive):
+def _(do, dfinal, q, k, v, log_f, log_z, cu_seqlens, checkpoints, scale, inclusive):
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gradients = [_empty((0,)) if x is None else _empty(x.shape, x.dtype) for x in (q, k, v, f, z)]
-    return *gradients, _empty((N, *k.shape[2:], v.shape[3]))
+    gradients = [calls.empty((0,)) if x is None else calls.empty(x.shape, x.dtype) for x in (q, k, v, log_f, log_z)]
+    return *gradients, calls.empty((N, *k.shape[2:], v.shape[3]))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, f, z, initial_state, cu_seqlens, scale, inclusive, _ = inputs
-    ctx.save_for_backward(q, k, v, f, z, cu_seqlens, output[2])
+    q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive, _ = inputs
+    ctx.save_for_backward(q, k, v, log_f, log_z, cu_seqlens, output[2])
     ctx.scale, ctx.inclusive = scale, inclusive
     ctx.has_initial_state = initial_state is not None
     ctx.set_materialize_grads(False)
@@ -154,14 +154,14 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 class _Call:
     """The tensors of one call as the kernels want them; keeps them alive while their addresses are in use."""
 
-    def __init__(self, q, k, v, f, z, initial_state, cu_seqlens, inclusive) -> None:
+    def __init__(self, q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive) -> None:
         B, self.T, H, self.K = q.shape
         self.G, self.V = v.shape[2:]
         self.R = H // self.G
-        self.Kf = 0 if f is None else f.shape[3]
-        self.Vz = 0 if z is None else z.shape[3]
+        self.Kf = 0 if log_f is None else log_f.shape[3]
+        self.Vz = 0 if log_z is None else log_z.shape[3]
         self.inclusive = inclusive
-        self.tensors = [_rows_of_float32(x) for x in (q, k, v, f, z)]
+        self.tensors = [rows_of_float32(x) for x in (q, k, v, log_f, log_z)]
         self.initial_state = None if initial_state is None else initial_state.contiguous()
         self.N, self.bounds = B, None
         if cu_seqlens is not None:
@@ -174,12 +174,12 @@ class _Call:
         """Value columns are independent of each other: they make up for too few heads."""
         if self.threads <= self.N * self.G:
             return 1
-        part_width = load_kernels().staging.part_width
+        part_width = load_kernels("decay_rule").part_width
         return -(-self.V // part_width(self.V, -(-self.threads // max(self.N * self.G, 1))))
 
-    def run(self, kernel, scratch_size: int, addresses, scale: float, checkpoints: Tensor | None) -> None:
-        """Call the kernel for all units of work; `addresses` are those of its results."""
-        problem = load_kernels().staging.Problem(
+    def run(self, kernel, buffer_sizes, results, scale: float, checkpoints: Tensor | None) -> None:
+        """Call the kernel for all units of work; `results` are the addresses of what it writes."""
+        problem = load_kernels("decay_rule").Problem(
             self.T,
             self.G,
             self.R,
@@ -189,49 +189,18 @@ class _Call:
             int(self.inclusive),
             self.Kf,
             self.Vz,
-            _address(self.bounds),
-            *[x for tensor in self.tensors for x in (_address(tensor), _strides(tensor))],
-            initial_state=_address(self.initial_state),
-            checkpoints=_address(checkpoints),
+            address(self.bounds),
+            *[x for tensor in self.tensors for x in (address(tensor), strides(tensor))],
+            initial_state=address(self.initial_state),
+            checkpoints=address(checkpoints),
         )
-        problem, addresses = _numbers(problem), _numbers(addresses)
-        at, to = problem.buffer_info()[0], addresses.buffer_info()[0]
-
-        def work(first: int, end: int) -> None:
-            scratch = _empty((scratch_size,))
-            kernel(at, to, scratch.data_ptr(), scale, first, end)
-
-        share_out(work, self.N * self.G * self.parts, self.threads)
+        sizes, units = buffer_sizes(self.K, self.V, self.R, self.parts), self.N * self.G * self.parts
+        calls.call_kernel(kernel, problem, results, sizes, scale, units, self.threads)
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
     B, T, H, K = q.shape
     G, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segments = 0
-    if keep:
-        segments = B * -(-T // _SEGMENT) if cu_seqlens is None else T // _SEGMENT + N
-    return _empty((B, T, H, V), v.dtype), _empty((N, G, K, V)), _empty((segments, G, K, V))
-
-
-def _empty(shape, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def _rows_of_float32(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    x = x if x.dtype == torch.float32 else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def _numbers(record) -> array:
-    return array("q", [x for field in record for x in (field if isinstance(field, tuple) else (field,))])
+    checkpoints = checkpoint_count(N, T, packed=cu_seqlens is not None) if keep else 0
+    return calls.empty((B, T, H, V), v.dtype), calls.empty((N, G, K, V)), calls.empty((checkpoints, G, K, V))

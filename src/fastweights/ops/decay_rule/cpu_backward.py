@@ -10,52 +10,56 @@ and nothing is divided or subtracted, so strong decay costs no accuracy. While t
 is the gradient of kt[t, i], and is multiplied by f_t to become that of kt[t-1, i]. The gradient of a
 gate is the sum of all paths across it,
 
-    d log f_t = sum_v P_t     d log z_t = sum_k P_t     P_t = (f_t z_t^T) * S_{t-1} * dS_t
+    dlog_f_t = sum_v P_t     dlog_z_t = sum_k P_t     P_t = (f_t z_t^T) * S_{t-1} * dS_t
 
-taken apart into paths that start at a token of the chunk, sum_i kt[t, i] * dk_i, and paths that
-start in the state before the chunk, which end at a token's read or go on past the chunk's end.
+taken apart into paths that start at a token of the chunk, sum_i kt[t, i] * dk_i (`step_back`), and
+paths that start in the state before the chunk, which end at a token's read
+(`_from_reads_of_earlier_state`) or go on past the chunk's end (`paths_across`).
 
 Notation
     G, R     key/value heads, query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
     S, dS    state and its gradient, rows of V numbers for each of K keys
-    f, z     key-side and value-side gates (not their logs)
+    f, z     key-side and value-side gates, in [0, 1]; dlog_f, dlog_z the gradients of their logs
     F, Z     products of f and z from the chunk's start to a token
+    P_t      all paths across step t, for each number of the state: what an earlier S gives to a later loss
     g        scale * do
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, float64, int64, njit, types
+from numba.extending import register_jitable
 
-from ..numba.staging import (
-    COLUMNS,
-    SEGMENT,
+from ..numba.checkpoints import SEGMENT
+from ..numba.rows import add, add_product, clear, dot, fill_ones, gather, multiply, spread, sum_of
+from ..numba.runtime import sources_version
+from ..numba.staging import offset, part_width, round_up, stage, unstage
+from ..numba.vectors import LANES, inner, place, pointer, record_at, shift
+from .cpu_paths import decay_pairs, decay_to_end, gate_products, paths_across, step_back
+from .cpu_problem import (
     Problem,
-    clear,
-    fill_ones,
-    multiply,
-    offset,
-    part_width,
-    round_up,
-    sequence,
-    sources_version,
-    stage,
-    stage_gate,
+    checkpoint_at,
+    has_key_gate,
+    has_value_gate,
+    late_reads,
     stage_key_gate,
-    unstage,
+    stage_keys,
+    stage_queries,
+    stage_value_gate,
+    stage_values,
+    unit_at,
 )
-from ..numba.vectors import LANES, fill, fma, load, pointer, record_at, shift, splat, store, store_fours, total, totals
-
-CHUNK = 8
+from .cpu_products import CHUNK, decay_and_write, times_keys, times_values
 
 
 class Gradients(NamedTuple):
     """Addresses of the output gradients (0: none) and of what the kernel writes.
 
-    All are contiguous. dq, dk and df have the parts as an additional first dimension.
+    All are contiguous. dq, dk and dlog_f have the parts as an additional first dimension.
     """
 
     do: int
@@ -64,433 +68,347 @@ class Gradients(NamedTuple):
     dq: int
     dk: int
     dv: int
-    df: int
-    dz: int
+    dlog_f: int
+    dlog_z: int
     dinitial: int
     tokens: int
     """B * T"""
 
 
-def scratch_size(K: int, V: int, R: int) -> int:
-    """Numbers of scratch that the kernel needs."""
-    Kp, Vp = -(-K // LANES) * LANES, -(-V // COLUMNS) * COLUMNS
-    staged = SEGMENT * ((2 + 2 * R) * Kp + (2 + R) * Vp)
-    states = (SEGMENT // CHUNK + 1) * Kp * Vp
-    rows = (CHUNK * CHUNK + CHUNK + 1 + (R + 4) * CHUNK + 2) * (Kp + Vp)
-    return staged + states + rows + 2 * CHUNK
+class Buffers(NamedTuple):
+    """Scratch of the kernel: how many numbers each buffer has or, in the kernel, where it starts."""
+
+    k: int
+    f: int
+    q: int
+    dq: int
+    v: int
+    z: int
+    g: int
+    states: int
+    dS: int
+    kt: int
+    vt: int
+    F: int
+    Z: int
+    qF: int
+    gZ: int
+    dk: int
+    dv: int
+    x: int
+    y: int
+    read_k: int
+    read_v: int
+    later_k: int
+    later_v: int
+    row_k: int
+    row_v: int
+    weights: int
+    dweights: int
 
 
-# --- matrix products --------------------------------------------------------------------------------
+@register_jitable
+def buffer_sizes(K, V, R, parts):
+    """The kernel's buffers: of a segment's tokens, of the states at its chunks, and of one chunk's tokens."""
+    Kp, Vp = round_up(K, LANES), part_width(V, parts)
+    return Buffers(
+        k=SEGMENT * Kp,
+        f=SEGMENT * Kp,
+        q=R * SEGMENT * Kp,
+        dq=R * SEGMENT * Kp,
+        v=SEGMENT * Vp,
+        z=SEGMENT * Vp,
+        g=R * SEGMENT * Vp,
+        states=SEGMENT // CHUNK * Kp * Vp,
+        dS=Kp * Vp,
+        kt=CHUNK * CHUNK * Kp,
+        vt=CHUNK * CHUNK * Vp,
+        F=CHUNK * Kp,
+        Z=CHUNK * Vp,
+        qF=R * CHUNK * Kp,
+        gZ=R * CHUNK * Vp,
+        dk=CHUNK * Kp,
+        dv=CHUNK * Vp,
+        x=CHUNK * Kp,
+        y=CHUNK * Vp,
+        read_k=CHUNK * Kp,
+        read_v=CHUNK * Vp,
+        later_k=Kp,
+        later_v=Vp,
+        row_k=Kp,
+        row_v=Vp,
+        weights=CHUNK,
+        dweights=CHUNK,
+    )
 
 
-@njit(nogil=True)
-def _outer(out, S, Kp, Vp, gate_f, F, gate_z, Z, a, b):
-    """out = (F Z^T) * S + sum over a chunk's tokens of a_t b_t^T; `out` may be S itself."""
-    for value in range(0, Vp, COLUMNS):
-        for key in range(0, Kp, 4):
-            s0 = shift(S, key * Vp + value)
-            s1, s2, s3 = shift(s0, Vp), shift(s0, 2 * Vp), shift(s0, 3 * Vp)
-            s00, s01, s10, s11 = load(s0, 0), load(s0, LANES), load(s1, 0), load(s1, LANES)
-            s20, s21, s30, s31 = load(s2, 0), load(s2, LANES), load(s3, 0), load(s3, LANES)
-            if gate_f:
-                f0, f1, f2, f3 = splat(F, key), splat(F, key + 1), splat(F, key + 2), splat(F, key + 3)
-                s00, s01, s10, s11 = s00 * f0, s01 * f0, s10 * f1, s11 * f1
-                s20, s21, s30, s31 = s20 * f2, s21 * f2, s30 * f3, s31 * f3
-            if gate_z:
-                z0, z1 = load(Z, value), load(Z, value + LANES)
-                s00, s01, s10, s11 = s00 * z0, s01 * z1, s10 * z0, s11 * z1
-                s20, s21, s30, s31 = s20 * z0, s21 * z1, s30 * z0, s31 * z1
-            for t in range(CHUNK):
-                i, j = t * Kp + key, t * Vp + value
-                b0, b1 = load(b, j), load(b, j + LANES)
-                a0, a1, a2, a3 = splat(a, i), splat(a, i + 1), splat(a, i + 2), splat(a, i + 3)
-                s00, s01 = fma(a0, b0, s00), fma(a0, b1, s01)
-                s10, s11 = fma(a1, b0, s10), fma(a1, b1, s11)
-                s20, s21 = fma(a2, b0, s20), fma(a2, b1, s21)
-                s30, s31 = fma(a3, b0, s30), fma(a3, b1, s31)
-            _store_tile(shift(out, key * Vp + value), Vp, s00, s01, s10, s11, s20, s21, s30, s31)
+class Segment(NamedTuple):
+    """Up to SEGMENT tokens of a sequence, from one checkpoint to the next."""
+
+    token: int
+    """The first."""
+    rows: int
+    reads: int
+    """Reads of the states after these tokens; an exclusive one of the sequence's last state there is not."""
+    staged: int
+    """Rows in scratch: whole chunks."""
+    index: int
 
 
-@njit(nogil=True)
-def _rows(out, S, Kp, Vp, a):
-    """out_t = S^T a_t for a chunk's tokens."""
-    zero = fill(float32(0.0))
-    for value in range(0, Vp, COLUMNS):
-        for t in range(0, CHUNK, 4):
-            o00, o01, o10, o11, o20, o21, o30, o31 = zero, zero, zero, zero, zero, zero, zero, zero
-            x0 = shift(a, t * Kp)
-            x1, x2, x3 = shift(x0, Kp), shift(x0, 2 * Kp), shift(x0, 3 * Kp)
-            for key in range(Kp):
-                j = key * Vp + value
-                s0, s1 = load(S, j), load(S, j + LANES)
-                a0, a1, a2, a3 = splat(x0, key), splat(x1, key), splat(x2, key), splat(x3, key)
-                o00, o01 = fma(a0, s0, o00), fma(a0, s1, o01)
-                o10, o11 = fma(a1, s0, o10), fma(a1, s1, o11)
-                o20, o21 = fma(a2, s0, o20), fma(a2, s1, o21)
-                o30, o31 = fma(a3, s0, o30), fma(a3, s1, o31)
-            _store_tile(shift(out, t * Vp + value), Vp, o00, o01, o10, o11, o20, o21, o30, o31)
+@register_jitable
+def _segment_at(p, u, index):
+    token = u.start + index * SEGMENT
+    rows = min(SEGMENT, u.end - token)
+    return Segment(token, rows, min(rows, u.end - token - late_reads(p)), round_up(rows, CHUNK), index)
 
 
-@njit(nogil=True, forceinline=True)
-def _store_tile(out, width, s00, s01, s10, s11, s20, s21, s30, s31):
-    store(out, 0, s00)
-    store(out, LANES, s01)
-    store(out, width, s10)
-    store(out, width + LANES, s11)
-    store(out, 2 * width, s20)
-    store(out, 2 * width + LANES, s21)
-    store(out, 3 * width, s30)
-    store(out, 3 * width + LANES, s31)
+class Chunk(NamedTuple):
+    """CHUNK tokens of a segment: where their rows start in scratch."""
+
+    token: int
+    """The first."""
+    rows: int
+    """Tokens that are there."""
+    i: int
+    j: int
+    """Offset of the first token's row in buffers of keys and of values."""
+    f: int
+    z: int
+    S: int
+    """The state before the chunk."""
+    kt: int
+    vt: int
+    step_k: int
+    step_v: int
+    """Pairs kt[t, i] and vt[t, i] of token t start at t * step_k and t * step_v; without gates they are k_i and v_i."""
 
 
-@njit(nogil=True)
-def _columns(out, S, Kp, Vp, b):
-    """out_t = S b_t for a chunk's tokens."""
-    zero = fill(float32(0.0))
-    for key in range(0, Kp, 4):
-        s0 = shift(S, key * Vp)
-        s1, s2, s3 = shift(s0, Vp), shift(s0, 2 * Vp), shift(s0, 3 * Vp)
-        for t in range(0, CHUNK, 2):
-            o00, o10, o20, o30, o01, o11, o21, o31 = zero, zero, zero, zero, zero, zero, zero, zero
-            b0 = shift(b, t * Vp)
-            b1 = shift(b0, Vp)
-            for value in range(0, Vp, LANES):
-                x0, x1 = load(b0, value), load(b1, value)
-                s = load(s0, value)
-                o00, o01 = fma(s, x0, o00), fma(s, x1, o01)
-                s = load(s1, value)
-                o10, o11 = fma(s, x0, o10), fma(s, x1, o11)
-                s = load(s2, value)
-                o20, o21 = fma(s, x0, o20), fma(s, x1, o21)
-                s = load(s3, value)
-                o30, o31 = fma(s, x0, o30), fma(s, x1, o31)
-            sums = totals(o00, o10, o20, o30, o01, o11, o21, o31)
-            store_fours(out, t * Kp + key, (t + 1) * Kp + key, sums)
+@inner
+def _chunk_at(p, b, u, s, first):
+    """The segment's chunk that starts at its row `first`, with its pairs and products of gates worked out."""
+    i, j = first * u.Kp, first * u.Vp
+    f, z = shift(b.f, i), shift(b.z, j)
+    kt, step_k, vt, step_v = shift(b.k, i), 0, shift(b.v, j), 0
+    if has_key_gate(p):
+        decay_pairs(b.kt, kt, f, u.Kp)
+        kt, step_k = b.kt, CHUNK * u.Kp
+    if has_value_gate(p):
+        decay_pairs(b.vt, vt, z, u.Vp)
+        vt, step_v = b.vt, CHUNK * u.Vp
+    gate_products(b.F, has_key_gate(p), f, u.Kp)
+    gate_products(b.Z, has_value_gate(p), z, u.Vp)
+    S = shift(b.states, first // CHUNK * u.Kp * u.Vp)
+    return Chunk(s.token + first, min(CHUNK, s.rows - first), i, j, f, z, S, kt, vt, step_k, step_v)
 
 
-# --- rows -------------------------------------------------------------------------------------------
+# --- a segment's rows and states -------------------------------------------------------------------
 
 
-@njit(nogil=True)
-def _dot(x, y, size):
-    sum0, sum1 = fill(float32(0.0)), fill(float32(0.0))
-    if size % COLUMNS != 0:
-        size -= LANES
-        sum1 = load(x, size) * load(y, size)
-    for i in range(0, size, COLUMNS):
-        sum0 = fma(load(x, i), load(y, i), sum0)
-        sum1 = fma(load(x, i + LANES), load(y, i + LANES), sum1)
-    return total(sum0 + sum1)
+@inner
+def _stage_writes(p, b, u, s):
+    """k, v and gates. Tokens that the last chunk lacks are zeros with gates of 1: they leave S and dS alone."""
+    missing = s.staged - s.rows
+    stage_keys(b.k, p, u, s.token, s.rows)
+    stage_values(b.v, p, u, s.token, s.rows)
+    clear(shift(b.k, s.rows * u.Kp), missing * u.Kp)
+    clear(shift(b.v, s.rows * u.Vp), missing * u.Vp)
+    if has_key_gate(p):
+        stage_key_gate(b.f, p, u, s.token, s.rows)
+        fill_ones(shift(b.f, s.rows * u.Kp), missing * u.Kp)
+    if has_value_gate(p):
+        stage_value_gate(b.z, p, u, s.token, s.rows)
+        fill_ones(shift(b.z, s.rows * u.Vp), missing * u.Vp)
 
 
-@njit(nogil=True)
-def _add(out, x, size):
-    """out += x"""
-    for i in range(0, size, LANES):
-        store(out, i, load(x, i) + load(out, i))
+@inner
+def _stage_reads(p, d, b, u, s, scale):
+    """q and g = scale * do of each query head; zeros for reads that are not there."""
+    missing = s.staged - s.reads
+    token = s.token + late_reads(p)
+    for r in range(p.R):
+        q, g = shift(b.q, r * SEGMENT * u.Kp), shift(b.g, r * SEGMENT * u.Vp)
+        stage_queries(q, p, u, r, token, s.reads, float32(1.0))
+        clear(shift(q, s.reads * u.Kp), missing * u.Kp)
+        _stage_output_gradient(g, p, d, u, r, token, s.reads, scale)
+        clear(shift(g, s.reads * u.Vp), missing * u.Vp)
 
 
-@njit(nogil=True)
-def _spread(out, weights, x, rows, size):
-    """out_u += weight_u * x"""
-    for i in range(0, size, LANES):
-        xi = load(x, i)
-        for u in range(rows):
-            store(out, u * size + i, fma(splat(weights, u), xi, load(out, u * size + i)))
+@inner
+def _stage_output_gradient(out, p, d, u, r, token, rows, scale):
+    """g = scale * do of `rows` tokens and the r-th query head."""
+    if d.do == 0:
+        clear(out, rows * u.Vp)
+    else:
+        x = shift(pointer(d.do), offset(d.do_strides, u.batch, token, u.head * p.R + r) + u.column)
+        stage(out, u.Vp, u.Vp, x, d.do_strides[1], u.columns, rows, scale)
 
 
-@njit(nogil=True)
-def _gather(out, weights, x, rows, size):
-    """out += sum of weight_u * x_u"""
-    for i in range(0, size, LANES):
-        sum_ = load(out, i)
-        for u in range(rows):
-            sum_ = fma(splat(weights, u), load(x, u * size + i), sum_)
-        store(out, i, sum_)
+@inner
+def _recompute_states(p, b, u, s):
+    """S at the start of each chunk, from the checkpoint at the start of the segment."""
+    size = u.Kp * u.Vp
+    clear(b.states, size)
+    x = shift(pointer(p.checkpoints), checkpoint_at(p, u, s.index))
+    stage(b.states, u.Vp, u.Vp, x, p.V, u.columns, p.K, float32(1.0))
+    for first in range(0, s.staged - CHUNK, CHUNK):
+        i, j = first * u.Kp, first * u.Vp
+        decay_to_end(b.kt, b.row_k, shift(b.k, i), has_key_gate(p), shift(b.f, i), u.Kp)
+        decay_to_end(b.vt, b.row_v, shift(b.v, j), has_value_gate(p), shift(b.z, j), u.Vp)
+        S = shift(b.states, first // CHUNK * size)
+        gate_f, gate_z = has_key_gate(p), has_value_gate(p)
+        decay_and_write(shift(S, size), S, u.Kp, u.Vp, gate_f, b.row_k, gate_z, b.row_v, b.kt, b.vt)
 
 
-@njit(nogil=True)
-def _add_product(out, x, y, size):
-    """out += x * y"""
-    for i in range(0, size, LANES):
-        store(out, i, fma(load(x, i), load(y, i), load(out, i)))
+# --- the gradients of a chunk ----------------------------------------------------------------------
 
 
-@njit(nogil=True)
-def _sum(x, size):
-    s = fill(float32(0.0))
-    for i in range(0, size, LANES):
-        s = s + load(x, i)
-    return total(s)
+@inner
+def _from_later_state(p, b, u, c):
+    """dk, dv and paths over the whole chunk, from dS after it."""
+    last_k, last_v = shift(c.kt, (CHUNK - 1) * c.step_k), shift(c.vt, (CHUNK - 1) * c.step_v)
+    times_values(b.dk, b.dS, u.Kp, u.Vp, last_v)
+    times_keys(b.dv, b.dS, u.Kp, u.Vp, last_k)
+    if has_key_gate(p) or has_value_gate(p):
+        F, Z = shift(b.F, (CHUNK - 1) * u.Kp), shift(b.Z, (CHUNK - 1) * u.Vp)
+        paths_across(b.later_k, b.later_v, c.S, b.dS, p.K, u.Kp, u.Vp, F, has_value_gate(p), Z)
 
 
-# --- gates inside a chunk ---------------------------------------------------------------------------
+@inner
+def _from_reads_of_earlier_state(p, b, u, c):
+    """dq of the chunk's reads of the state before it, and the paths that end at them."""
+    size_k, size_v = CHUNK * u.Kp, CHUNK * u.Vp
+    clear(b.read_k, size_k)
+    clear(b.read_v, size_v)
+    for r in range(p.R):
+        i, j = r * SEGMENT * u.Kp + c.i, r * SEGMENT * u.Vp + c.j
+        qF, gZ = shift(b.qF, r * size_k), shift(b.gZ, r * size_v)
+        multiply(qF, shift(b.q, i), b.F, size_k)
+        multiply(gZ, shift(b.g, j), b.Z, size_v)
+        times_values(b.x, c.S, u.Kp, u.Vp, gZ)
+        multiply(shift(b.dq, i), b.F, b.x, size_k)
+        if has_key_gate(p):
+            add_product(b.read_k, qF, b.x, size_k)
+        if has_value_gate(p):
+            times_keys(b.y, c.S, u.Kp, u.Vp, qF)
+            add_product(b.read_v, gZ, b.y, size_v)
 
 
-@njit(nogil=True)
-def _decay_to_end(out, product, x, gated, gate, width):
-    """out_t = x_t times the gates of the chunk's later tokens; product = that of all of its gates."""
-    for i in range(0, width, LANES):
-        w = fill(float32(1.0))
-        for t in range(CHUNK - 1, -1, -1):
-            j = t * width + i
-            if gated:
-                store(out, j, load(x, j) * w)
-                w = w * load(gate, j)
-            else:
-                store(out, j, load(x, j))
-        store(product, i, w)
+@inner
+def _from_pairs(p, b, u, c, t):
+    """dq_t, dk_i and dv_i from the read of token t of what tokens i <= t of the chunk wrote."""
+    kt, vt = shift(c.kt, t * c.step_k), shift(c.vt, t * c.step_v)
+    for r in range(p.R):
+        i, j = r * SEGMENT * u.Kp + c.i + t * u.Kp, r * SEGMENT * u.Vp + c.j + t * u.Vp
+        q, g, dq = shift(b.q, i), shift(b.g, j), shift(b.dq, i)
+        for n in range(t + 1):
+            b.weights[n] = dot(q, shift(kt, n * u.Kp), u.Kp)
+            b.dweights[n] = dot(g, shift(vt, n * u.Vp), u.Vp)
+        spread(b.dv, b.weights, g, t + 1, u.Vp)
+        spread(b.dk, b.dweights, q, t + 1, u.Kp)
+        gather(dq, b.dweights, kt, t + 1, u.Kp)
 
 
-@njit(nogil=True)
-def _decay_pairs(out, x, gate, width):
-    """out[t, i] = x_i times the gates of tokens i + 1 to t, for i <= t."""
-    step = CHUNK * width
-    for c in range(0, width, LANES):
-        for i in range(CHUNK):
-            w = load(x, i * width + c)
-            store(out, i * step + i * width + c, w)
-            for t in range(i + 1, CHUNK):
-                w = w * load(gate, t * width + c)
-                store(out, t * step + i * width + c, w)
+@inner
+def _step_back_over_gates(p, d, b, u, c, t):
+    """Gradients of the gates of token t, and dk_i and dv_i of earlier tokens taken back over them."""
+    single = late_reads(p) + p.inclusive  # 1, but no literal: Numba would compile `unstage` again for it
+    at = (u.batch * p.T + c.token + t) * p.G + u.head
+    if has_key_gate(p):
+        add(b.later_k, shift(b.read_k, t * u.Kp), u.Kp)
+        step_back(b.row_k, b.later_k, shift(c.kt, t * c.step_k), b.dk, shift(c.f, t * u.Kp), t, u.Kp)
+        dlog_f, part = pointer(d.dlog_f), u.part * d.tokens * p.G
+        if p.Kf == p.K:
+            unstage(shift(dlog_f, (part + at) * p.K), p.K, p.K, single, b.row_k, u.Kp)
+        else:
+            dlog_f[part + at] = sum_of(b.row_k, u.Kp)
+    if has_value_gate(p):
+        add(b.later_v, shift(b.read_v, t * u.Vp), u.Vp)
+        step_back(b.row_v, b.later_v, shift(c.vt, t * c.step_v), b.dv, shift(c.z, t * u.Vp), t, u.Vp)
+        unstage(shift(pointer(d.dlog_z), at * p.V + u.column), p.V, u.columns, single, b.row_v, u.Vp)
 
 
-@njit(nogil=True)
-def _products(out, gated, gate, width):
-    """out_t = product of the chunk's gates up to token t."""
-    for i in range(0, width, LANES):
-        product = fill(float32(1.0))
-        for t in range(CHUNK):
-            if gated:
-                product = product * load(gate, t * width + i)
-            store(out, t * width + i, product)
+@inner
+def _write_key_and_value_gradients(p, d, b, u, c):
+    at = (u.batch * p.T + c.token) * p.G + u.head
+    dk = shift(pointer(d.dk), (u.part * d.tokens * p.G + at) * p.K)
+    unstage(dk, p.G * p.K, p.K, c.rows, b.dk, u.Kp)
+    unstage(shift(pointer(d.dv), at * p.V + u.column), p.G * p.V, u.columns, c.rows, b.dv, u.Vp)
 
 
-@njit(nogil=True)
-def _paths_across(sum_k, sum_v, S, dS, K, Kp, Vp, F, gate_z, Z):
-    """Paths from before the chunk to past its end: (F Z^T) * S * dS, its sums over values and over keys."""
-    clear(sum_k, Kp)
-    clear(sum_v, Vp)
-    for key in range(K):
-        d = splat(F, key)
-        row = fill(float32(0.0))
-        at = key * Vp
-        for value in range(0, Vp, LANES):
-            x = load(S, at + value) * load(dS, at + value) * d
-            if gate_z:
-                x = x * load(Z, value)
-            row = row + x
-            store(sum_v, value, load(sum_v, value) + x)
-        sum_k[key] = total(row)
+@inner
+def _to_earlier_state(p, b, u):
+    """dS before the chunk: decayed, and with what the chunk's reads add."""
+    F, Z = shift(b.F, (CHUNK - 1) * u.Kp), shift(b.Z, (CHUNK - 1) * u.Vp)
+    for r in range(p.R):
+        gate_f, gate_z = r == 0 and has_key_gate(p), r == 0 and has_value_gate(p)
+        qF, gZ = shift(b.qF, r * CHUNK * u.Kp), shift(b.gZ, r * CHUNK * u.Vp)
+        decay_and_write(b.dS, b.dS, u.Kp, u.Vp, gate_f, F, gate_z, Z, qF, gZ)
 
 
-@njit(nogil=True)
-def _step_back(dgate, later, xt, dx, gate, t, width):
-    """d log gate_t = later paths + sum_i xt[t, i] * dx_i over i < t; then dx_i *= gate_t."""
-    for c in range(0, width, LANES):
-        w = load(later, c)
-        d = load(gate, c)
-        for i in range(t):
-            x = load(dx, i * width + c)
-            w = fma(load(xt, i * width + c), x, w)
-            store(dx, i * width + c, x * d)
-        store(dgate, c, w)
+@inner
+def _chunk_back(p, d, b, u, s, first):
+    """All gradients of a chunk; dS from that after the chunk to that before it."""
+    c = _chunk_at(p, b, u, s, first)
+    _from_later_state(p, b, u, c)
+    _from_reads_of_earlier_state(p, b, u, c)
+    for t in range(c.rows - 1, -1, -1):
+        _from_pairs(p, b, u, c, t)
+        _step_back_over_gates(p, d, b, u, c, t)
+    _write_key_and_value_gradients(p, d, b, u, c)
+    _to_earlier_state(p, b, u)
+
+
+# --- units -----------------------------------------------------------------------------------------
+
+
+@inner
+def _query_gradient(p, d, u, r, token):
+    """Where dq of a token and the r-th query head is written."""
+    row = u.part * d.tokens + u.batch * p.T + token
+    return shift(pointer(d.dq), ((row * p.G + u.head) * p.R + r) * p.K)
+
+
+@inner
+def _segment_back(p, d, b, u, s, scale):
+    """All gradients of a segment; dS from that after it to that before it."""
+    _stage_writes(p, b, u, s)
+    _stage_reads(p, d, b, u, s, scale)
+    _recompute_states(p, b, u, s)
+    for first in range(s.staged - CHUNK, -1, -CHUNK):
+        _chunk_back(p, d, b, u, s, first)
+    for r in range(p.R):
+        dq = _query_gradient(p, d, u, r, s.token + late_reads(p))
+        unstage(dq, p.G * p.R * p.K, p.K, s.reads, shift(b.dq, r * SEGMENT * u.Kp), u.Kp)
+
+
+@inner
+def _first_read_back(p, d, b, u, scale):
+    """The exclusive read of the first token: of the initial state, with which `states` starts."""
+    single = late_reads(p)
+    for r in range(p.R):
+        stage_queries(b.row_k, p, u, r, u.start, single, float32(1.0))
+        _stage_output_gradient(b.row_v, p, d, u, r, u.start, single, scale)
+        for key in range(p.K):
+            b.x[key] = dot(shift(b.states, key * u.Vp), b.row_v, u.Vp)
+            spread(shift(b.dS, key * u.Vp), shift(b.row_k, key), b.row_v, single, u.Vp)
+        unstage(_query_gradient(p, d, u, r, u.start), p.K, p.K, single, b.x, u.Kp)
 
 
 @njit(nogil=True, error_model="numpy")
 def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
     """All gradients for some units, from the last segment of each sequence to its first; takes addresses."""
     p, d = record_at(problem, Problem), record_at(gradients, Gradients)
-    K, V, R = p.K, p.V, p.R
-    H = p.G * R
-    value_gate = p.Vz == V
-    key_gate = p.Kf > 0 or (p.Vz == 1 and V != 1)
-    gated = key_gate or value_gate
-    # An exclusive read of token t is an inclusive one of token t - 1, and one of the initial state.
-    late = 1 - p.inclusive
-    single = late + p.inclusive  # 1, but no literal: Numba would compile `unstage` again for it
-    most_columns = part_width(V, p.parts)
-    factor, one = float32(scale), float32(1.0)
-
-    Kp, Vp = round_up(K, LANES), most_columns
-    k = pointer(scratch)
-    f = shift(k, SEGMENT * Kp)
-    q = shift(f, SEGMENT * Kp)
-    dq = shift(q, R * SEGMENT * Kp)
-    v = shift(dq, R * SEGMENT * Kp)
-    z = shift(v, SEGMENT * Vp)
-    g = shift(z, SEGMENT * Vp)
-    states = shift(g, R * SEGMENT * Vp)
-    dS = shift(states, SEGMENT // CHUNK * Kp * Vp)
-    kt = shift(dS, Kp * Vp)
-    vt = shift(kt, CHUNK * CHUNK * Kp)
-    F = shift(vt, CHUNK * CHUNK * Vp)
-    Z = shift(F, CHUNK * Kp)
-    qF = shift(Z, CHUNK * Vp)
-    gZ = shift(qF, R * CHUNK * Kp)
-    dk = shift(gZ, R * CHUNK * Vp)
-    dv = shift(dk, CHUNK * Kp)
-    x = shift(dv, CHUNK * Vp)
-    y = shift(x, CHUNK * Kp)
-    read_k = shift(y, CHUNK * Vp)
-    read_v = shift(read_k, CHUNK * Kp)
-    later_k = shift(read_v, CHUNK * Vp)
-    later_v = shift(later_k, Kp)
-    row_k = shift(later_v, Vp)
-    row_v = shift(row_k, Kp)
-    weights = shift(row_v, Vp)
-    dweights = shift(weights, CHUNK)
-
-    for unit in range(first_unit, end_unit):
-        part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G
-        column = part * most_columns
-        columns = min(most_columns, V - column)
-        Vp = round_up(columns, COLUMNS)
-        batch, start, end, checkpoint = sequence(p, n)
-        row = batch * p.T
-        state = (n * p.G + head) * K * V + column
-        clear(dS, Kp * Vp)
+    b = place(pointer(scratch), buffer_sizes(p.K, p.V, p.R, p.parts), p.guard)
+    for index in range(first_unit, end_unit):
+        u = unit_at(p, index)
+        clear(b.dS, u.Kp * u.Vp)
         if d.dfinal != 0:
-            stage(dS, Vp, Vp, shift(pointer(d.dfinal), state), V, columns, K, one)
-
-        for segment in range((end - start + SEGMENT - 1) // SEGMENT - 1, -1, -1):
-            t0 = start + segment * SEGMENT
-            rows = min(SEGMENT, end - t0)
-            reads = min(rows, end - t0 - late)
-            chunks = (rows + CHUNK - 1) // CHUNK
-            # Tokens that the last chunk lacks are zeros with gates of 1: they leave S and dS alone.
-            staged = chunks * CHUNK
-            clear(shift(k, rows * Kp), (staged - rows) * Kp)
-            clear(shift(v, rows * Vp), (staged - rows) * Vp)
-            at = offset(p.k_strides, batch, t0, head)
-            stage(k, Kp, Kp, shift(pointer(p.k), at), p.k_strides[1], K, rows, one)
-            at = offset(p.v_strides, batch, t0, head) + column
-            stage(v, Vp, Vp, shift(pointer(p.v), at), p.v_strides[1], columns, rows, one)
-            if key_gate:
-                stage_key_gate(f, Kp, p, batch, head, t0, rows)
-                fill_ones(shift(f, rows * Kp), (staged - rows) * Kp)
-            if value_gate:
-                at = offset(p.z_strides, batch, t0, head) + column
-                stage_gate(z, Vp, shift(pointer(p.z), at), p.z_strides[1], columns, rows)
-                fill_ones(shift(z, rows * Vp), (staged - rows) * Vp)
-            for r in range(R):
-                qr, gr = shift(q, r * SEGMENT * Kp), shift(g, r * SEGMENT * Vp)
-                clear(shift(qr, reads * Kp), (staged - reads) * Kp)
-                at = offset(p.q_strides, batch, t0 + late, head * R + r)
-                stage(qr, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, reads, one)
-                if d.do == 0:
-                    clear(gr, staged * Vp)
-                else:
-                    clear(shift(gr, reads * Vp), (staged - reads) * Vp)
-                    at = offset(d.do_strides, batch, t0 + late, head * R + r) + column
-                    stage(gr, Vp, Vp, shift(pointer(d.do), at), d.do_strides[1], columns, reads, factor)
-
-            clear(states, Kp * Vp)
-            at = ((checkpoint + segment) * p.G + head) * K * V + column
-            stage(states, Vp, Vp, shift(pointer(p.checkpoints), at), V, columns, K, one)
-            for chunk in range(chunks - 1):
-                _decay_to_end(kt, row_k, shift(k, chunk * CHUNK * Kp), key_gate, shift(f, chunk * CHUNK * Kp), Kp)
-                _decay_to_end(vt, row_v, shift(v, chunk * CHUNK * Vp), value_gate, shift(z, chunk * CHUNK * Vp), Vp)
-                S = shift(states, chunk * Kp * Vp)
-                _outer(shift(S, Kp * Vp), S, Kp, Vp, key_gate, row_k, value_gate, row_v, kt, vt)
-
-            for chunk in range(chunks - 1, -1, -1):
-                here = min(CHUNK, rows - chunk * CHUNK)
-                i0, j0 = chunk * CHUNK * Kp, chunk * CHUNK * Vp
-                S = shift(states, chunk * Kp * Vp)
-                fc, zc = shift(f, i0), shift(z, j0)
-                # Without a gate, pair (t, i) is token i itself for every t.
-                pair_k, step_k, pair_v, step_v = shift(k, i0), 0, shift(v, j0), 0
-                if key_gate:
-                    _decay_pairs(kt, pair_k, fc, Kp)
-                    pair_k, step_k = kt, CHUNK * Kp
-                if value_gate:
-                    _decay_pairs(vt, pair_v, zc, Vp)
-                    pair_v, step_v = vt, CHUNK * Vp
-                _products(F, key_gate, fc, Kp)
-                _products(Z, value_gate, zc, Vp)
-                last_F, last_Z = shift(F, (CHUNK - 1) * Kp), shift(Z, (CHUNK - 1) * Vp)
-
-                # From the state after the chunk.
-                _columns(dk, dS, Kp, Vp, shift(pair_v, (CHUNK - 1) * step_v))
-                _rows(dv, dS, Kp, Vp, shift(pair_k, (CHUNK - 1) * step_k))
-                if gated:
-                    _paths_across(later_k, later_v, S, dS, K, Kp, Vp, last_F, value_gate, last_Z)
-
-                # Reads of the state before the chunk.
-                clear(read_k, CHUNK * Kp)
-                clear(read_v, CHUNK * Vp)
-                for r in range(R):
-                    i, j = r * SEGMENT * Kp + i0, r * SEGMENT * Vp + j0
-                    qFr, gZr = shift(qF, r * CHUNK * Kp), shift(gZ, r * CHUNK * Vp)
-                    multiply(qFr, shift(q, i), F, CHUNK * Kp)
-                    multiply(gZr, shift(g, j), Z, CHUNK * Vp)
-                    _columns(x, S, Kp, Vp, gZr)
-                    multiply(shift(dq, i), F, x, CHUNK * Kp)
-                    if key_gate:
-                        _add_product(read_k, qFr, x, CHUNK * Kp)
-                    if value_gate:
-                        _rows(y, S, Kp, Vp, qFr)
-                        _add_product(read_v, gZr, y, CHUNK * Vp)
-
-                for t in range(here - 1, -1, -1):
-                    kr, vr = shift(pair_k, t * step_k), shift(pair_v, t * step_v)
-                    for r in range(R):
-                        i, j = r * SEGMENT * Kp + i0 + t * Kp, r * SEGMENT * Vp + j0 + t * Vp
-                        qt, gt, dqt = shift(q, i), shift(g, j), shift(dq, i)
-                        for u in range(t + 1):
-                            weights[u] = _dot(qt, shift(kr, u * Kp), Kp)
-                            dweights[u] = _dot(gt, shift(vr, u * Vp), Vp)
-                        _spread(dv, weights, gt, t + 1, Vp)
-                        _spread(dk, dweights, qt, t + 1, Kp)
-                        _gather(dqt, dweights, kr, t + 1, Kp)
-                    token = row + t0 + chunk * CHUNK + t
-                    if key_gate:
-                        _add(later_k, shift(read_k, t * Kp), Kp)
-                        _step_back(row_k, later_k, kr, dk, shift(fc, t * Kp), t, Kp)
-                        at = (part * d.tokens + token) * p.G + head
-                        if p.Kf == K:
-                            unstage(shift(pointer(d.df), at * K), K, K, single, row_k, Kp)
-                        else:
-                            df = pointer(d.df)
-                            df[at] = _sum(row_k, Kp)
-                    if value_gate:
-                        _add(later_v, shift(read_v, t * Vp), Vp)
-                        _step_back(row_v, later_v, vr, dv, shift(zc, t * Vp), t, Vp)
-                        at = (token * p.G + head) * V + column
-                        unstage(shift(pointer(d.dz), at), V, columns, single, row_v, Vp)
-
-                token = row + t0 + chunk * CHUNK
-                at = ((part * d.tokens + token) * p.G + head) * K
-                unstage(shift(pointer(d.dk), at), p.G * K, K, here, dk, Kp)
-                at = (token * p.G + head) * V + column
-                unstage(shift(pointer(d.dv), at), p.G * V, columns, here, dv, Vp)
-
-                for r in range(R):
-                    decay = r == 0
-                    a, b = shift(qF, r * CHUNK * Kp), shift(gZ, r * CHUNK * Vp)
-                    _outer(dS, dS, Kp, Vp, decay and key_gate, last_F, decay and value_gate, last_Z, a, b)
-
-            for r in range(R):
-                at = ((part * d.tokens + row + t0 + late) * H + head * R + r) * K
-                unstage(shift(pointer(d.dq), at), H * K, K, reads, shift(dq, r * SEGMENT * Kp), Kp)
-
-        if late == 1 and start < end:
-            # `states` starts with the initial state, which the first token read.
-            for r in range(R):
-                at = offset(p.q_strides, batch, start, head * R + r)
-                stage(row_k, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, late, one)
-                clear(row_v, Vp)
-                if d.do != 0:
-                    at = offset(d.do_strides, batch, start, head * R + r) + column
-                    x_ = shift(pointer(d.do), at)
-                    stage(row_v, Vp, Vp, x_, d.do_strides[1], columns, late, factor)
-                for key in range(K):
-                    x[key] = _dot(shift(states, key * Vp), row_v, Vp)
-                    _spread(shift(dS, key * Vp), shift(row_k, key), row_v, late, Vp)
-                at = ((part * d.tokens + row + start) * H + head * R + r) * K
-                unstage(shift(pointer(d.dq), at), H * K, K, late, x, Kp)
-        unstage(shift(pointer(d.dinitial), state), V, columns, K, dS, Vp)
+            stage(b.dS, u.Vp, u.Vp, shift(pointer(d.dfinal), u.state), p.V, u.columns, p.K, float32(1.0))
+        for segment in range(round_up(u.end - u.start, SEGMENT) // SEGMENT - 1, -1, -1):
+            _segment_back(p, d, b, u, _segment_at(p, u, segment), float32(scale))
+        if late_reads(p) == 1 and u.start < u.end:
+            _first_read_back(p, d, b, u, float32(scale))
+        unstage(shift(pointer(d.dinitial), u.state), p.V, u.columns, p.K, b.dS, u.Vp)
 
 
 def _compile(version: int):
@@ -502,4 +420,4 @@ def _compile(version: int):
     return backward
 
 
-backward = _compile(sources_version())
+backward = _compile(sources_version(Path(__file__).parent))

@@ -1,8 +1,5 @@
 """Forward kernel of the decay rule on CPUs.
 
-A *unit* of work is one key/value head of one sequence, or some value columns of it: units touch
-nothing of each other's, so any number of threads may share them out.
-
 Decay costs as many multiplications as writing and reading together, unless it is put off: with F_t
 and Z_t the products of the gates since some token,
 
@@ -17,40 +14,32 @@ up to BLOCK tokens.
 Notation
     R        query heads per key/value head
     K, V     key and value width, in scratch padded to Kp and Vp
-    S        state, and T above: rows of V (or `width`) numbers for each of K keys
-    f, z     key-side and value-side gates (not their logs), then their products F and Z
+    S        memory of the state: rows of V (or `width`) numbers for each of K keys
+    T_t      what it holds: the state less its put-off decay (`_put_off_decay` divides k and v, tiles add them up)
+    f, z     key-side and value-side gates, in [0, 1], then their products F and Z
     D, E     products that have yet to be made good on S
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from numba import float32, float64, int64, njit, types
+from numba.extending import register_jitable
 
-from ..numba.staging import (
-    COLUMNS,
-    SEGMENT,
-    Problem,
-    clear,
-    fill_ones,
-    multiply,
-    offset,
-    part_width,
-    round_up,
-    sequence,
-    sources_version,
-    stage,
-    stage_gate,
-    stage_key_gate,
-    unstage,
-)
+from ..numba.checkpoints import SEGMENT
+from ..numba.rows import clear, copy, divide, fill_ones, multiply
+from ..numba.runtime import sources_version
+from ..numba.staging import COLUMNS, part_width, round_up, stage, unstage
 from ..numba.vectors import (
     LANES,
     choose_below,
     fill,
     fma,
+    inner,
     load,
+    place,
     pointer,
     record_at,
     shift,
@@ -59,8 +48,21 @@ from ..numba.vectors import (
     store_first,
     total,
 )
+from .cpu_problem import (
+    Problem,
+    checkpoint_at,
+    has_key_gate,
+    has_value_gate,
+    late_reads,
+    stage_key_gate,
+    stage_keys,
+    stage_queries,
+    stage_value_gate,
+    stage_values,
+    unit_at,
+)
+from .cpu_tiles import BLOCK, tiles, tiles_of_groups
 
-BLOCK = 16
 RESCALE_BELOW = 2.0**-16
 """Numbers in scratch are at most RESCALE_BELOW**-2 times those that they stand for: 4e9 of float32's 3e38."""
 
@@ -72,71 +74,42 @@ class Outputs(NamedTuple):
     final_state: int
 
 
-def scratch_size(K: int, V: int, R: int) -> int:
-    """Numbers of scratch that the kernel needs."""
-    Kp, Vp = -(-K // LANES) * LANES, -(-V // COLUMNS) * COLUMNS
-    return (BLOCK * (R + 2) + 2) * (Kp + Vp) + Kp * Vp
+class Buffers(NamedTuple):
+    """Scratch of the kernel: how many numbers each buffer has or, in the kernel, where it starts."""
+
+    k: int
+    f: int
+    q: int
+    v: int
+    z: int
+    o: int
+    D: int
+    F: int
+    E: int
+    Z: int
+    padded_state: int
 
 
-def _make_tiles(grouped: bool):
-    """S = (D E^T) * S, then S += k v^T and o += S^T q for `rows` tokens, tile by tile.
-
-    `grouped` for several query heads, since the loop over them would cost a single one a third of its speed.
-    """
-
-    @njit(nogil=True, forceinline=True)
-    def read(q, i, o, j, s00, s01, s10, s11, s20, s21, s30, s31):
-        q0, q1, q2, q3 = splat(q, i), splat(q, i + 1), splat(q, i + 2), splat(q, i + 3)
-        o0, o1 = load(o, j), load(o, j + LANES)
-        o0, o1 = fma(q0, s00, o0), fma(q0, s01, o1)
-        o0, o1 = fma(q1, s10, o0), fma(q1, s11, o1)
-        o0, o1 = fma(q2, s20, o0), fma(q2, s21, o1)
-        o0, o1 = fma(q3, s30, o0), fma(q3, s31, o1)
-        store(o, j, o0)
-        store(o, j + LANES, o1)
-
-    @njit(nogil=True)
-    def tiles(S, width, decays, D, E, k, q, Kp, v, o, Vp, rows, R):
-        for value in range(0, Vp, COLUMNS):
-            for key in range(0, Kp, 4):
-                s0 = shift(S, key * width + value)
-                s1, s2, s3 = shift(s0, width), shift(s0, 2 * width), shift(s0, 3 * width)
-                s00, s01, s10, s11 = load(s0, 0), load(s0, LANES), load(s1, 0), load(s1, LANES)
-                s20, s21, s30, s31 = load(s2, 0), load(s2, LANES), load(s3, 0), load(s3, LANES)
-                if decays:
-                    e0, e1 = load(E, value), load(E, value + LANES)
-                    d0, d1, d2, d3 = splat(D, key), splat(D, key + 1), splat(D, key + 2), splat(D, key + 3)
-                    s00, s01, s10, s11 = s00 * (d0 * e0), s01 * (d0 * e1), s10 * (d1 * e0), s11 * (d1 * e1)
-                    s20, s21, s30, s31 = s20 * (d2 * e0), s21 * (d2 * e1), s30 * (d3 * e0), s31 * (d3 * e1)
-                for t in range(rows):
-                    i, j = t * Kp + key, t * Vp + value
-                    v0, v1 = load(v, j), load(v, j + LANES)
-                    k0, k1, k2, k3 = splat(k, i), splat(k, i + 1), splat(k, i + 2), splat(k, i + 3)
-                    s00, s01, s10, s11 = fma(k0, v0, s00), fma(k0, v1, s01), fma(k1, v0, s10), fma(k1, v1, s11)
-                    s20, s21, s30, s31 = fma(k2, v0, s20), fma(k2, v1, s21), fma(k3, v0, s30), fma(k3, v1, s31)
-                    read(q, i, o, j, s00, s01, s10, s11, s20, s21, s30, s31)
-                    if grouped:
-                        for _ in range(1, R):
-                            i += BLOCK * Kp
-                            j += BLOCK * Vp
-                            read(q, i, o, j, s00, s01, s10, s11, s20, s21, s30, s31)
-                store(s0, 0, s00)
-                store(s0, LANES, s01)
-                store(s1, 0, s10)
-                store(s1, LANES, s11)
-                store(s2, 0, s20)
-                store(s2, LANES, s21)
-                store(s3, 0, s30)
-                store(s3, LANES, s31)
-
-    return tiles
+@register_jitable
+def buffer_sizes(K, V, R, parts):
+    """The kernel's buffers; each has whole vectors."""
+    Kp, Vp = round_up(K, LANES), part_width(V, parts)
+    return Buffers(
+        k=BLOCK * Kp,
+        f=BLOCK * Kp,
+        q=R * BLOCK * Kp,
+        v=BLOCK * Vp,
+        z=BLOCK * Vp,
+        o=R * BLOCK * Vp,
+        D=Kp,
+        F=Kp,
+        E=Vp,
+        Z=Vp,
+        padded_state=Kp * Vp,
+    )
 
 
-_single = _make_tiles(grouped=False)
-_grouped = _make_tiles(grouped=True)
-
-
-@njit(nogil=True)
+@inner
 def _accumulate(product, gate, width, smallest):
     """gate = product * gate; whether a number of it has left [smallest, 1 / smallest], or is none."""
     low, high = fill(smallest), fill(float32(1.0) / smallest)
@@ -149,20 +122,7 @@ def _accumulate(product, gate, width, smallest):
     return not total(outside) <= float32(0.0)  # x - x is NaN for NaN, which compares to nothing
 
 
-@njit(nogil=True)
-def _copy(out, x, width):
-    for i in range(0, width, LANES):
-        store(out, i, load(x, i))
-
-
-@njit(nogil=True)
-def _divide(x, y, width):
-    """x /= y"""
-    for i in range(0, width, LANES):
-        store(x, i, load(x, i) / load(y, i))
-
-
-@njit(nogil=True)
+@inner
 def _decay(out, stride, S, width, K, columns, D, E):
     """out = (D E^T) * S; `out` may be S itself."""
     whole = columns // LANES * LANES
@@ -175,17 +135,18 @@ def _decay(out, stride, S, width, K, columns, D, E):
             store_first(to, whole, load(row, whole) * (d * load(E, whole)), columns - whole)
 
 
-@njit(nogil=True)
-def _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, end, R):
+@inner
+def _write_and_read(b, u, R, S, width, decays, first, end):
     """The tiles for tokens `first` to `end` of a block."""
-    i, j = first * Kp, first * Vp
+    i, j, rows = first * u.Kp, first * u.Vp, end - first
+    k, q, v, o = shift(b.k, i), shift(b.q, i), shift(b.v, j), shift(b.o, j)
     if R == 1:
-        _single(S, width, decays, D, E, shift(k, i), shift(q, i), Kp, shift(v, j), shift(o, j), Vp, end - first, R)
+        tiles(S, width, decays, b.D, b.E, k, q, u.Kp, v, o, u.Vp, rows, R)
     else:
-        _grouped(S, width, decays, D, E, shift(k, i), shift(q, i), Kp, shift(v, j), shift(o, j), Vp, end - first, R)
+        tiles_of_groups(S, width, decays, b.D, b.E, k, q, u.Kp, v, o, u.Vp, rows, R)
 
 
-@njit(nogil=True)
+@inner
 def _read(o, S, width, q, K, Vp):
     """o = S^T q, added up in the order of the tiles."""
     for value in range(0, Vp, LANES):
@@ -195,134 +156,152 @@ def _read(o, S, width, q, K, Vp):
         store(o, value, total)
 
 
+@inner
+def _first_state(p, out, b, u):
+    """(state, numbers from row to row): the final state's own memory if tiles fit it, else padded scratch."""
+    S, width = shift(pointer(out.final_state), u.state), p.V
+    if not _in_place(p, u):
+        S, width = b.padded_state, u.Vp
+        clear(S, u.Kp * u.Vp)
+    if p.initial_state != 0:
+        stage(S, width, u.Vp, shift(pointer(p.initial_state), u.state), p.V, u.columns, p.K, float32(1.0))
+    else:
+        for i in range(p.K):
+            clear(shift(S, i * width), u.Vp)
+    return S, width
+
+
+@register_jitable
+def _in_place(p, u):
+    return p.K % LANES == 0 and u.columns % COLUMNS == 0
+
+
+@inner
+def _output(p, out, u, r, token):
+    """Where o of a token and the r-th query head is written."""
+    row = (u.batch * p.T + token) * p.G + u.head
+    return shift(pointer(out.o), (row * p.R + r) * p.V + u.column)
+
+
+@inner
+def _read_initial_state(p, out, b, u, S, width, scale):
+    """The exclusive read of the first token."""
+    single = late_reads(p)
+    for r in range(p.R):
+        stage_queries(b.q, p, u, r, u.start, single, scale)
+        _read(b.o, S, width, b.q, p.K, u.Vp)
+        unstage(_output(p, out, u, r, u.start), p.V, u.columns, single, b.o, u.Vp)
+
+
+@inner
+def _stage_block(p, b, u, token, rows, reads, scale):
+    """k, v, gates and q of a block; o = 0."""
+    stage_keys(b.k, p, u, token, rows)
+    stage_values(b.v, p, u, token, rows)
+    if has_key_gate(p):
+        stage_key_gate(b.f, p, u, token, rows)
+    if has_value_gate(p):
+        stage_value_gate(b.z, p, u, token, rows)
+    for r in range(p.R):
+        q = shift(b.q, r * BLOCK * u.Kp)
+        stage_queries(q, p, u, r, token + late_reads(p), reads, scale)
+        clear(shift(q, reads * u.Kp), (rows - reads) * u.Kp)
+        clear(shift(b.o, r * BLOCK * u.Vp), rows * u.Vp)
+
+
+@inner
+def _put_off_decay(p, b, u, S, width, rows, smallest, carried):
+    """Turn a block's gates into their products F and Z since some token, and divide k and v, multiply q by them.
+
+    Where products leave their bounds, the tokens before are written and read, and D and E take over the products.
+    Returns the first token that has yet to be written, whether D and E have yet to be made good on S, the smallest
+    product allowed from now on, and whether products other than 1 are carried.
+    """
+    first, decays = 0, False
+    F, Z = b.F, b.Z
+    for t in range(rows):
+        f, z = shift(b.f, t * u.Kp), shift(b.z, t * u.Vp)
+        over = False
+        if has_key_gate(p):
+            over = _accumulate(F, f, u.Kp, smallest)
+        if has_value_gate(p):
+            over = _accumulate(Z, z, u.Vp, smallest) or over
+        if over:
+            if first < t:
+                _write_and_read(b, u, p.R, S, width, decays, first, t)
+            first, decays, smallest = t, True, float32(RESCALE_BELOW)
+            if has_key_gate(p):
+                copy(b.D, f, u.Kp)
+                fill_ones(f, u.Kp)
+            if has_value_gate(p):
+                copy(b.E, z, u.Vp)
+                fill_ones(z, u.Vp)
+        carried = not over and (carried or smallest < float32(1.0))
+        if has_key_gate(p):
+            F = f
+            if carried:
+                divide(shift(b.k, t * u.Kp), f, u.Kp)
+                for r in range(p.R):
+                    q = shift(b.q, (r * BLOCK + t) * u.Kp)
+                    multiply(q, q, f, u.Kp)
+        if has_value_gate(p):
+            Z = z
+            if carried:
+                divide(shift(b.v, t * u.Vp), z, u.Vp)
+    if has_key_gate(p):
+        copy(b.F, F, u.Kp)
+    if has_value_gate(p):
+        copy(b.Z, Z, u.Vp)
+    return first, decays, smallest, carried
+
+
+@inner
+def _write_outputs(p, out, b, u, token, reads):
+    for r in range(p.R):
+        o = shift(b.o, r * BLOCK * u.Vp)
+        if has_value_gate(p):
+            multiply(o, o, b.z, reads * u.Vp)
+        to = _output(p, out, u, r, token + late_reads(p))
+        unstage(to, p.G * p.R * p.V, u.columns, reads, o, u.Vp)
+
+
+@inner
+def _unit(p, out, b, u, scale):
+    """o, the final state and, unless their address is 0, the checkpoints, for one unit."""
+    S, width = _first_state(p, out, b, u)
+    if late_reads(p) == 1 and u.start < u.end:
+        _read_initial_state(p, out, b, u, S, width, scale)
+    # Until the first token that decays, there is no product: one token alone needs but one pass over S.
+    smallest, carried = float32(1.0), False
+    fill_ones(b.F, u.Kp)
+    fill_ones(b.Z, u.Vp)
+    fill_ones(b.D, u.Kp)
+    fill_ones(b.E, u.Vp)
+    for token in range(u.start, u.end, BLOCK):
+        if p.checkpoints != 0 and (token - u.start) % SEGMENT == 0:
+            to = shift(pointer(p.checkpoints), checkpoint_at(p, u, (token - u.start) // SEGMENT))
+            _decay(to, p.V, S, width, p.K, u.columns, b.F, b.Z)
+        rows = min(BLOCK, u.end - token)
+        reads = min(rows, u.end - token - late_reads(p))
+        _stage_block(p, b, u, token, rows, reads, scale)
+        first, decays = 0, False
+        if has_key_gate(p) or has_value_gate(p):
+            first, decays, smallest, carried = _put_off_decay(p, b, u, S, width, rows, smallest, carried)
+        _write_and_read(b, u, p.R, S, width, decays, first, rows)
+        _write_outputs(p, out, b, u, token, reads)
+    if carried:
+        _decay(S, width, S, width, p.K, u.columns, b.F, b.Z)
+    if not _in_place(p, u):
+        unstage(shift(pointer(out.final_state), u.state), p.V, u.columns, p.K, S, width)
+
+
 @njit(nogil=True, error_model="numpy")
 def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
-    """o, the final state and, unless their address is 0, the checkpoints, for some units; takes addresses."""
+    """The units first_unit to end_unit; takes addresses."""
     p, out = record_at(problem, Problem), record_at(outputs, Outputs)
-    K, V, R = p.K, p.V, p.R
-    H = p.G * R
-    value_gate = p.Vz == V
-    key_gate = p.Kf > 0 or (p.Vz == 1 and V != 1)
-    gated = key_gate or value_gate
-    # An exclusive read of token t is an inclusive one of token t - 1, and one of the initial state.
-    late = 1 - p.inclusive
-    most_columns = part_width(V, p.parts)
-    factor, one = float32(scale), float32(1.0)
-
-    Kp, Vp = round_up(K, LANES), most_columns
-    k = pointer(scratch)
-    f = shift(k, BLOCK * Kp)
-    q = shift(f, BLOCK * Kp)
-    v = shift(q, R * BLOCK * Kp)
-    z = shift(v, BLOCK * Vp)
-    o = shift(z, BLOCK * Vp)
-    D = shift(o, R * BLOCK * Vp)
-    F = shift(D, Kp)
-    E = shift(F, Kp)
-    Z = shift(E, Vp)
-    padded_state = shift(Z, Vp)
-
-    for unit in range(first_unit, end_unit):
-        part, head, n = unit % p.parts, unit // p.parts % p.G, unit // p.parts // p.G
-        column = part * most_columns
-        columns = min(most_columns, V - column)
-        Vp = round_up(columns, COLUMNS)
-        batch, start, end, checkpoint = sequence(p, n)
-        state = (n * p.G + head) * K * V + column
-        S, width = shift(pointer(out.final_state), state), V
-        in_place = K % LANES == 0 and columns % COLUMNS == 0
-        if not in_place:
-            S, width = padded_state, Vp
-            clear(S, Kp * Vp)
-        if p.initial_state != 0:
-            stage(S, width, Vp, shift(pointer(p.initial_state), state), V, columns, K, one)
-        else:
-            for i in range(K):
-                clear(shift(S, i * width), Vp)
-
-        if late == 1 and start < end:
-            for r in range(R):
-                at = offset(p.q_strides, batch, start, head * R + r)
-                stage(q, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, late, factor)
-                _read(o, S, width, q, K, Vp)
-                at = ((batch * p.T + start) * H + head * R + r) * V + column
-                unstage(shift(pointer(out.o), at), H * V, columns, late, o, Vp)
-
-        # Until the first token that decays, there is no product: one token alone needs but one pass over S.
-        smallest, carried = one, False
-        fill_ones(F, Kp)
-        fill_ones(Z, Vp)
-        fill_ones(D, Kp)
-        fill_ones(E, Vp)
-        for t in range(start, end, BLOCK):
-            if p.checkpoints != 0 and (t - start) % SEGMENT == 0:
-                at = ((checkpoint + (t - start) // SEGMENT) * p.G + head) * K * V + column
-                _decay(shift(pointer(p.checkpoints), at), V, S, width, K, columns, F, Z)
-            rows = min(BLOCK, end - t)
-            reads = min(rows, end - t - late)
-            at = offset(p.k_strides, batch, t, head)
-            stage(k, Kp, Kp, shift(pointer(p.k), at), p.k_strides[1], K, rows, one)
-            at = offset(p.v_strides, batch, t, head) + column
-            stage(v, Vp, Vp, shift(pointer(p.v), at), p.v_strides[1], columns, rows, one)
-            if key_gate:
-                stage_key_gate(f, Kp, p, batch, head, t, rows)
-            if value_gate:
-                at = offset(p.z_strides, batch, t, head) + column
-                x = shift(pointer(p.z), at)
-                stage_gate(z, Vp, x, p.z_strides[1], columns, rows)
-            for r in range(R):
-                x, y = shift(q, r * BLOCK * Kp), shift(o, r * BLOCK * Vp)
-                at = offset(p.q_strides, batch, t + late, head * R + r)
-                stage(x, Kp, Kp, shift(pointer(p.q), at), p.q_strides[1], K, reads, factor)
-                clear(shift(x, reads * Kp), (rows - reads) * Kp)
-                clear(y, rows * Vp)
-            first, decays = 0, False
-            if gated:
-                product_f, product_z = F, Z
-                for i in range(rows):
-                    ft, zt = shift(f, i * Kp), shift(z, i * Vp)
-                    over = False
-                    if key_gate:
-                        over = _accumulate(product_f, ft, Kp, smallest)
-                    if value_gate:
-                        over = _accumulate(product_z, zt, Vp, smallest) or over
-                    if over:
-                        if first < i:
-                            _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, i, R)
-                        first, decays, smallest = i, True, float32(RESCALE_BELOW)
-                        if key_gate:
-                            _copy(D, ft, Kp)
-                            fill_ones(ft, Kp)
-                        if value_gate:
-                            _copy(E, zt, Vp)
-                            fill_ones(zt, Vp)
-                    carried = not over and (carried or smallest < one)
-                    if key_gate:
-                        product_f = ft
-                        if carried:
-                            _divide(shift(k, i * Kp), ft, Kp)
-                            for r in range(R):
-                                qt = shift(q, (r * BLOCK + i) * Kp)
-                                multiply(qt, qt, ft, Kp)
-                    if value_gate:
-                        product_z = zt
-                        if carried:
-                            _divide(shift(v, i * Vp), zt, Vp)
-                if key_gate:
-                    _copy(F, product_f, Kp)
-                if value_gate:
-                    _copy(Z, product_z, Vp)
-            _run(S, width, decays, D, E, k, q, Kp, v, o, Vp, first, rows, R)
-            for r in range(R):
-                x = shift(o, r * BLOCK * Vp)
-                if value_gate:
-                    multiply(x, x, z, reads * Vp)
-                at = ((batch * p.T + t + late) * H + head * R + r) * V + column
-                unstage(shift(pointer(out.o), at), H * V, columns, reads, x, Vp)
-        if carried:
-            _decay(S, width, S, width, K, columns, F, Z)
-        if not in_place:
-            unstage(shift(pointer(out.final_state), state), V, columns, K, S, width)
+    b = place(pointer(scratch), buffer_sizes(p.K, p.V, p.R, p.parts), p.guard)
+    for index in range(first_unit, end_unit):
+        _unit(p, out, b, unit_at(p, index), float32(scale))
 
 
 def _compile(version: int):
@@ -334,4 +313,4 @@ def _compile(version: int):
     return forward
 
 
-forward = _compile(sources_version())
+forward = _compile(sources_version(Path(__file__).parent))

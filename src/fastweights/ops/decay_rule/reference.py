@@ -4,7 +4,8 @@ Notation
     B, T     batch, time
     G, R     key/value heads, query heads per key/value head (H = G * R)
     K, V     key and value width
-    S        state (B, G, K, V), f and z the key-side and value-side gates, in (0, 1]
+    S        state (B, G, K, V)
+    f, z     key-side and value-side gates, in [0, 1]; log_f, log_z their logs
 
     S_t = (f_t z_t^T) * S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t          inclusive: read after the write
@@ -15,6 +16,7 @@ The paper (H. H. Mao, 2022) writes the transpose of this state, (V, K).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,11 +40,12 @@ def decay_rule_reference(
     inclusive: bool,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"]]:
     """Run the rule one token at a time under plain autograd; memory grows with T * K * V."""
-    return run_sequences(_run, q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
+    run = partial(_run, inclusive=inclusive)
+    return run_sequences(run, q, k, v, (key_log_decay, value_log_decay), initial_state, cu_seqlens, scale)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, z: Tensor | None, S: Tensor, inclusive: bool
+    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None, S: Tensor, inclusive: bool
 ) -> tuple[Tensor, Tensor]:
     B, T, G, _ = k.shape
     q = q.unflatten(2, (G, -1))  # (B, T, G, R, K)
@@ -50,10 +53,10 @@ def _run(
     for t in range(T):
         if not inclusive:
             outputs.append(_read(q[:, t], S))
-        if f is not None:
-            S = f[:, t].exp()[..., :, None] * S
-        if z is not None:
-            S = z[:, t].exp()[..., None, :] * S
+        if log_f is not None:
+            S = log_f[:, t].exp()[..., :, None] * S
+        if log_z is not None:
+            S = log_z[:, t].exp()[..., None, :] * S
         S = S + k[:, t, :, :, None] * v[:, t, :, None, :]
         if inclusive:
             outputs.append(_read(q[:, t], S))

@@ -10,6 +10,8 @@ without the GIL. Numba's own parallel loops would either crash when two Python t
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib
 import itertools
 import logging
 import os
@@ -36,15 +38,26 @@ _SHARES_PER_THREAD = 4
 
 
 @cache
-def load_kernels() -> ModuleType:
-    """The module of compiled kernels; compiles them (once, then cached on disk) when first called."""
+def load_kernels(rule: str) -> ModuleType:
+    """`ops/<rule>/cpu_kernels.py`; compiles its kernels (once, then cached on disk) when first called."""
     try:
         import numba.core  # noqa: F401
     except ImportError as error:
         raise ImportError("backend='cpu' needs numba, which is not installed: pip install numba") from error
     with announced():
-        from ..decay_rule import cpu_kernels as kernels
-    return kernels
+        return importlib.import_module(f"..{rule}.cpu_kernels", __package__)
+
+
+def sources_version(folder: Path) -> int:
+    """A number that changes with any file of the kernels in `folder`, or of what all kernels use.
+
+    Numba's disk cache watches only the file of the cached function. As a closure variable of that function, this
+    number is part of the cache's key, so a kernel never meets helpers or records other than those it was compiled with.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return int(digest.hexdigest()[:15], 16)
 
 
 @contextmanager

@@ -40,6 +40,10 @@ _ints = ir.VectorType(_int, LANES)
 _masks = ir.VectorType(ir.IntType(1), LANES)
 
 
+inner: Any = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # pyright: ignore[reportCallIssue]
+"""For functions that only kernels call: they need no wrappers to be called from Python, which take time to compile."""
+
+
 def intrinsic(function: Callable) -> Any:
     """Numba's `intrinsic`, for type checkers a function of anything: the first parameter is the compiler's."""
     return _extending.intrinsic(function)
@@ -116,6 +120,24 @@ def record_at(typingctx, address, kind):
         return context.make_tuple(builder, record, values)
 
     return record(types.int64, kind), codegen
+
+
+@intrinsic
+def place(typingctx, block, sizes, guard):
+    """The start of each buffer of a block (scratch.py), as a named tuple like that of their sizes."""
+    cls = sizes.instance_class
+    starts: Any = types.BaseTuple.from_types([_pointer_type] * len(sizes), cls)
+
+    def codegen(context, builder, sig, args):
+        end, numbers, guard = args
+        values = []
+        for i in range(len(cls._fields)):
+            start = builder.gep(end, [guard])
+            values.append(start)
+            end = builder.gep(start, [builder.extract_value(numbers, i)])
+        return context.make_tuple(builder, starts, values)
+
+    return starts(_pointer_type, sizes, types.int64), codegen
 
 
 @intrinsic
