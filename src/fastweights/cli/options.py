@@ -46,7 +46,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     ShortStageConfig: _STAGE,
     StageConfig: _STAGE,
     TrainConfig: (),
-    TransferConfig: _STAGE,
+    TransferConfig: (*_STAGE, "calibrate"),
 }
 """Every config, and those of its fields that are taken like any option and listed in docs/cli.md, but left out of a
 command's help so that this fits on one screen."""

@@ -54,6 +54,8 @@ class TransferConfig(StageConfig):
     """Training of the converted layers."""
 
     new_learning_rate: float | None = 3e-3
+    calibrate: bool = True
+    """Begin with the scale of each head at which its layer comes nearest to the teacher's output."""
 
 
 @dataclass(frozen=True, kw_only=True)

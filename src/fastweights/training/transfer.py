@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
+    from fastweights.training.config import TransferConfig
 
 _CALIBRATION_BLOCKS = 4
 # Tokens of these that fix a layer's factors, of which there are one or two a head.
@@ -27,6 +28,8 @@ _CALIBRATION_TOKENS = 1024
 
 class TransferTrainer(StageTrainer):
     """Trains the converted layers alone; everything else in the model stays as it is."""
+
+    config: TransferConfig
 
     def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
         self.teacher = teacher
@@ -51,7 +54,8 @@ class TransferTrainer(StageTrainer):
         first = torch.stack(blocks).to(self.args.device)
         records = record_attention(self.teacher, first, positions=self.positions)
         self.variances = [record.variance for record in records]
-        calibrate(self.model, records)  # type: ignore[arg-type]
+        if self.config.calibrate:
+            calibrate(self.model, records)  # type: ignore[arg-type]
         super().run(resume=resume)
         self.model.requires_grad_(True)  # type: ignore[union-attr]
 
