@@ -162,7 +162,7 @@ def _dynamic(base: PreTrainedModel, text: TokenizedText, arguments: argparse.Nam
             0,
             row.evaluation.loss / math.log(2),
             time_ratio=row.time_ratio,
-            memory_ratio=row.memory_ratio,
+            peak_bytes_ratio=row.peak_bytes_ratio,
             step_size=row.settings.step_size,
             decay=row.settings.decay,
         )

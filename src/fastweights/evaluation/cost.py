@@ -1,4 +1,4 @@
-"""What one more token costs, in time and in memory, after a context of a given length."""
+"""What one more token costs, in time and in bytes of state, after a context of a given length."""
 
 from __future__ import annotations
 

@@ -63,9 +63,9 @@ class Stream:
         cache = DynamicCache(config=self.model.config)
         if isinstance(self.model, FastWeightsForCausalLM):
             self.model.adopt(cache)
-            memory = None if old is None else fast_weight_layer_cache(old)
-            if memory is not None:
-                cache.layers[-1] = memory
+            layer = None if old is None else fast_weight_layer_cache(old)
+            if layer is not None:
+                cache.layers[-1] = layer
         return cache
 
 

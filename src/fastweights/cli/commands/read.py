@@ -66,5 +66,5 @@ def read(
             seconds = time.perf_counter() - start
     remembered.save(output)
     tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
-    taken = "" if peak.bytes is None else f", {peak.bytes / 1e6:.0f} MB of memory at the peak"
+    taken = "" if peak.bytes is None else f", peak memory {peak.bytes / 1e6:.0f} MB"
     print(f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB")
