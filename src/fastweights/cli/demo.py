@@ -24,8 +24,8 @@ from fastweights.evaluation.cost import DecodeCost, decode_costs
 from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, TransferConfig
-from fastweights.training.pipeline import StageResult, TrainConfig, train
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.training.pipeline import StageResult, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,9 +14,18 @@ from fastweights.evaluation.dynamic_evaluation import DynamicEvaluationConfig, R
 from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
 from fastweights.layers.fast_weight_layer import FastWeightLayerSettings
 from fastweights.models.conversion import ConversionConfig
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
-from fastweights.training.pipeline import TrainConfig
-from fastweights.training.pretrain import GPT2Shape, LongStageConfig, PretrainConfig, ShortStageConfig
+from fastweights.training.config import (
+    FinetuneConfig,
+    GPT2Shape,
+    LongStageConfig,
+    MetaConfig,
+    PretrainConfig,
+    RunConfig,
+    ShortStageConfig,
+    StageConfig,
+    TrainConfig,
+    TransferConfig,
+)
 
 SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
 """Environment variable that, set to anything, makes help list every option."""
