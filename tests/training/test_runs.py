@@ -12,7 +12,7 @@ from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.models import ConversionConfig, convert, load_model
 from fastweights.models.loading import load_tokenizer
 from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
-from fastweights.training.runs import check_stage, clear_stages
+from fastweights.training.runs import CHECKPOINT, TRAINER_STATE_FILE, check_stage, clear_stages
 
 
 @pytest.fixture
@@ -121,3 +121,10 @@ def test_only_what_a_run_goes_on_from_is_cleared(tmp_path):
     clear_stages(tmp_path, ("transfer", "finetune"))
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
+
+
+def test_files_are_those_of_the_trainer():
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    assert (TRAINER_STATE_FILE, CHECKPOINT) == (TRAINER_STATE_NAME, PREFIX_CHECKPOINT_DIR)

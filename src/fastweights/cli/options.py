@@ -22,7 +22,6 @@ from fastweights.training.config import (
     PretrainConfig,
     RunConfig,
     ShortStageConfig,
-    StageConfig,
     TrainConfig,
     TransferConfig,
 )
@@ -53,7 +52,6 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     RmsConfig: _DYNAMIC,
     RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "log_every", "report_to"),
     ShortStageConfig: _STAGE,
-    StageConfig: _STAGE,
     TrainConfig: (),
     TransferConfig: (*_STAGE, "calibrate"),
 }

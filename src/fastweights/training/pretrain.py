@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+import transformers  # its names one by one below: some are slow to import, and only pretraining needs them
 
 from fastweights.data import TokenBlocks, load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
     from fastweights.training.config import PretrainConfig
 
@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = config.data.block_size
     tokens = tokenize(load_documents(config.data), tokenizer).tokens
-    set_seed(config.run.seed)
+    transformers.set_seed(config.run.seed)
     model = _new_model(config, tokenizer)
     stages = (("short", config.short, config.short_block_size), ("long", config.long, config.data.block_size))
     for _, stage, block_size in stages:
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig) -> Path:
     for name, stage, block_size in stages:
         folder = config.output / name
         if config.resume and is_finished(folder):
-            model = GPT2LMHeadModel.from_pretrained(folder)
+            model = transformers.GPT2LMHeadModel.from_pretrained(folder)
             continue
         blocks = TokenBlocks(tokens, block_size)
         trainer = PretrainTrainer(model, stage, config.run, folder, blocks, tokenizer, title=f"pretrain, {name} blocks")
@@ -62,8 +62,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
     width, context = config.shape.hidden_size, config.data.block_size
-    model = GPT2LMHeadModel(
-        GPT2Config(
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=context,
             n_embd=width,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastweights.errors import FastWeightsError, check_folder
 
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 _FINISHED_FILE = "finished"
-_STATE_FILE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME, whose module is slow to import
+# transformers' TRAINER_STATE_NAME and PREFIX_CHECKPOINT_DIR, whose modules are slow to import.
+TRAINER_STATE_FILE = "trainer_state.json"
+CHECKPOINT = "checkpoint"
 
 
 def process_state() -> PartialState:
@@ -79,7 +80,7 @@ def clear_stages(folder: Path, stages: Iterable[str]) -> None:
     """Delete checkpoints and finished marks of the stages of an earlier run in `folder`, and nothing else."""
     for stage in stages:
         (folder / stage / _FINISHED_FILE).unlink(missing_ok=True)
-        for checkpoint in (folder / stage).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        for checkpoint in (folder / stage).glob(f"{CHECKPOINT}-*"):
             shutil.rmtree(checkpoint)
 
 
@@ -147,12 +148,12 @@ def is_finished(stage: Path) -> bool:
 
 def tokens_seen(stage: Path) -> int:
     """Tokens that the stage that trained in this folder has read, in all processes."""
-    return json.loads((stage / _STATE_FILE).read_text())["num_input_tokens_seen"]
+    return json.loads((stage / TRAINER_STATE_FILE).read_text())["num_input_tokens_seen"]
 
 
 def last_checkpoint(stage: Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
-    numbered = [path for path in stage.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    numbered = [path for path in stage.glob(f"{CHECKPOINT}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(numbered, key=lambda path: -int(path.name.split("-")[-1])):
         if _is_whole(path):
             return path
@@ -162,7 +163,7 @@ def last_checkpoint(stage: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     """The Trainer writes its state last; a kill within that leaves JSON that ends early."""
     try:
-        json.loads((checkpoint / _STATE_FILE).read_text())
+        json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
