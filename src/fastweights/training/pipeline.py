@@ -190,7 +190,8 @@ def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         if data.text == STDLIB or held_out != TrainConfig.held_out:
             raise
         documents, rest = _without_the_end(documents)
-    return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
+    text = tokenize(documents, tokenizer)
+    return TokenBlocks(text.tokens, data.block_size, text.document_lengths), tokenize(rest, tokenizer)
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:

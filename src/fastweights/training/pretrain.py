@@ -40,20 +40,21 @@ def pretrain(config: PretrainConfig) -> Path:
 
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = config.data.block_size
-    tokens = tokenize(load_documents(config.data), tokenizer).tokens
+    text = tokenize(load_documents(config.data), tokenizer)
     transformers.set_seed(config.run.seed)
     model = _new_model(config, tokenizer)
     stages = (("short", config.short, config.short_block_size), ("long", config.long, config.data.block_size))
-    for _, stage, block_size in stages:
-        check_stage(stage, config.run, TokenBlocks(tokens, block_size))
+    blocks = {name: TokenBlocks(text.tokens, size, text.document_lengths) for name, _, size in stages}
+    for name, stage, _ in stages:
+        check_stage(stage, config.run, blocks[name])
     begin_run(config, config.output, stages=("short", "long"), resume=config.resume)
-    for name, stage, block_size in stages:
+    for name, stage, _ in stages:
         folder = config.output / name
         if config.resume and is_finished(folder):
             model = transformers.GPT2LMHeadModel.from_pretrained(folder)
             continue
-        blocks = TokenBlocks(tokens, block_size)
-        trainer = PretrainTrainer(model, stage, config.run, folder, blocks, tokenizer, title=f"pretrain, {name} blocks")
+        title = f"pretrain, {name} blocks"
+        trainer = PretrainTrainer(model, stage, config.run, folder, blocks[name], tokenizer, title=title)
         trainer.run(resume=config.resume)
     model.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)

@@ -37,23 +37,27 @@ def load_teacher(student: FastWeightsForCausalLM, source: str | None = None) -> 
 
 @torch.no_grad()
 def record_attention(
-    teacher: PreTrainedModel, input_ids: Int[Tensor, "B T"], *, positions: Literal["keep", "drop"] = "keep"
+    teacher: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"] | None = None,
+    *,
+    positions: Literal["keep", "drop"] = "keep",
 ) -> list[AttentionRecord]:
     """Read `input_ids` with the teacher and keep each layer's attention input and output.
 
     Args:
+        position_ids: of each token, where documents start inside a block; by default a block is one document.
         positions: the student's. Where it drops the teacher's absolute positions, its layers are given what the
             teacher's would get without them: the residual stream is a sum, in which each position is one term.
     """
     architecture = architecture_of(teacher.config)
     without = None
     if positions == "drop" and architecture.positions is not None:
-        embedding = teacher.get_submodule(architecture.positions)(
-            torch.arange(input_ids.shape[1], device=input_ids.device)
-        )
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        embedding = teacher.get_submodule(architecture.positions)(places)
         without = teacher.get_parameter(f"{architecture.positions}.weight").mean(0) - embedding
     with _recording(teacher) as (streams, calls):
-        teacher.base_model(input_ids=input_ids, use_cache=False)
+        teacher.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     records = []
     for layer, stream, (inputs, output, rotary) in zip(_layers(teacher), streams, calls, strict=True):
         norm = layer.get_submodule(architecture.norm)
