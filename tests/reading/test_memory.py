@@ -213,7 +213,7 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 _SAVES = """
 import sys, torch
 from pathlib import Path
-from tests.test_memory import make
+from tests.reading.test_memory import make
 from tests.conftest import random_ids
 from fastweights.reading.memory import new_memory
 model = make("hybrid + layer")

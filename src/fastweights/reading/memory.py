@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from fastweights.errors import FastWeightsError, check_file, reason_of
+from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
 from fastweights.models.cache import FastWeightLayerCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import Stream, reads_without_end
@@ -122,7 +122,7 @@ class Memory:
         }
         if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
-        check_output(path)
+        check_new_file(path, "save the memory elsewhere")
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
         os.close(handle)
         try:
@@ -137,16 +137,6 @@ class Memory:
                 raise FastWeightsError(f"cannot save the memory to {path}: {reason_of(error)}") from error
             raise
         return path
-
-
-def check_output(path: Path) -> None:
-    """Refuse a place where no memory can be saved."""
-    if not path.parent.is_dir():
-        raise FastWeightsError(f"{path.parent} is no folder: make it first, or save the memory elsewhere")
-    if path.is_dir():
-        raise FastWeightsError(f"{path} is a folder: give the name of a file for the memory")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FastWeightsError(f"{path.parent} may not be written to: save the memory elsewhere")
 
 
 def _umask() -> int:
