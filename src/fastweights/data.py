@@ -144,7 +144,17 @@ def positions_if_packed(position_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] 
 
 
 def load_documents(config: DataConfig) -> list[str]:
-    """The texts that `config` names, in order. Empty documents are left out; no text at all is an error."""
+    """The texts that `config` names, in order; empty documents are left out.
+
+    Args:
+        config: where the text comes from. `block_size` plays no part here.
+
+    Returns:
+        One string for each document, or one for all with `join_rows`.
+
+    Raises:
+        FastWeightsError: there is no such text, split or column, the file is not whole, or it holds no text.
+    """
     documents = stdlib_documents(config.split) if config.text == STDLIB else _load_with_datasets(config)
     documents = [text for text in documents if text and not text.isspace()]
     if not documents:
@@ -153,7 +163,12 @@ def load_documents(config: DataConfig) -> list[str]:
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
-    """Token ids of all documents, without special tokens but an end token after each document."""
+    """Token ids of all documents, without special tokens but an end token after each document.
+
+    Args:
+        documents: texts, such as `load_documents` gives.
+        tokenizer: the model's; one without an end token ends no document.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in _ids(documents, tokenizer)]
     return TokenizedText(
@@ -171,7 +186,12 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
     for byte-level ones; those that put a mark before every text put one before every piece.
 
     Args:
+        path: UTF-8 text, plain or .gz.
+        tokenizer: the model's.
         size: characters of a piece, about.
+
+    Raises:
+        FastWeightsError: the file does not exist, may not be read, is no whole UTF-8 text, or is empty.
     """
     check_file(path, "give an existing text file")
     rest, found = "", False

@@ -117,9 +117,18 @@ def compare(
     """Score `text` by each method in each context; static in blocks, the unit of time and peak memory, comes first.
 
     Args:
+        model: any causal LM; it stays as it is.
+        text: what all methods read.
+        config: the methods and the contexts.
+        block_size: tokens that are read at once.
+        evaluation: how much of the text, and whether a stream goes on across documents; its context is left alone.
         validation: text to tune dynamic evaluation on, if `config.tune_tokens` says so.
         training: text that rms takes the sizes of gradients from.
         say: called with a line about each part before it begins.
+
+    Raises:
+        FastWeightsError: the model has no Fast Weight Layer and fwl was asked for, or a text that a method needs was
+            not given.
     """
     evaluation = evaluation or EvaluationConfig()
     if evaluation.context != EvaluationConfig.context:
@@ -156,7 +165,16 @@ def tune(
     evaluation: EvaluationConfig,
     mean_squares: dict[str, Tensor] | None = None,
 ) -> DynamicEvaluationConfig:
-    """The step size, then the decay, then the step size again, that give the lowest loss on `text`."""
+    """The step size, then the decay, then the step size again, that give the lowest loss on `text`.
+
+    Args:
+        model: any causal LM; it stays as it is.
+        text: validation text.
+        config: rule, segment and parameters; step size and decay are sought.
+        block_size: tokens that are read at once.
+        evaluation: context, and how much of the text.
+        mean_squares: from `gradient_mean_squares`, for rms.
+    """
     tried: dict[DynamicEvaluationConfig, float] = {}
 
     def loss(candidate: DynamicEvaluationConfig) -> float:

@@ -91,7 +91,22 @@ def evaluate(
     config: EvaluationConfig | None = None,
     dynamic_evaluation: DynamicEvaluation | None = None,
 ) -> Evaluation:
-    """Loss of `model` on `text`, of which it reads `block_size` tokens at once; the last block may be shorter."""
+    """How well a model predicts a text: each token but the first of each document, once.
+
+    Args:
+        model: any causal LM; its mode and its weights are afterwards what they were.
+        text: what it reads, from `tokenize`.
+        block_size: tokens that it reads at once; the last block may be shorter.
+        config: context, batch size and how much of the text; by default all of it in independent blocks.
+        dynamic_evaluation: of the model, entered already: its weights go on learning from what was scored.
+
+    Returns:
+        Loss in nats per token, and the measures that follow from it.
+
+    Raises:
+        FastWeightsError: `block_size` is beyond the model's absolute positions, the text is too short to predict a
+            token of it, or the loss is not a number.
+    """
     loss, count = 0.0, 0
     for _, losses in score(model, text, block_size=block_size, config=config, dynamic_evaluation=dynamic_evaluation):
         loss += losses.double().sum().item()
@@ -138,6 +153,10 @@ def score(
     """(positions, losses in nats) of the text's tokens, a piece at a time; each token but a document's first, once.
 
     Args:
+        model: any causal LM.
+        text: what it reads.
+        block_size: tokens that it reads at once.
+        config: as for `evaluate`.
         dynamic_evaluation: of the model, entered already; its weights go on from one block to the next, and start anew
             where a stream does.
     """
