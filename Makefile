@@ -13,7 +13,7 @@ help:
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
 	@echo "make docs    write docs/cli.md anew"
 	@echo "make recipes train the embedded model to more than 0.95 (pure) and 0.98 (hybrid) retention (an hour or so)"
-	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (an hour or so)"
+	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (hours)"
 
 setup: $(VENV)/.installed
 
