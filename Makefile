@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format bench docs recipes adaptation clean
+.PHONY: help setup demo test lint format bench docs recipes comparison clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives (about 7 minutes)"
@@ -13,7 +13,7 @@ help:
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
 	@echo "make docs    write docs/cli.md anew"
 	@echo "make recipes train the embedded model to more than 0.95 (pure) and 0.98 (hybrid) retention (an hour or so)"
-	@echo "make adaptation  what learning while reading gives, three seeds, on the embedded text (an hour or so)"
+	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (hours)"
 
 setup: $(VENV)/.installed
 
@@ -51,8 +51,8 @@ recipes: setup
 	$(BIN)/fastweights --config recipes/pure.toml train
 	$(BIN)/fastweights --config recipes/hybrid.toml train
 
-adaptation: setup
-	$(BIN)/python -m benchmarks.adaptation
+comparison: setup
+	$(BIN)/python -m benchmarks.comparison
 
 clean:
 	rm -rf $(VENV) demo runs

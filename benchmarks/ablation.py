@@ -9,9 +9,7 @@ if one is given: the rotary embedding. One seed each, unless told otherwise.
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
@@ -76,14 +74,17 @@ def _run(model: str, data: DataConfig, name: str, settings: dict, seed: int, arg
         held_out="test",
         convert=ConversionConfig(**settings),
         data=data,
-        transfer=TransferConfig(steps=arguments.steps, batch_size=per_step, learning_rate=2e-3, new_learning_rate=2e-2),
+        transfer=TransferConfig(
+            steps=arguments.steps,
+            batch_size=per_step,
+            learning_rate=2e-3,
+            new_learning_rate=2e-2,
+            calibrate="not calibrated" not in name,
+        ),
         evaluation=HeldOutConfig(max_tokens=32768),
         run=RunConfig(seed=seed),
     )
-    calibration = "not calibrated" not in name
-    without = mock.patch("fastweights.training.transfer.calibrate", return_value=None)
-    with nullcontext() if calibration else without:
-        teacher, converted, transfer = train(config)
+    teacher, converted, transfer = train(config)
     return {
         "what": name,
         "seed": seed,

@@ -194,12 +194,12 @@ def all_chunk_states(layer: FastWeightLayer, hidden: Tensor, labels: Tensor, une
 
 
 def _measure(what: str, tasks: dict, repeats: int, unit: str) -> list[dict]:
-    memory = {}
+    peak_bytes = {}
     for name, task in tasks.items():
         task()
         with PeakMemory(torch.device("cpu")) as peak:
             task()
-        memory[name] = peak.bytes
+        peak_bytes[name] = peak.bytes
     times = time_side_by_side(tasks, repeats)
     return [
         {
@@ -207,7 +207,7 @@ def _measure(what: str, tasks: dict, repeats: int, unit: str) -> list[dict]:
             "form": name,
             **{f"{p}_ms": round(value, 2) for p, value in times[name].items()},
             "time_ratio": round(times[name]["p50"] / times[unit]["p50"], 3),
-            "peak_MB": "" if memory[name] is None else round(memory[name] / 1e6, 1),
+            "peak_MB": "" if peak_bytes[name] is None else round(peak_bytes[name] / 1e6, 1),
         }
         for name in tasks
     ]

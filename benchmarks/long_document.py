@@ -1,9 +1,9 @@
-"""A document of ten million bytes, read as a stream: memory at the peak after each part of it.
+"""A document of ten million bytes, read as a stream: peak memory after each part of it.
 
     python -m benchmarks.long_document [--model FOLDER] [--file TEXT]
 
-Without a model, a small random one does: a hybrid of fast weights and an exact window, with a Fast Weight Layer; memory
-does not depend on what weights say. Without a file, the standard library's sources do, as one document.
+Without a model, a small random one does: a hybrid of fast weights and an exact window, with a Fast Weight Layer; peak
+memory does not depend on what weights say. Without a file, the standard library's sources do, as one document.
 """
 
 from __future__ import annotations

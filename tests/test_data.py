@@ -56,6 +56,17 @@ def test_blocks_leave_out_the_rest():
     assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def test_documents_of_a_block_stand_alone():
+    blocks = TokenBlocks(tokenize_range(13), 6, [3, 1, 5, 4])
+    first, second = blocks
+    assert first["input_ids"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert first["position_ids"].tolist() == [0, 1, 2, 0, 0, 1]
+    assert first["labels"].tolist() == [-100, 1, 2, -100, -100, 5]
+    assert second["position_ids"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert second["labels"].tolist() == [6, 7, 8, -100, 10, 11]
+    assert [blocks.begins_with_a_document(i) for i in range(2)] == [True, False]
+
+
 def tokenize_range(n):
     import torch
 

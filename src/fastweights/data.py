@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from fastweights.embedded.stdlib import stdlib_documents
 from fastweights.errors import FastWeightsError, check_file, reason_of
+from fastweights.layers.next_token_gradient import NO_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from jaxtyping import Int
     from torch import Tensor
@@ -86,9 +87,24 @@ class TokenizedText:
 
 
 class TokenBlocks(Dataset):
-    """Consecutive blocks of `block_size` tokens; a rest shorter than that is left out."""
+    """Consecutive blocks of `block_size` tokens, of which each document stands alone; a rest too short is left out.
 
-    def __init__(self, tokens: Int[Tensor, " n_tokens"], block_size: int) -> None:
+    A block is a dict of three, each of `block_size`: `input_ids`; `labels`, the same but -100 for the first token of
+    each document, which nothing before it tells; and `position_ids`, which start anew at 0 with each document. A
+    document that begins in an earlier block counts from 0 in each.
+
+    Args:
+        tokens: documents, one after another.
+        block_size: tokens in a block.
+        document_lengths: tokens in each document, in order; by default all are one document.
+
+    Raises:
+        FastWeightsError: there are fewer tokens than in one block.
+    """
+
+    def __init__(
+        self, tokens: Int[Tensor, " n_tokens"], block_size: int, document_lengths: Sequence[int] | None = None
+    ) -> None:
         if len(tokens) < block_size:
             raise FastWeightsError(
                 f"the text has {len(tokens)} tokens, fewer than one block of {block_size}: "
@@ -96,17 +112,48 @@ class TokenBlocks(Dataset):
             )
         self.block_size = block_size
         self.blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+        lengths = torch.tensor(document_lengths or [len(tokens)])
+        starts = torch.zeros(len(tokens) + 1, dtype=torch.bool)
+        starts[torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))] = True
+        self.document_starts = starts[: self.blocks.numel()].view_as(self.blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Int[Tensor, " block_size"]]:
-        block = self.blocks[index]
-        return {"input_ids": block, "labels": block}
+        block, starts = self.blocks[index], self.document_starts[index]
+        places = torch.arange(self.block_size)
+        return {
+            "input_ids": block,
+            "labels": block.masked_fill(starts, NO_LABEL),
+            "position_ids": places - torch.where(starts, places, 0).cummax(0).values,
+        }
+
+    def begins_with_a_document(self, index: int) -> bool:
+        """Whether a document starts at a block's first token; else the block goes on with one."""
+        return bool(self.document_starts[index, 0])
+
+
+def positions_if_packed(position_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
+    """The positions of a batch of blocks where a document starts inside one, else None.
+
+    Models then number the tokens themselves, and softmax attention needs no mask that would slow it down.
+    """
+    return position_ids if bool((position_ids[:, 1:] == 0).any()) else None
 
 
 def load_documents(config: DataConfig) -> list[str]:
-    """The texts that `config` names, in order. Empty documents are left out; no text at all is an error."""
+    """The texts that `config` names, in order; empty documents are left out.
+
+    Args:
+        config: where the text comes from. `block_size` plays no part here.
+
+    Returns:
+        One string for each document, or one for all with `join_rows`.
+
+    Raises:
+        FastWeightsError: there is no such text, split or column, the file is not whole, or it holds no text.
+    """
     documents = stdlib_documents(config.split) if config.text == STDLIB else _load_with_datasets(config)
     documents = [text for text in documents if text and not text.isspace()]
     if not documents:
@@ -115,7 +162,12 @@ def load_documents(config: DataConfig) -> list[str]:
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
-    """Token ids of all documents, without special tokens but an end token after each document."""
+    """Token ids of all documents, without special tokens but an end token after each document.
+
+    Args:
+        documents: texts, such as `load_documents` gives.
+        tokenizer: the model's; one without an end token ends no document.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in _ids(documents, tokenizer)]
     return TokenizedText(
@@ -133,7 +185,12 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 
     for byte-level ones; those that put a mark before every text put one before every piece.
 
     Args:
+        path: UTF-8 text, plain or .gz.
+        tokenizer: the model's.
         size: characters of a piece, about.
+
+    Raises:
+        FastWeightsError: the file does not exist, may not be read, is no whole UTF-8 text, or is empty.
     """
     check_file(path, "give an existing text file")
     rest, found = "", False

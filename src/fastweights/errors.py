@@ -24,6 +24,16 @@ def check_file(path: Path, advice: str) -> None:
         raise FastWeightsError(f"{path} may not be read: {advice}")
 
 
+def check_new_file(path: Path, advice: str) -> None:
+    """Refuse a place where no file can be written, and say what to do instead."""
+    if not path.parent.is_dir():
+        raise FastWeightsError(f"{path.parent} is no folder: make it first, or {advice}")
+    if path.is_dir():
+        raise FastWeightsError(f"{path} is a folder: {advice}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise FastWeightsError(f"{path.parent} may not be written to: {advice}")
+
+
 def check_folder(output: Path) -> None:
     """Refuse what cannot be, or become, a folder to write to."""
     output = output.absolute()

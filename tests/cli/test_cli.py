@@ -263,7 +263,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, model_folder, text_file, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastweights.cli.commands.convert.run", interrupted)
-    monkeypatch.setattr("fastweights.training.pipeline._begin", interrupted)
+    monkeypatch.setattr("fastweights.training.pipeline._Run.begin", interrupted)
     options = {
         "train": (
             "--model",

@@ -24,10 +24,10 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]
         assert all(cost["ms_per_token"] > 0 for cost in costs)
-    read = [(row["method"], row["context"]) for row in written["adaptation"]]
+    read = [(row["method"], row["context"]) for row in written["comparison"]]
     assert read == [("static", "block"), ("static", "stream"), ("sgd", "stream"), ("fwl", "stream")]
     assert all(
-        row["evaluation"]["tokens"] == written["adaptation"][0]["evaluation"]["tokens"] for row in written["adaptation"]
+        row["evaluation"]["tokens"] == written["comparison"][0]["evaluation"]["tokens"] for row in written["comparison"]
     )
     teacher = written["decode"]["teacher"]
     assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * 64 // 16

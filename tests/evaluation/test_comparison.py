@@ -72,8 +72,8 @@ def test_tuning_takes_the_best_of_what_it_tries(text):
     def loss(config):
         from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
 
-        with DynamicEvaluation(model, config) as adaptation:
-            return evaluate(model, text, block_size=64, config=evaluation, adaptation=adaptation).loss
+        with DynamicEvaluation(model, config) as dynamic_evaluation:
+            return evaluate(model, text, block_size=64, config=evaluation, dynamic_evaluation=dynamic_evaluation).loss
 
     assert loss(best) <= min(loss(DynamicEvaluationConfig(segment=16, learning_rate=x)) for x in (1e-4, 1e-1, 1.0))
 

@@ -42,8 +42,8 @@ def test_adapts_to_repetition_and_leaves_no_trace(tokenizer, make, kind, rule, c
     config = DynamicEvaluationConfig(rule=rule, segment=16, learning_rate=0.02 if rule == "sgd" else 1e-4, decay=1e-3)
     mean_squares = gradient_mean_squares(model, random_ids(2, 65), config) if rule == "rms" else None
     before = weights(model)
-    with DynamicEvaluation(model, config, mean_squares) as adaptation:
-        dynamic = evaluate(model, text, block_size=64, config=settings, adaptation=adaptation)
+    with DynamicEvaluation(model, config, mean_squares) as dynamic_evaluation:
+        dynamic = evaluate(model, text, block_size=64, config=settings, dynamic_evaluation=dynamic_evaluation)
         assert not unchanged(model, before)
     assert unchanged(model, before)
     assert dynamic.tokens == static.tokens
@@ -66,8 +66,8 @@ def test_sgd_is_a_step_after_each_segment_and_a_way_back(tokenizer):
         with torch.no_grad():
             for parameter, trained in zip(copy.parameters(), original.parameters(), strict=True):
                 parameter += 0.25 * (trained - parameter) - 0.1 * parameter.grad
-    with DynamicEvaluation(model, config) as adaptation:
-        losses = [x for _, x in score(model, text, block_size=8, adaptation=adaptation)]
+    with DynamicEvaluation(model, config) as dynamic_evaluation:
+        losses = [x for _, x in score(model, text, block_size=8, dynamic_evaluation=dynamic_evaluation)]
     torch.testing.assert_close(torch.cat(losses), torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -87,9 +87,9 @@ def test_rms_divides_by_the_size_of_training_gradients():
     block = ids[None]
     from fastweights.reading.stream import Stream
 
-    with DynamicEvaluation(model, config, mean_squares) as adaptation:
-        adaptation.score(Stream(model, 16), block[:, :-1], block[:, 1:])
-        adaptation.score(Stream(model, 16), block[:, :-1], block[:, 1:])
+    with DynamicEvaluation(model, config, mean_squares) as dynamic_evaluation:
+        dynamic_evaluation.score(Stream(model, 16), block[:, :-1], block[:, 1:])
+        dynamic_evaluation.score(Stream(model, 16), block[:, :-1], block[:, 1:])
         adapted = weights(model)
     trained = {name: x.detach().clone() for name, x in named.items()}
     for _ in range(2):
@@ -107,8 +107,8 @@ def test_only_what_the_pattern_matches_adapts(tokenizer):
     model = make_gpt2()
     before = weights(model)
     config = DynamicEvaluationConfig(parameters=r"transformer\.h\.2\..*")
-    with DynamicEvaluation(model, config) as adaptation:
-        evaluate(model, tokenize([TEXT], tokenizer), block_size=64, adaptation=adaptation)
+    with DynamicEvaluation(model, config) as dynamic_evaluation:
+        evaluate(model, tokenize([TEXT], tokenizer), block_size=64, dynamic_evaluation=dynamic_evaluation)
         changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
     assert changed
     assert all(name.startswith("transformer.h.2.") for name in changed)
@@ -123,8 +123,8 @@ def test_an_error_inside_leaves_no_trace_either(tokenizer):
     before = weights(model)
 
     def interrupted():
-        with DynamicEvaluation(model, DynamicEvaluationConfig()) as adaptation:
-            next(score(model, tokenize([TEXT], tokenizer), block_size=64, adaptation=adaptation))
+        with DynamicEvaluation(model, DynamicEvaluationConfig()) as dynamic_evaluation:
+            next(score(model, tokenize([TEXT], tokenizer), block_size=64, dynamic_evaluation=dynamic_evaluation))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -138,8 +138,8 @@ def test_an_error_inside_leaves_no_trace_either(tokenizer):
 def test_even_a_diverged_model_comes_back(tokenizer):
     model = make_gpt2()
     before = weights(model)
-    with DynamicEvaluation(model, DynamicEvaluationConfig(learning_rate=1e6)) as adaptation:
-        loss = evaluate(model, tokenize([TEXT], tokenizer), block_size=64, adaptation=adaptation).loss
+    with DynamicEvaluation(model, DynamicEvaluationConfig(learning_rate=1e6)) as dynamic_evaluation:
+        loss = evaluate(model, tokenize([TEXT], tokenizer), block_size=64, dynamic_evaluation=dynamic_evaluation).loss
     assert not loss < 10
     assert unchanged(model, before)
     assert not any(math.isnan(x) for x in before["lm_head.weight"].flatten().tolist())
@@ -148,9 +148,11 @@ def test_even_a_diverged_model_comes_back(tokenizer):
 def test_streams_start_each_document_with_the_trained_weights(tokenizer):
     model = make_gpt2()
     text = tokenize([TEXT, TEXT], tokenizer)
-    with DynamicEvaluation(model, DynamicEvaluationConfig(segment=16, learning_rate=0.02)) as adaptation:
+    with DynamicEvaluation(model, DynamicEvaluationConfig(segment=16, learning_rate=0.02)) as dynamic_evaluation:
         config = EvaluationConfig(context="stream")
-        losses = torch.cat([x for _, x in score(model, text, block_size=64, config=config, adaptation=adaptation)])
+        losses = torch.cat(
+            [x for _, x in score(model, text, block_size=64, config=config, dynamic_evaluation=dynamic_evaluation)]
+        )
     first, second = losses.chunk(2)
     assert torch.equal(first, second)
 
@@ -180,7 +182,7 @@ def test_bad_uses(tokenizer):
     with pytest.raises(FastWeightsError, match="at least one block"):
         gradient_mean_squares(model, [], DynamicEvaluationConfig())
     with (
-        DynamicEvaluation(model, DynamicEvaluationConfig()) as adaptation,
+        DynamicEvaluation(model, DynamicEvaluationConfig()) as dynamic_evaluation,
         pytest.raises(FastWeightsError, match="sliding"),
     ):
         evaluate(
@@ -188,5 +190,5 @@ def test_bad_uses(tokenizer):
             tokenize([TEXT], tokenizer),
             block_size=8,
             config=EvaluationConfig(context="sliding"),
-            adaptation=adaptation,
+            dynamic_evaluation=dynamic_evaluation,
         )

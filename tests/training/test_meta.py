@@ -112,8 +112,10 @@ def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path, monkeypatch):
 def test_the_meta_stage_gains_where_text_repeats_itself(tmp_path, kind):
     """Lines of a word that changes from document to document: only what was just read tells which."""
     texts = [json.dumps({"text": f"{word} " * 40}) for word in _words(150)]
+    folder = tmp_path / "text"  # of its own: a run writes files into its output folder that look like text
+    folder.mkdir()
     for split, rows in (("train", texts[:120]), ("test", texts[120:])):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
     base = make_gpt2()
     if kind == "hybrid":
         base = convert(base, ConversionConfig(window=4, positions="drop"))
@@ -127,7 +129,7 @@ def test_the_meta_stage_gains_where_text_repeats_itself(tmp_path, kind):
                 output=tmp_path / f"updates {updates}",
                 stage="meta",
                 held_out="test",
-                data=DataConfig(text=str(tmp_path), block_size=64),
+                data=DataConfig(text=str(folder), block_size=64),
                 fast_weight_layer=FastWeightLayerSettings(updates=updates),
                 meta=MetaConfig(steps=60, batch_size=4, learning_rate=3e-3, new_learning_rate=5e-2),
                 evaluation=HeldOutConfig(max_tokens=4000),

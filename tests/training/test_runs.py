@@ -12,7 +12,7 @@ from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.models import ConversionConfig, convert, load_model
 from fastweights.models.loading import load_tokenizer
 from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
-from fastweights.training.trainer import check_stage
+from fastweights.training.runs import CHECKPOINT, TRAINER_STATE_FILE, check_stage, clear_stages
 
 
 @pytest.fixture
@@ -101,3 +101,30 @@ def test_settings_of_a_conversion_that_is_over_are_refused(config, tmp_path, mod
     load_tokenizer(str(model_folder)).save_pretrained(tmp_path / "converted")
     with pytest.raises(FastWeightsError, match=r"convert was given, but .* is converted already"):
         train(replace(config, model=str(tmp_path / "converted"), convert=ConversionConfig(window=8)))
+
+
+def test_a_text_that_has_changed_is_read_anew(config, tmp_path, text_file):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    config = replace(config, data=replace(config.data, text=str(text)), evaluation=HeldOutConfig(max_tokens=None))
+    before = train(config)[-1].evaluation.tokens
+    text.write_text(text_file.read_text() * 2)
+    assert train(config)[-1].evaluation.tokens == pytest.approx(2 * before, abs=2)
+
+
+def test_only_what_a_run_goes_on_from_is_cleared(tmp_path):
+    kept = [tmp_path / "transfer" / "model.safetensors", tmp_path / "other" / "finished", tmp_path / "checkpoint-1"]
+    gone = [tmp_path / "transfer" / "finished", tmp_path / "transfer" / "checkpoint-2"]
+    for path in (*kept, *gone):
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if "checkpoint" in path.name else path.touch()
+    clear_stages(tmp_path, ("transfer", "finetune"))
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
+
+
+def test_files_are_those_of_the_trainer():
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    assert (TRAINER_STATE_FILE, CHECKPOINT) == (TRAINER_STATE_NAME, PREFIX_CHECKPOINT_DIR)

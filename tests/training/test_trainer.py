@@ -15,7 +15,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.models import convert
 from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
 from fastweights.training.finetune import FinetuneTrainer, divergence
-from fastweights.training.trainer import last_checkpoint
+from fastweights.training.runs import last_checkpoint
 from tests.conftest import make_gpt2, random_ids
 
 

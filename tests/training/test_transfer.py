@@ -1,6 +1,9 @@
 import torch
 
+from fastweights.data import DataConfig
+from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.models import ConversionConfig, convert
+from fastweights.training import TrainConfig, TransferConfig, train
 from fastweights.training.teacher import record_attention
 from fastweights.training.transfer import calibrate
 from tests.conftest import random_ids
@@ -46,3 +49,20 @@ def test_loss_trains_the_converted_layers_alone(base):
     assert inside
     assert all(".attn." in name or ".self_attn." in name for name in inside)
     assert {name for name in inside if "gate." in name or "scale" in name} == set(model.new_parameter_names())
+
+
+def test_calibration_can_be_left_out(tmp_path, model_folder, text_file, monkeypatch):
+    calibrated = []
+    monkeypatch.setattr("fastweights.training.transfer.calibrate", lambda *_: calibrated.append(True))
+    for wanted in (False, True):
+        train(
+            TrainConfig(
+                model=str(model_folder),
+                output=tmp_path / str(wanted),
+                stage="transfer",
+                data=DataConfig(text=str(text_file), block_size=32),
+                transfer=TransferConfig(steps=1, calibrate=wanted),
+                evaluation=HeldOutConfig(max_tokens=64),
+            )
+        )
+        assert bool(calibrated) == wanted

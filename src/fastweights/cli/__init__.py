@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, ArgumentCollection, Parameter
-from cyclopts.config import Dict, Toml
+from cyclopts.config import Dict
 from rich.console import Console
 from rich.text import Text
 
@@ -20,15 +20,29 @@ from fastweights.cli.options import SHOW_ALL, declare_options
 from fastweights.errors import FastWeightsError, check_file
 
 
-class Recipe(Toml):
+class Recipe:
     """A TOML file whose keys are the options of the command that is run.
 
     cyclopts' own flat files leave out keys that are names of commands, such as train's section [convert].
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FastWeightsError: it cannot be read.
     """
+
+    def __init__(self, path: Path) -> None:
+        check_file(path, "give the TOML file of a recipe")
+        self.path = path
+        try:
+            self.settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FastWeightsError(f"{path} is no TOML file that can be read: {error}") from error
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         if commands:
-            Dict({commands[0]: self.config}, source=self.source)(app, commands, arguments)
+            Dict({commands[0]: self.settings}, source=str(self.path))(app, commands, arguments)
 
 
 COMMANDS = {
@@ -77,8 +91,6 @@ def make_app(*, show_all: bool = False) -> App:
         config
             TOML recipe whose keys are the command's options; options on the command line come before it.
         """
-        if config is not None:
-            _check_recipe(config)
         app.config = () if config is None else Recipe(config)
         app(tokens)
 
@@ -106,14 +118,6 @@ def main() -> None:
     except BrokenPipeError:  # whoever reads our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _check_recipe(path: Path) -> None:
-    check_file(path, "give the TOML file of a recipe")
-    try:
-        tomllib.loads(path.read_text())
-    except ValueError as error:
-        raise FastWeightsError(f"{path} is no TOML file that can be read: {error}") from error
 
 
 def _error_line(error: Exception) -> Text:

@@ -24,8 +24,8 @@ from fastweights.evaluation.cost import DecodeCost, decode_costs
 from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
 from fastweights.models import ConversionConfig, load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, TransferConfig
-from fastweights.training.pipeline import StageResult, TrainConfig, train
+from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.training.pipeline import StageResult, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ class DemoResult:
     stages: dict[str, list[StageResult]]
     decode: dict[str, list[DecodeCost]]
     samples: dict[str, str]
-    adaptation: list[MethodResult]
+    comparison: list[MethodResult]
     files: list[Path] = field(default_factory=list)
 
 
@@ -118,26 +118,26 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     models = {"teacher": load_model(source), **models}
     say("the same prompt, by all three")
     samples = {name: sample(model, source) for name, model in models.items()}
-    say(f"time and memory per token at contexts up to {config.contexts[-1]:,}")
+    say(f"time per token and size of the state at contexts up to {config.contexts[-1]:,}")
     decode = decode_costs(models, config.contexts)
 
     say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
-    adaptation = adapt(config, say)
+    compared = comparison(config, say)
     folders = {name: config.output / name for name in stages}
-    names = ("training.png", "decoding.png", "adaptation.png", "results.json")
+    names = ("training.png", "decoding.png", "comparison.png", "results.json")
     files = [config.output / name for name in names]
     plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
-    plot_comparison(adaptation, files[2])
-    files[3].write_text(json.dumps(results(stages, decode, samples, adaptation), indent=2) + "\n")
-    return DemoResult(stages, decode, samples, adaptation, files)
+    plot_comparison(compared, files[2])
+    files[3].write_text(json.dumps(results(stages, decode, samples, compared), indent=2) + "\n")
+    return DemoResult(stages, decode, samples, compared, files)
 
 
-def adapt(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
+def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
     """Train a Fast Weight Layer on the hybrid model, and read the same unseen text in several ways."""
     settings = TrainConfig(
         model=str(config.output / "hybrid"),
-        output=config.output / "adapting",
+        output=config.output / "learning",
         stage="meta",
         held_out="validation",
         meta=MetaConfig(steps=config.meta_steps),
@@ -164,7 +164,7 @@ def results(
     stages: dict[str, list[StageResult]],
     decode: dict[str, list[DecodeCost]],
     samples: dict[str, str],
-    adaptation: list[MethodResult],
+    comparison: list[MethodResult],
 ) -> dict[str, object]:
     """What results.json holds."""
     return {
@@ -173,7 +173,7 @@ def results(
         "loss": {name: {result.stage: result.evaluation.loss for result in run} for name, run in stages.items()},
         "decode": {name: [asdict(cost) for cost in costs] for name, costs in decode.items()},
         "samples": samples,
-        "adaptation": [result.plain() for result in adaptation],
+        "comparison": [result.plain() for result in comparison],
     }
 
 

@@ -14,9 +14,17 @@ from fastweights.evaluation.dynamic_evaluation import DynamicEvaluationConfig, R
 from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
 from fastweights.layers.fast_weight_layer import FastWeightLayerSettings
 from fastweights.models.conversion import ConversionConfig
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
-from fastweights.training.pipeline import TrainConfig
-from fastweights.training.pretrain import GPT2Shape, LongStageConfig, PretrainConfig, ShortStageConfig
+from fastweights.training.config import (
+    FinetuneConfig,
+    GPT2Shape,
+    LongStageConfig,
+    MetaConfig,
+    PretrainConfig,
+    RunConfig,
+    ShortStageConfig,
+    TrainConfig,
+    TransferConfig,
+)
 
 SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
 """Environment variable that, set to anything, makes help list every option."""
@@ -44,9 +52,8 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     RmsConfig: _DYNAMIC,
     RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "log_every", "report_to"),
     ShortStageConfig: _STAGE,
-    StageConfig: _STAGE,
     TrainConfig: (),
-    TransferConfig: _STAGE,
+    TransferConfig: (*_STAGE, "calibrate"),
 }
 """Every config, and those of its fields that are taken like any option and listed in docs/cli.md, but left out of a
 command's help so that this fits on one screen."""

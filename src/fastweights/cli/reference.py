@@ -8,7 +8,11 @@ from fastweights.cli import make_app
 
 def reference() -> str:
     """Markdown of every command with every option, also those that its help leaves out."""
-    return make_app(show_all=True).generate_docs(usage_name="fastweights").strip() + "\n"
+    argv, sys.argv = sys.argv, ["fastweights"]  # cyclopts puts the name of the running program into usage lines
+    try:
+        return make_app(show_all=True).generate_docs(usage_name="fastweights").strip() + "\n"
+    finally:
+        sys.argv = argv
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
 
 
 def print_methods(name: str, results: list[MethodResult], title: str) -> None:
-    """One row per way to read; time and memory relative to the first."""
+    """One row per way to read; time and peak memory relative to the first."""
     title = f"{name} on {title}, {results[0].evaluation.tokens:,} tokens"
     table = Table(title=title, title_justify="left", caption=_tuned(results), caption_justify="left")
     columns: dict[str, Callable[[MethodResult], str]] = {
@@ -50,7 +50,7 @@ def print_methods(name: str, results: list[MethodResult], title: str) -> None:
         "ppl": lambda result: _large(result.evaluation.perplexity),
         "bits/byte": lambda result: f"{result.evaluation.bits_per_byte:.4f}",
         "time": lambda result: f"{result.time_ratio:.2f}x",
-        "memory": lambda result: "-" if result.memory_ratio is None else f"{result.memory_ratio:.2f}x",
+        "peak memory": lambda result: "-" if result.peak_bytes_ratio is None else f"{result.peak_bytes_ratio:.2f}x",
     }
     if min(result.evaluation.word_perplexity for result in results) < _MEANINGFUL_PERPLEXITY:
         columns["word ppl"] = lambda result: _large(result.evaluation.word_perplexity)

@@ -1,7 +1,7 @@
 """Ways to read a text, side by side on the same tokens: static, dynamic evaluation and a Fast Weight Layer.
 
-Each method in each context is scored on every token but the first of each document; time and memory are given relative
-to a static model that reads independent blocks.
+Each method in each context is scored on every token but the first of each document; time and peak memory are given
+relative to a static model that reads independent blocks.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class MethodResult:
     time_ratio: float
     """Wall time over that of static block evaluation."""
     peak_bytes: int | None
-    """Memory at the peak, above what was in use before."""
-    memory_ratio: float | None
+    """Peak memory, above what was in use before."""
+    peak_bytes_ratio: float | None
     settings: DynamicEvaluationConfig | None
     """Of dynamic evaluation, after tuning."""
     losses: Float[Tensor, " N"] = field(repr=False, compare=False)
@@ -114,12 +114,21 @@ def compare(
     training: TokenizedText | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[MethodResult]:
-    """Score `text` by each method in each context; static in blocks, the unit of time and memory, comes first.
+    """Score `text` by each method in each context; static in blocks, the unit of time and peak memory, comes first.
 
     Args:
+        model: any causal LM; it stays as it is.
+        text: what all methods read.
+        config: the methods and the contexts.
+        block_size: tokens that are read at once.
+        evaluation: how much of the text, and whether a stream goes on across documents; its context is left alone.
         validation: text to tune dynamic evaluation on, if `config.tune_tokens` says so.
         training: text that rms takes the sizes of gradients from.
         say: called with a line about each part before it begins.
+
+    Raises:
+        FastWeightsError: the model has no Fast Weight Layer and fwl was asked for, or a text that a method needs was
+            not given.
     """
     evaluation = evaluation or EvaluationConfig()
     if evaluation.context != EvaluationConfig.context:
@@ -156,14 +165,23 @@ def tune(
     evaluation: EvaluationConfig,
     mean_squares: dict[str, Tensor] | None = None,
 ) -> DynamicEvaluationConfig:
-    """The step size, then the decay, then the step size again, that give the lowest loss on `text`."""
+    """The step size, then the decay, then the step size again, that give the lowest loss on `text`.
+
+    Args:
+        model: any causal LM; it stays as it is.
+        text: validation text.
+        config: rule, segment and parameters; step size and decay are sought.
+        block_size: tokens that are read at once.
+        evaluation: context, and how much of the text.
+        mean_squares: from `gradient_mean_squares`, for rms.
+    """
     tried: dict[DynamicEvaluationConfig, float] = {}
 
     def loss(candidate: DynamicEvaluationConfig) -> float:
         if candidate not in tried:
-            with DynamicEvaluation(model, candidate, mean_squares) as adaptation:
+            with DynamicEvaluation(model, candidate, mean_squares) as dynamic_evaluation:
                 tried[candidate] = evaluate(
-                    model, text, block_size=block_size, config=evaluation, adaptation=adaptation
+                    model, text, block_size=block_size, config=evaluation, dynamic_evaluation=dynamic_evaluation
                 ).loss
         return tried[candidate] if tried[candidate] == tried[candidate] else float("inf")
 
@@ -207,16 +225,18 @@ def _run(
     total, count = 0.0, 0
     with PeakMemory(model.device) as peak:
         start = time.perf_counter()
-        adapting = nullcontext() if settings is None else DynamicEvaluation(model, settings, mean_squares)
-        with adapting as adaptation:
-            for positions, part in score(model, text, block_size=block_size, config=evaluation, adaptation=adaptation):
+        dynamic = nullcontext() if settings is None else DynamicEvaluation(model, settings, mean_squares)
+        with dynamic as dynamic_evaluation:
+            for positions, part in score(
+                model, text, block_size=block_size, config=evaluation, dynamic_evaluation=dynamic_evaluation
+            ):
                 losses[positions.cpu()] = part.float().cpu()
                 total, count = total + part.double().sum().item(), count + len(part)
         seconds = time.perf_counter() - start
     unit = results[0] if results else None
-    memory_ratio = None
+    peak_bytes_ratio = None
     if peak.bytes is not None:
-        memory_ratio = 1.0 if unit is None else peak.bytes / unit.peak_bytes if unit.peak_bytes else None
+        peak_bytes_ratio = 1.0 if unit is None else peak.bytes / unit.peak_bytes if unit.peak_bytes else None
     return MethodResult(
         method=method,
         context=evaluation.context,
@@ -224,7 +244,7 @@ def _run(
         seconds=seconds,
         time_ratio=1.0 if unit is None else seconds / unit.seconds,
         peak_bytes=peak.bytes,
-        memory_ratio=memory_ratio,
+        peak_bytes_ratio=peak_bytes_ratio,
         settings=settings,
         losses=losses,
     )

@@ -1,4 +1,4 @@
-"""What one more token costs, in time and in memory, after a context of a given length."""
+"""What one more token costs, in time and in bytes of state, after a context of a given length."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def decode_costs(
     one: beyond its trained length only its time means anything.
 
     Args:
+        models: by name.
+        contexts: tokens before those that are timed, in rising order.
+        tokens: steps timed at each context, about.
         read_at_most: before each context, really read only so many tokens, and be told that the others were read: the
             state has the same size, and a big model does not read for an hour.
         softmax_up_to: the longest context at which softmax models are timed; by default all.

@@ -82,6 +82,10 @@ class DynamicEvaluation:
         model: any causal LM.
         config: rule, step size and what adapts.
         mean_squares: of each parameter's gradient, from `gradient_mean_squares`; needed by rms.
+
+    Raises:
+        FastWeightsError: no parameter matches `config.parameters`, or rms was not given the mean squares of those that
+            do.
     """
 
     def __init__(
@@ -133,7 +137,13 @@ class DynamicEvaluation:
             parameter.copy_(trained)
 
     def score(self, stream: Stream, input_ids: Int[Tensor, "1 n"], targets: Int[Tensor, "1 n"]) -> Float[Tensor, " n"]:
-        """Losses of the targets in nats, each under the weights at its segment's start, which then takes a step."""
+        """Losses of the targets in nats, each under the weights at its segment's start, which then takes a step.
+
+        Args:
+            stream: where the model is in the text; it goes on from there.
+            input_ids: the next tokens.
+            targets: the token that follows each of them.
+        """
         losses = []
         for start in range(0, input_ids.shape[1], self.config.segment):
             here = slice(start, start + self.config.segment)
@@ -169,7 +179,15 @@ def gradient_mean_squares(
     """Mean square of each adapted parameter's gradient over segments of training text, for the rms rule.
 
     Args:
+        model: any causal LM; it stays as it is.
         blocks: pieces of training text, each longer than a token; each is read from a fresh start.
+        config: which parameters adapt, and the length of a segment.
+
+    Returns:
+        For each name of a parameter that adapts, a tensor of its shape.
+
+    Raises:
+        FastWeightsError: there is no block, or no parameter matches.
     """
     named = adapted_parameters(model, config.parameters)
     sums = {name: torch.zeros_like(parameter) for name, parameter in named.items()}

@@ -33,7 +33,15 @@ class Gain:
 
 
 def gains(results: list[MethodResult], text: TokenizedText) -> dict[str, dict[str, list[Gain]]]:
-    """For each way to group tokens, the gain in each group of each result over the first, the static model."""
+    """Where each method gains over the static model.
+
+    Args:
+        results: of one text, the static model's first.
+        text: that text.
+
+    Returns:
+        For each way to group tokens, for each result's name but the first, the gain in each group, in bits per token.
+    """
     static, *others = results
     tokens = text.tokens[: len(static.losses)]
     groupings = {

@@ -89,11 +89,26 @@ def evaluate(
     *,
     block_size: int = 1024,
     config: EvaluationConfig | None = None,
-    adaptation: DynamicEvaluation | None = None,
+    dynamic_evaluation: DynamicEvaluation | None = None,
 ) -> Evaluation:
-    """Loss of `model` on `text`, of which it reads `block_size` tokens at once; the last block may be shorter."""
+    """How well a model predicts a text: each token but the first of each document, once.
+
+    Args:
+        model: any causal LM; its mode and its weights are afterwards what they were.
+        text: what it reads, from `tokenize`.
+        block_size: tokens that it reads at once; the last block may be shorter.
+        config: context, batch size and how much of the text; by default all of it in independent blocks.
+        dynamic_evaluation: of the model, entered already: its weights go on learning from what was scored.
+
+    Returns:
+        Loss in nats per token, and the measures that follow from it.
+
+    Raises:
+        FastWeightsError: `block_size` is beyond the model's absolute positions, the text is too short to predict a
+            token of it, or the loss is not a number.
+    """
     loss, count = 0.0, 0
-    for _, losses in score(model, text, block_size=block_size, config=config, adaptation=adaptation):
+    for _, losses in score(model, text, block_size=block_size, config=config, dynamic_evaluation=dynamic_evaluation):
         loss += losses.double().sum().item()
         count += len(losses)
     return summary(loss, count, text, config)
@@ -133,13 +148,17 @@ def score(
     *,
     block_size: int = 1024,
     config: EvaluationConfig | None = None,
-    adaptation: DynamicEvaluation | None = None,
+    dynamic_evaluation: DynamicEvaluation | None = None,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]:
     """(positions, losses in nats) of the text's tokens, a piece at a time; each token but a document's first, once.
 
     Args:
-        adaptation: dynamic evaluation of the model, entered already; its weights go on from one block to the next, and
-            start anew where a stream does.
+        model: any causal LM.
+        text: what it reads.
+        block_size: tokens that it reads at once.
+        config: as for `evaluate`.
+        dynamic_evaluation: of the model, entered already; its weights go on from one block to the next, and start anew
+            where a stream does.
     """
     config = config or EvaluationConfig()
     if block_size < 2:
@@ -154,13 +173,13 @@ def score(
     model.eval()
     try:
         if config.context == "stream":
-            pieces = _stream(model, tokens, begins, block_size, config, adaptation)
-        elif adaptation is not None:
-            pieces = _adapted_blocks(model, tokens, block_size, config, adaptation)
+            pieces = _stream(model, tokens, begins, block_size, config, dynamic_evaluation)
+        elif dynamic_evaluation is not None:
+            pieces = _dynamic_blocks(model, tokens, block_size, config, dynamic_evaluation)
         else:
             pieces = _windows(model, tokens, block_size, config)
         for positions, losses in pieces:
-            if adaptation is None and losses.isnan().any():
+            if dynamic_evaluation is None and losses.isnan().any():
                 raise FastWeightsError(
                     "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
                     "computes; give another model"
@@ -213,18 +232,21 @@ def _windows(
             )
 
 
-def _adapted_blocks(
+def _dynamic_blocks(
     model: PreTrainedModel,
     tokens: Int[Tensor, " N"],
     size: int,
     config: EvaluationConfig,
-    adaptation: DynamicEvaluation,
+    dynamic_evaluation: DynamicEvaluation,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if config.context == "sliding":
         raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
     for start, stop, _ in _spans(len(tokens), size, config):
         positions = torch.arange(start + 1, stop + 1, device=tokens.device)
-        yield positions, adaptation.score(Stream(model, size), tokens[None, start:stop], tokens[None, positions])
+        yield (
+            positions,
+            dynamic_evaluation.score(Stream(model, size), tokens[None, start:stop], tokens[None, positions]),
+        )
 
 
 def _stream(
@@ -233,13 +255,13 @@ def _stream(
     begins: Bool[Tensor, " N"],
     size: int,
     config: EvaluationConfig,
-    adaptation: DynamicEvaluation | None,
+    dynamic_evaluation: DynamicEvaluation | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     starts = [0] if config.carry_documents else begins.nonzero().flatten().tolist()
     for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
         stream = Stream(model, size)
-        if adaptation is not None:
-            adaptation.reset()
+        if dynamic_evaluation is not None:
+            dynamic_evaluation.reset()
         for place in range(start, stop - 1, size):
             read = tokens[None, place : min(place + size, stop - 1)]
             positions = torch.arange(place + 1, place + 1 + read.shape[1], device=tokens.device)
@@ -247,8 +269,8 @@ def _stream(
             yield (
                 positions,
                 _stream_losses(stream, read, targets)
-                if adaptation is None
-                else adaptation.score(stream, read, targets),
+                if dynamic_evaluation is None
+                else dynamic_evaluation.score(stream, read, targets),
             )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NO_LABEL = -100
+"""Label of a position whose next token is not predicted, as in all of transformers."""
 # Logits in memory at once: 8 MB of fp32.
 _LOGITS = 2**21
 

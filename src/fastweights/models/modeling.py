@@ -245,8 +245,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if "full_attention" not in self.config.layer_types:
             # No layer reads the 4-D mask that the base model would build.
             return given.new_zeros(1, 1, 1, 1)
-        several = starts is not None or (cache is not None and cache.several_documents)
-        if not several:
+        if cache is not None and not past:
+            cache.several_documents = starts is not None
+        if starts is None and not (cache is not None and cache.several_documents and past):
             return attention_mask
         if past:
             raise FastWeightsError(
@@ -260,8 +261,6 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 'without windows of their own and with attn_implementation "sdpa" or "eager": give one document a row'
             )
         assert starts is not None
-        if cache is not None:
-            cache.several_documents = True
         return documents_mask(starts, real, self.dtype)
 
     def _read_and_learn(
@@ -380,7 +379,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             Loss, logits (B, T, V) and the state.
         """
         if attention_records is not None:
-            return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records).mean())
+            return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -403,18 +402,25 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def reproduction_errors(self, records: list[AttentionRecord]) -> Float[Tensor, " layers"]:
+    def reproduction_errors(
+        self, records: list[AttentionRecord], position_ids: Int[Tensor, "_ T"] | None = None
+    ) -> Float[Tensor, " layers"]:
         """How far each converted layer, given the teacher's own input, is from the teacher's attention output.
 
         Mean squared error relative to the output's variance: 1 is as good as saying its mean, 0 is perfect.
 
         Args:
             records: one for each layer of the model, converted or not.
+            position_ids: that the teacher was given, which start anew where documents do.
+
+        Returns:
+            The error of each converted layer, in order.
         """
-        errors = []
+        shape = (records[0].inputs.shape[0], records[0].inputs.shape[1])
+        marks, errors = TokenMarks(starts=find_starts(shape, past=0, real=None, position_ids=position_ids)), []
         for layer in self.fast_attentions():
             record = records[layer.layer_idx]
-            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings)
+            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings, marks=marks)
             errors.append((output - record.output).square().mean() / record.variance)
         return torch.stack(errors)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastweights.errors import FastWeightsError, check_file, reason_of
+from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import Stream, reads_without_end
@@ -37,11 +37,14 @@ _PIECE = 1024
 
 @dataclass
 class Memory:
-    """A model's state after `tokens` tokens."""
+    """What a model remembers of a text: its state after `tokens` tokens, of one size whatever their number."""
 
     model: FastWeightsForCausalLM
+    """That made the memory, and alone can use it."""
     cache: FastWeightsCache
+    """Its state."""
     tokens: int
+    """Tokens that were read."""
     last_token: int | None
     """The last token of the text: known, but read only with what follows it, as its prediction is wanted then."""
 
@@ -54,11 +57,14 @@ class Memory:
         return state_bytes(self.cache)
 
     def read(self, pieces: Iterable[Int[Tensor, " _"]], *, progress: Callable[[int], None] | None = None) -> Memory:
-        """Read on, and return this memory.
+        """Read on, at constant cost per token.
 
         Args:
             pieces: token ids, in pieces of any size.
             progress: called with the number of tokens of each piece once it is read.
+
+        Returns:
+            This memory, which is changed in place.
         """
         stream = Stream(self.model, _PIECE, self.cache)
         for piece in pieces:
@@ -79,11 +85,17 @@ class Memory:
 
     @torch.no_grad()
     def generate(self, prompt: Int[Tensor, " n"] | None = None, **arguments) -> Int[Tensor, " m"]:
-        """What the model goes on with, a row for each of several `num_return_sequences`; the memory stays as it is.
+        """What the model goes on with; the memory stays as it is.
 
         Args:
             prompt: token ids that come after the text that was read.
             **arguments: of transformers' `generate`.
+
+        Returns:
+            The new token ids, without the prompt's; (rows, m) where several `num_return_sequences` are asked for.
+
+        Raises:
+            FastWeightsError: nothing was read and there is no prompt.
         """
         parts = [] if self.last_token is None else [torch.tensor([self.last_token])]
         ids = torch.cat([*parts, torch.tensor([], dtype=torch.long) if prompt is None else prompt.cpu()])
@@ -101,7 +113,17 @@ class Memory:
         return output[0, len(ids) :] if (arguments.get("num_return_sequences") or 1) == 1 else output[:, len(ids) :]
 
     def save(self, path: str | Path) -> Path:
-        """Write the memory, or leave what is at `path` as it was: a file cut off half way never takes its place."""
+        """Write the memory, or leave what is at `path` as it was: a file cut off half way never takes its place.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            FastWeightsError: the memory is not finite, or there is no writing to that place.
+        """
         path = Path(path)
         tensors = {
             f"{i}.{name}": tensor.detach().cpu().contiguous()
@@ -118,7 +140,7 @@ class Memory:
         }
         if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
-        check_output(path)
+        check_new_file(path, "save the memory elsewhere")
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
         os.close(handle)
         try:
@@ -135,16 +157,6 @@ class Memory:
         return path
 
 
-def check_output(path: Path) -> None:
-    """Refuse a place where no memory can be saved."""
-    if not path.parent.is_dir():
-        raise FastWeightsError(f"{path.parent} is no folder: make it first, or save the memory elsewhere")
-    if path.is_dir():
-        raise FastWeightsError(f"{path} is a folder: give the name of a file for the memory")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FastWeightsError(f"{path.parent} may not be written to: save the memory elsewhere")
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -152,7 +164,14 @@ def _umask() -> int:
 
 
 def new_memory(model: PreTrainedModel) -> Memory:
-    """The memory of a model that has read nothing."""
+    """The memory of a model that has read nothing.
+
+    Args:
+        model: one whose state has a constant size: fast weights in all layers, and no absolute positions.
+
+    Raises:
+        FastWeightsError: the model is not such a one.
+    """
     if not isinstance(model, FastWeightsForCausalLM) or not reads_without_end(model):
         raise FastWeightsError(
             "this model's attention keeps all it reads, so it has no memory of constant size: convert it "
@@ -162,7 +181,15 @@ def new_memory(model: PreTrainedModel) -> Memory:
 
 
 def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
-    """The memory in a file that this same model made."""
+    """The memory in a file that this same model made.
+
+    Args:
+        model: that made it; its weights and its config must be the same, wherever it was loaded from.
+        path: of the file.
+
+    Raises:
+        FastWeightsError: there is no such file, it is not whole, or another model made it.
+    """
     path = Path(path)
     check_file(path, "give a file that `fastweights read MODEL FILE -o MEMORY` made")
     memory = new_memory(model)

@@ -29,6 +29,9 @@ class Stream:
         model: any causal LM.
         context: tokens after which softmax attention and absolute positions start anew.
         cache: state to go on from; by default none.
+
+    Raises:
+        FastWeightsError: `context` is beyond the model's absolute positions.
     """
 
     def __init__(self, model: PreTrainedModel, context: int, cache: Cache | None = None) -> None:
@@ -41,7 +44,11 @@ class Stream:
         """Logits of the token after each of the next ones, at most `context` of them at once.
 
         Args:
+            input_ids: the next tokens of each row.
             kwargs: for the model, such as `logits_to_keep`.
+
+        Raises:
+            FastWeightsError: there are more tokens than `context`.
         """
         if input_ids.shape[1] > self.context:
             raise FastWeightsError(f"a piece has {input_ids.shape[1]} tokens; allowed are up to {self.context}")

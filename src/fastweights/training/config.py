@@ -1,10 +1,17 @@
-"""What a training stage, and a run of stages, can be told."""
+"""What training can be told: a stage, a run of stages, the whole road."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from fastweights.data import DataConfig
 from fastweights.errors import FastWeightsError, check_seed
+from fastweights.evaluation.perplexity import HeldOutConfig
+from fastweights.layers import FastWeightLayerSettings
+from fastweights.models import ConversionConfig
+
+STAGES = ("transfer", "finetune", "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class TransferConfig(StageConfig):
     """Training of the converted layers."""
 
     new_learning_rate: float | None = 3e-3
+    calibrate: bool = True
+    """Begin with the scale of each head at which its layer comes nearest to the teacher's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +129,95 @@ class RunConfig:
             raise FastWeightsError(f"adam_beta2 is {self.adam_beta2}; allowed are 0 up to, and without, 1")
         if not self.max_grad_norm > 0:
             raise FastWeightsError(f"max_grad_norm is {self.max_grad_norm}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Convert a model and train it until it speaks like the original."""
+
+    model: str = "embedded"
+    """Model to start from: a folder, a .gguf file, a hub name or "embedded"; converted already, or still to convert."""
+    output: Path = Path("runs/train")
+    """Folder for the trained model, its checkpoints, the run's resolved config and results.json."""
+    stage: Literal["all", "transfer", "finetune", "meta"] = "all"
+    """all: transfer (layers imitate the teacher's attention), then finetune (all weights); either of them; or meta: a
+    Fast Weight Layer, on a model that is converted or not."""
+    teacher: str | None = None
+    """The model that was converted, where `model` is converted already and does not name it."""
+    resume: bool = False
+    """Go on where a killed run of the same config stopped."""
+    held_out: str = "validation"
+    """Split of the same text to evaluate on; a text without such a split gives up its last twentieth."""
+    convert: ConversionConfig = field(default_factory=ConversionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    fast_weight_layer: FastWeightLayerSettings = field(default_factory=FastWeightLayerSettings)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        if self.stage not in (known := ("all", *STAGES)):
+            raise FastWeightsError(f"stage {self.stage!r} is unknown; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class GPT2Shape:
+    """Sizes of the transformer to pretrain."""
+
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    layers: int = 6
+    """Number of blocks."""
+    heads: int = 3
+    """Attention heads per block."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise FastWeightsError(f"hidden_size {self.hidden_size} is not a multiple of heads ({self.heads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortStageConfig(StageConfig):
+    """Training on short blocks."""
+
+    steps: int = 1800
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "constant_with_warmup"
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongStageConfig(StageConfig):
+    """Training on blocks of the whole context."""
+
+    steps: int = 300
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a byte-level GPT-2 from random weights, on short blocks first and then on blocks of its full context."""
+
+    output: Path = Path("runs/pretrain")
+    """Folder for the trained model and its checkpoints."""
+    resume: bool = False
+    """Go on where a killed run of the same config stopped."""
+    shape: GPT2Shape = field(default_factory=GPT2Shape)
+    data: DataConfig = field(default_factory=DataConfig)
+    short_block_size: int = 256
+    """Tokens in a block of the first stage; each block lies at a random place among the positions."""
+    short: ShortStageConfig = field(default_factory=ShortStageConfig)
+    long: LongStageConfig = field(default_factory=LongStageConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        if not 2 <= self.short_block_size <= self.data.block_size:
+            raise FastWeightsError(
+                f"short_block_size is {self.short_block_size}; allowed are 2 to block_size ({self.data.block_size})"
+            )

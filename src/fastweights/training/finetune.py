@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from fastweights.data import positions_if_packed
+from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
@@ -30,24 +32,35 @@ class FinetuneTrainer(StageTrainer):
             teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        input_ids = inputs["input_ids"]
-        outputs = model(input_ids=input_ids, use_cache=False)
+        arguments = {
+            "input_ids": inputs["input_ids"],
+            "position_ids": positions_if_packed(inputs["position_ids"]),
+            "use_cache": False,
+        }
+        outputs = model(**arguments)
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         weight = self.config.kl_weight
         if weight < 1:
-            loss = loss + (1 - weight) * next_token_loss(outputs.logits, input_ids)
+            loss = loss + (1 - weight) * next_token_loss(outputs.logits, inputs["labels"])
         if weight > 0:
             assert self.teacher is not None
             with torch.no_grad():
-                teacher_logits = self.teacher(input_ids=input_ids, use_cache=False).logits
+                teacher_logits = self.teacher(**arguments).logits
             loss = loss + weight * divergence(outputs.logits, teacher_logits)
         self.loss_is_scaled_for_ga = False
         return (loss, outputs) if return_outputs else loss
 
 
-def next_token_loss(logits: Float[Tensor, "B T vocabulary"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each token but the first, in nats."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each token but the first, in nats; where the label is -100, a token does not count.
+
+    Args:
+        logits: of the token after each.
+        labels: the tokens themselves.
+    """
+    labels = labels[:, 1:].flatten()
+    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=NO_LABEL, reduction="sum")
+    return total / (labels != NO_LABEL).sum().clamp(min=1)
 
 
 def divergence(

@@ -20,6 +20,9 @@ from fastweights.training.trainer import StageTrainer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
     from fastweights.data import TokenBlocks
     from fastweights.models.modeling import FastWeightsForCausalLM
     from fastweights.training.config import MetaConfig
@@ -64,17 +67,29 @@ class MetaTrainer(StageTrainer):
         return RunSampler(len(blocks), blocks.run, self.lanes, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        input_ids = inputs["input_ids"]
+        input_ids, begins = inputs["input_ids"], inputs["begins_with_a_document"]
         if self.config.base_learning_rate is None:
             self.model.model.base.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
-        if self._stream is None or inputs["starts"].any():
+        if self._stream is None or inputs["starts"].any() or begins.all():
             self._stream = Stream(self.model, self.block_size)  # type: ignore[arg-type]
         self._stream.detach()
         cache = self._stream.cache_for(input_ids.shape[1])
-        outputs = model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        loss = next_token_loss(outputs.logits, input_ids)
+        positions = self._positions(inputs["position_ids"], begins, cache.get_seq_length())
+        outputs = model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        loss = next_token_loss(outputs.logits, inputs["labels"])
         self.loss_is_scaled_for_ga = False
         return (loss, outputs) if return_outputs else loss
+
+    def _positions(
+        self, position_ids: Int[Tensor, "B T"], begins: Bool[Tensor, " B"], read: int
+    ) -> Int[Tensor, "B T"] | None:
+        """Of each token in its document; None where the model numbers them alike by itself."""
+        if read == 0:
+            self._following = torch.zeros_like(position_ids[:, 0])
+        positions = stream_positions(position_ids, begins, self._following)
+        self._following = positions[:, -1] + 1
+        own = torch.arange(read, read + positions.shape[1], device=positions.device)
+        return None if bool((positions == own).all()) else positions
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -85,8 +100,27 @@ class MetaTrainer(StageTrainer):
         self.model.requires_grad_(True)  # type: ignore[union-attr]
 
 
+def stream_positions(
+    position_ids: Int[Tensor, "B T"], begins: Bool[Tensor, " B"], following: Int[Tensor, " B"]
+) -> Int[Tensor, "B T"]:
+    """Positions of the next block of each row of a stream, in the document that each token belongs to.
+
+    A document that goes on from the block before counts on; positions that do not grow, or a 0 after something was
+    read, tell the model to start anew.
+
+    Args:
+        position_ids: of the block by itself: 0 at its first token and where documents start.
+        begins: whether a document starts at a row's first token.
+        following: position of the token after the last one that each row has read.
+    """
+    starts = position_ids == 0
+    starts[:, 0] = begins
+    goes_on = starts.cumsum(1) == 0
+    return position_ids + following[:, None] * goes_on
+
+
 class BlocksInRuns(Dataset):
-    """Blocks of text that belong together by the run, each of which says whether a run starts with it.
+    """Blocks of text that belong together by the run, each of which says whether a run, or a document, starts with it.
 
     Args:
         blocks: consecutive blocks of one text.
@@ -102,7 +136,11 @@ class BlocksInRuns(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.blocks[index], "starts": index % self.run == 0}
+        return {
+            **self.blocks[index],
+            "starts": index % self.run == 0,
+            "begins_with_a_document": self.blocks.begins_with_a_document(index),
+        }
 
 
 class RunSampler(Sampler[int]):

@@ -4,68 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import transformers
 
-from fastweights.data import STDLIB, DataConfig, TokenBlocks, TokenizedText, load_documents, tokenize
+from fastweights.data import STDLIB, TokenBlocks, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.perplexity import Evaluation, HeldOutConfig, check_stride, evaluate, plain
+from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
 from fastweights.reading.stream import check_block_size
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
-from fastweights.training.finetune import FinetuneTrainer
-from fastweights.training.meta import MetaTrainer
+from fastweights.training.config import STAGES, TrainConfig
+from fastweights.training.runs import begin_run, check_stage, is_finished, process_state, tokens_seen
 from fastweights.training.teacher import load_teacher
-from fastweights.training.trainer import check_stage, is_finished, process_state, save_run, tokens_seen
-from fastweights.training.transfer import TransferTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastweights.training.trainer import StageTrainer
+
 RESULTS_FILE = "results.json"
-TRAINERS = {"transfer": TransferTrainer, "finetune": FinetuneTrainer}
-STAGES = ("all", *TRAINERS, "meta")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Convert a model and train it until it speaks like the original."""
-
-    model: str = "embedded"
-    """Model to start from: a folder, a .gguf file, a hub name or "embedded"; converted already, or still to convert."""
-    output: Path = Path("runs/train")
-    """Folder for the trained model, its checkpoints, the run's resolved config and results.json."""
-    stage: Literal["all", "transfer", "finetune", "meta"] = "all"
-    """all: transfer (layers imitate the teacher's attention), then finetune (all weights); either of them; or meta: a
-    Fast Weight Layer, on a model that is converted or not."""
-    teacher: str | None = None
-    """The model that was converted, where `model` is converted already and does not name it."""
-    resume: bool = False
-    """Go on where a killed run of the same config stopped."""
-    held_out: str = "validation"
-    """Split of the same text to evaluate on; a text without such a split gives up its last twentieth."""
-    convert: ConversionConfig = field(default_factory=ConversionConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    transfer: TransferConfig = field(default_factory=TransferConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    fast_weight_layer: FastWeightLayerSettings = field(default_factory=FastWeightLayerSettings)
-    meta: MetaConfig = field(default_factory=MetaConfig)
-    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if self.stage not in STAGES:
-            raise FastWeightsError(f"stage {self.stage!r} is unknown; known are {', '.join(STAGES)}")
 
 
 @dataclass(frozen=True)
@@ -82,75 +44,133 @@ class StageResult:
 
 
 def train(config: TrainConfig) -> list[StageResult]:
-    """Run the stages of `config`, save the model and results.json in its output folder, and return the results."""
-    if config.stage == "meta":
-        return _train_meta(config)
-    tokenizer = load_tokenizer(config.model)
-    process = process_state()
-    student, teacher = (model.to(process.device) for model in _load_models(config))  # type: ignore[arg-type]
-    train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
-    names = ("transfer", "finetune") if config.stage == "all" else (config.stage,)
-    _begin(config, names, teacher, train_blocks, process)
+    """Train a model as `config` says, and save it.
 
-    results = _Results(config, held_out)
-    results.add("teacher", 0, teacher)
+    The output folder gets the trained model with its tokenizer, results.json, run.json (the resolved config and the
+    versions it ran with), and a folder for each stage with its checkpoints and loss history.
+
+    Args:
+        config: what to train, on what and how; with `resume`, a run of the same config in the same folder goes on.
+
+    Returns:
+        Quality on held-out text at each point of the road, the teacher's or that of the model without a Fast Weight
+        Layer first.
+
+    Raises:
+        FastWeightsError: a model, a text or a setting is refused, before anything of an earlier run is touched; or the
+            loss or a weight is no longer finite, and the last good checkpoint is kept.
+    """
+    return _train_meta(config) if config.stage == "meta" else _train_conversion(config)
+
+
+def _train_conversion(config: TrainConfig) -> list[StageResult]:
+    run = _Run(config)
+    student, teacher = _load_models(config)
+    run.begin(("transfer", "finetune") if config.stage == "all" else (config.stage,), teacher)
+    student, teacher = run.place(student), run.place(teacher)
+    run.evaluate("teacher", teacher)
     if config.stage != "finetune":
-        results.add("converted", 0, student)
-    tokens = 0
-    for name in names:
-        stage: StageConfig = getattr(config, name)
-        folder = config.output / name
-        if not (config.resume and is_finished(folder)):
-            trainer = TRAINERS[name](student, teacher, stage, config.run, folder, train_blocks, tokenizer, title=name)
-            trainer.run(resume=config.resume)
-        student = load_model(folder).to(process.device)  # type: ignore[arg-type]
-        tokens += tokens_seen(folder)
-        results.add(name, tokens, student)
-
-    _save(student, tokenizer, config.output, process)
-    return results.list
+        run.evaluate("converted", student)
+    for stage in run.stages:
+        student = run.train(stage, student, teacher)
+        run.evaluate(stage, student)
+    return run.end(student)
 
 
 def _train_meta(config: TrainConfig) -> list[StageResult]:
     _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
-    tokenizer, process = load_tokenizer(config.model), process_state()
+    run = _Run(config)
     base = load_model(resolve_model(config.model))
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
     if has_layer:
         known = "the model has a Fast Weight Layer already, which keeps its settings"
         _refuse(config.fast_weight_layer, FastWeightLayerSettings(), "fast_weight_layer", known)
-    model: FastWeightsForCausalLM = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)  # type: ignore[assignment]
-    model.to(process.device)  # type: ignore[arg-type]
-    train_blocks, held_out = _load_data(config.data, config.held_out, config.model)
-    _begin(config, ("meta",), base, train_blocks, process)
-
+    model = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)
+    run.begin(("meta",), base)
     del base
-    results, folder = _Results(config, held_out), config.output / "meta"
+    model = run.place(model)
     if not has_layer:
-        results.add("static", 0, model)  # the layer is still the identity
-    if not (config.resume and is_finished(folder)):
-        trainer = MetaTrainer(model, config.meta, config.run, folder, train_blocks, tokenizer, title="meta")
-        trainer.run(resume=config.resume)
-    model = load_model(folder).to(process.device)  # type: ignore[arg-type,assignment]
-    tokens = tokens_seen(folder)
-    results.add("meta", tokens, model)
-    results.add("meta, stream", tokens, model, context="stream")
-    _save(model, tokenizer, config.output, process)
-    return results.list
+        run.evaluate("static", model)  # the layer is still the identity
+    model = run.train("meta", model)
+    run.evaluate("meta", model)
+    run.evaluate("meta, stream", model, context="stream")
+    return run.end(model)
 
 
-def _begin(
-    config: TrainConfig, names: Sequence[str], model: PreTrainedModel, blocks: TokenBlocks, process: PartialState
-) -> None:
-    """Refuse what could not be trained or evaluated; then write down what the run is."""
-    check_block_size(model, config.data.block_size)
-    check_stride(config.evaluation, config.data.block_size)
-    for name in names:
-        check_stage(getattr(config, name), config.run, blocks)
-    check_apart(config.model, config.output)
-    if process.is_main_process:
-        save_run(config, config.output, stages=STAGES, resume=config.resume)
+class _Run:
+    """What every road shares: the text, the stages that are trained one after another, and what came of them so far."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model)
+        self.process = process_state()
+        self.results: list[StageResult] = []
+        self.tokens = 0
+
+    def begin(self, stages: Sequence[str], model: PreTrainedModel) -> None:
+        """Load the text and refuse what could not be trained or evaluated; then write down what the run is."""
+        config = self.config
+        self.stages = stages
+        self.blocks, self.held_out = _load_data(config, self.tokenizer)
+        check_block_size(model, config.data.block_size)
+        check_stride(config.evaluation, config.data.block_size)
+        for stage in stages:
+            check_stage(getattr(config, stage), config.run, self.blocks)
+        check_apart(config.model, config.output)
+        if self.process.is_main_process:
+            begin_run(config, config.output, stages=STAGES, resume=config.resume)
+
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model on this process's device."""
+        return model.to(self.process.device)  # type: ignore[arg-type]
+
+    def train(self, stage: str, *models: PreTrainedModel) -> PreTrainedModel:
+        """The model that a stage makes, or has made in the run that this one goes on with.
+
+        Args:
+            models: that the stage's trainer takes: the student, and the teacher where there is one.
+        """
+        config, folder = self.config, self.config.output / stage
+        if not (config.resume and is_finished(folder)):
+            settings = getattr(config, stage)
+            trainer = _trainer_class(stage)(
+                *models, settings, config.run, folder, self.blocks, self.tokenizer, title=stage
+            )
+            trainer.run(resume=config.resume)
+        self.tokens += tokens_seen(folder)
+        return self.place(load_model(folder))
+
+    def evaluate(self, name: str, model: PreTrainedModel, **changes) -> None:
+        """Add a result, and bring results.json up to date.
+
+        Args:
+            changes: of the run's settings for evaluation.
+        """
+        settings = replace(self.config.evaluation, **changes)
+        evaluation = evaluate(model, self.held_out, block_size=self.config.data.block_size, config=settings)
+        first = self.results[0].evaluation if self.results else evaluation
+        self.results.append(StageResult(name, self.tokens, evaluation, math.exp(first.loss - evaluation.loss)))
+        if self.process.is_main_process:
+            text = json.dumps(plain([asdict(result) for result in self.results]), indent=2)
+            (self.config.output / RESULTS_FILE).write_text(text + "\n")
+
+    def end(self, model: PreTrainedModel) -> list[StageResult]:
+        """Save the model in the run's own folder; all results."""
+        if self.process.is_main_process:
+            model.save_pretrained(self.config.output)
+            self.tokenizer.save_pretrained(self.config.output)
+        self.process.wait_for_everyone()
+        return self.results
+
+
+def _trainer_class(stage: str) -> Callable[..., StageTrainer]:
+    """Imported where it is used: transformers' Trainer is slow to start, and only training needs it."""
+    from fastweights.training.finetune import FinetuneTrainer
+    from fastweights.training.meta import MetaTrainer
+    from fastweights.training.transfer import TransferTrainer
+
+    return {"transfer": TransferTrainer, "finetune": FinetuneTrainer, "meta": MetaTrainer}[stage]
 
 
 def _refuse(given: object, default: object, section: str, reason: str) -> None:
@@ -158,39 +178,9 @@ def _refuse(given: object, default: object, section: str, reason: str) -> None:
         raise FastWeightsError(f"{section} was given, but {reason}")
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, process: PartialState) -> None:
-    if process.is_main_process:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    process.wait_for_everyone()
-
-
-class _Results:
-    """Evaluates as the road goes on, and keeps results.json up to date."""
-
-    def __init__(self, config: TrainConfig, held_out: TokenizedText) -> None:
-        self.config = config
-        self.held_out = held_out
-        self.list: list[StageResult] = []
-
-    def add(self, stage: str, tokens: int, model: PreTrainedModel, **changes) -> None:
-        settings = replace(self.config.evaluation, **changes)
-        evaluation = evaluate(model, self.held_out, block_size=self.config.data.block_size, config=settings)
-        teacher = self.list[0].evaluation if self.list else evaluation
-        result = StageResult(stage, tokens, evaluation, math.exp(teacher.loss - evaluation.loss))
-        self.list.append(result)
-        if process_state().is_main_process:
-            text = json.dumps(plain([asdict(result) for result in self.list]), indent=2)
-            (self.config.output / RESULTS_FILE).write_text(text + "\n")
-
-
-@lru_cache(maxsize=1)
-def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks, TokenizedText]:
-    """Training blocks and held-out text, which never overlap.
-
-    Kept, as runs that are compared share them.
-    """
-    tokenizer = load_tokenizer(model)
+def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenBlocks, TokenizedText]:
+    """Training blocks and held-out text, which never overlap."""
+    data, held_out = config.data, config.held_out
     documents = load_documents(data)
     if held_out == data.split:
         raise FastWeightsError(f"held_out is {held_out}, which is trained on: name another split")
@@ -200,7 +190,8 @@ def _load_data(data: DataConfig, held_out: str, model: str) -> tuple[TokenBlocks
         if data.text == STDLIB or held_out != TrainConfig.held_out:
             raise
         documents, rest = _without_the_end(documents)
-    return TokenBlocks(tokenize(documents, tokenizer).tokens, data.block_size), tokenize(rest, tokenizer)
+    text = tokenize(documents, tokenizer)
+    return TokenBlocks(text.tokens, data.block_size, text.document_lengths), tokenize(rest, tokenizer)
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:

@@ -3,118 +3,58 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+import transformers  # its names one by one below: some are slow to import, and only pretraining needs them
 
-from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
+from fastweights.data import TokenBlocks, load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
-from fastweights.errors import FastWeightsError
-from fastweights.training.config import RunConfig, StageConfig
-from fastweights.training.finetune import next_token_loss
-from fastweights.training.trainer import StageTrainer, check_stage, is_finished, save_run
+from fastweights.training.runs import begin_run, check_stage, is_finished
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class GPT2Shape:
-    """Sizes of the transformer to pretrain."""
-
-    hidden_size: int = 192
-    """Width of the residual stream."""
-    layers: int = 6
-    """Number of blocks."""
-    heads: int = 3
-    """Attention heads per block."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.heads:
-            raise FastWeightsError(f"hidden_size {self.hidden_size} is not a multiple of heads ({self.heads})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShortStageConfig(StageConfig):
-    """Training on short blocks."""
-
-    steps: int = 1800
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "constant_with_warmup"
-    weight_decay: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongStageConfig(StageConfig):
-    """Training on blocks of the whole context."""
-
-    steps: int = 300
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Train a byte-level GPT-2 from random weights, on short blocks first and then on blocks of its full context."""
-
-    output: Path = Path("runs/pretrain")
-    """Folder for the trained model and its checkpoints."""
-    resume: bool = False
-    """Go on where a killed run of the same config stopped."""
-    shape: GPT2Shape = field(default_factory=GPT2Shape)
-    data: DataConfig = field(default_factory=DataConfig)
-    short_block_size: int = 256
-    """Tokens in a block of the first stage; each block lies at a random place among the positions."""
-    short: ShortStageConfig = field(default_factory=ShortStageConfig)
-    long: LongStageConfig = field(default_factory=LongStageConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if not 2 <= self.short_block_size <= self.data.block_size:
-            raise FastWeightsError(
-                f"short_block_size is {self.short_block_size}; allowed are 2 to block_size ({self.data.block_size})"
-            )
-
-
-class PretrainTrainer(StageTrainer):
-    """Next-token loss; blocks shorter than the context start at random positions, so that all are trained."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        input_ids = inputs["input_ids"]
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        room: int = self.model.config.max_position_embeddings - len(positions)  # type: ignore
-        starts = torch.randint(0, room + 1, (len(input_ids), 1), device=input_ids.device)
-        outputs = model(input_ids=input_ids, position_ids=starts + positions, use_cache=False)
-        self.loss_is_scaled_for_ga = False
-        loss = next_token_loss(outputs.logits, input_ids)
-        return (loss, outputs) if return_outputs else loss
+    from fastweights.training.config import PretrainConfig
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train from random weights and return the folder of the trained model."""
+    """Train a byte-level GPT-2 from random weights.
+
+    Args:
+        config: its sizes, its text, and how to train.
+
+    Returns:
+        The folder with the trained model and its tokenizer: `config.output`.
+
+    Raises:
+        FastWeightsError: the text or a setting is refused, before anything of an earlier run is touched; or the loss or
+            a weight is no longer finite, and the last good checkpoint is kept.
+    """
+    # transformers' Trainer is slow to start.
+    from fastweights.training.pretrain_trainer import PretrainTrainer
+
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = config.data.block_size
-    tokens = tokenize(load_documents(config.data), tokenizer).tokens
-    set_seed(config.run.seed)
+    text = tokenize(load_documents(config.data), tokenizer)
+    transformers.set_seed(config.run.seed)
     model = _new_model(config, tokenizer)
     stages = (("short", config.short, config.short_block_size), ("long", config.long, config.data.block_size))
-    for _, stage, block_size in stages:
-        check_stage(stage, config.run, TokenBlocks(tokens, block_size))
-    save_run(config, config.output, stages=("short", "long"), resume=config.resume)
-    for name, stage, block_size in stages:
+    blocks = {name: TokenBlocks(text.tokens, size, text.document_lengths) for name, _, size in stages}
+    for name, stage, _ in stages:
+        check_stage(stage, config.run, blocks[name])
+    begin_run(config, config.output, stages=("short", "long"), resume=config.resume)
+    for name, stage, _ in stages:
         folder = config.output / name
         if config.resume and is_finished(folder):
-            model = GPT2LMHeadModel.from_pretrained(folder)
+            model = transformers.GPT2LMHeadModel.from_pretrained(folder)
             continue
-        blocks = TokenBlocks(tokens, block_size)
-        trainer = PretrainTrainer(model, stage, config.run, folder, blocks, tokenizer, title=f"pretrain, {name} blocks")
+        title = f"pretrain, {name} blocks"
+        trainer = PretrainTrainer(model, stage, config.run, folder, blocks[name], tokenizer, title=title)
         trainer.run(resume=config.resume)
     model.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
@@ -123,8 +63,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
     width, context = config.shape.hidden_size, config.data.block_size
-    model = GPT2LMHeadModel(
-        GPT2Config(
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=context,
             n_embd=width,

@@ -35,21 +35,27 @@ def load_teacher(student: FastWeightsForCausalLM, source: str | None = None) -> 
 
 @torch.no_grad()
 def record_attention(
-    teacher: PreTrainedModel, input_ids: Int[Tensor, "B T"], *, positions: Literal["keep", "drop"] = "keep"
+    teacher: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"] | None = None,
+    *,
+    positions: Literal["keep", "drop"] = "keep",
 ) -> list[AttentionRecord]:
     """Read `input_ids` with the teacher and keep each layer's attention input and output.
 
     Args:
+        position_ids: of each token, where documents start inside a block; by default a block is one document.
         positions: the student's. Where it drops the teacher's absolute positions, its layers are given what the
             teacher's would get without them: the residual stream is a sum, in which each position is one term.
     """
     row, headless = architecture_of(teacher.config), teacher.base_model
     without = None
     if positions == "drop" and row.positions is not None:
-        embedding = headless.get_submodule(row.positions)(torch.arange(input_ids.shape[1], device=input_ids.device))
+        places = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        embedding = headless.get_submodule(row.positions)(places)
         without = headless.get_parameter(f"{row.positions}.weight").mean(0) - embedding
     with record_calls(headless, row) as calls:
-        headless(input_ids=input_ids, use_cache=False)
+        headless(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     records = []
     for layer, call in zip(headless.get_submodule(row.layers), calls, strict=True):  # type: ignore[arg-type]
         given = call.inputs if without is None else layer.get_submodule(row.norm)(call.stream + without)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastweights.data import positions_if_packed
 from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
+    from fastweights.training.config import TransferConfig
 
 _CALIBRATION_BLOCKS = 4
 # Tokens of these that fix a layer's factors, of which there are one or two a head.
@@ -27,6 +29,8 @@ _CALIBRATION_TOKENS = 1024
 
 class TransferTrainer(StageTrainer):
     """Trains the converted layers alone; everything else in the model stays as it is."""
+
+    config: TransferConfig
 
     def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
         self.teacher = teacher
@@ -38,10 +42,11 @@ class TransferTrainer(StageTrainer):
         self.teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        records = record_attention(self.teacher, inputs["input_ids"], positions=self.positions)
+        position_ids = positions_if_packed(inputs["position_ids"])
+        records = record_attention(self.teacher, inputs["input_ids"], position_ids, positions=self.positions)
         # One unit for the whole run: that of each batch alone would weigh batches of dull text far too much.
         records = [record._replace(variance=unit) for record, unit in zip(records, self.variances, strict=True)]
-        outputs = model(attention_records=records)
+        outputs = model(attention_records=records, position_ids=position_ids)
         # A mean over this batch: the Trainer divides by accumulation steps itself only if told that nobody did.
         self.loss_is_scaled_for_ga = False
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -49,9 +54,11 @@ class TransferTrainer(StageTrainer):
     def run(self, *, resume: bool) -> None:
         blocks = [self.train_dataset[i]["input_ids"] for i in range(min(_CALIBRATION_BLOCKS, len(self.train_dataset)))]  # type: ignore[arg-type,index]
         first = torch.stack(blocks).to(self.args.device)
+        # Calibration takes these for running text, both for the teacher and for the student.
         records = record_attention(self.teacher, first, positions=self.positions)
         self.variances = [record.variance for record in records]
-        calibrate(self.model, records)  # type: ignore[arg-type]
+        if self.config.calibrate:
+            calibrate(self.model, records)  # type: ignore[arg-type]
         super().run(resume=resume)
         self.model.requires_grad_(True)  # type: ignore[union-attr]
 

@@ -14,15 +14,15 @@ from fastweights.cli.tables import print_methods, print_stages
 
 
 def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> None:  # noqa: B008 (frozen)
-    """Convert the embedded transformer, train it, and show quality, text, speed, memory and
-    adaptation: about seven minutes."""
+    """Convert the embedded transformer, train it, and show quality, text, speed, size of the
+    state and learning while reading: about seven minutes."""
     console, start = Console(), time.perf_counter()
     result = run_demo(config, say=lambda line: console.print(f"[bold]{line}[/]"))
     print_stages(result.stages, "quality on modules that no model has seen; retention = teacher / model perplexity")
     for name, text in result.samples.items():
         console.print(Panel(Text(PROMPT, style="dim") + Text(text, style="none"), title=name, title_align="left"))
     _print_decoding(console, result)
-    print_methods("hybrid", result.adaptation, "modules that it has not seen, each read from its beginning")
+    print_methods("hybrid", result.comparison, "modules that it has not seen, each read from its beginning")
     console.print(f"done in {time.perf_counter() - start:.0f} s; results and pictures:")
     for file in result.files:
         console.print(f"  {file}", highlight=False)

@@ -30,7 +30,7 @@ def evaluate(
     json: bool = False,
     output: Path | None = None,
 ) -> None:
-    """Loss, perplexity, bits per byte, time and memory of models on the same text, read in several ways.
+    """Loss, perplexity, bits per byte, time and peak memory of models on the same text, read in several ways.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ def evaluate(
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
     if output is not None:
         check_folder(output)
-    adapts = set(comparison.methods or ()) & {"sgd", "rms"}
+    dynamic = set(comparison.methods or ()) & {"sgd", "rms"}
     if Path(text.text).is_file():
-        if "rms" in adapts or (adapts and comparison.tune_tokens):
+        if "rms" in dynamic or (dynamic and comparison.tune_tokens):
             raise FastWeightsError(
                 f"{text.text} is one file; rms and tuning need text of their own: "
                 "give a folder with train, validation and test files"
@@ -64,8 +64,8 @@ def evaluate(
             comparison,
             block_size=text.block_size,
             evaluation=evaluation,
-            validation=_read(replace(text, split="validation"), source) if adapts and comparison.tune_tokens else None,
-            training=_read(replace(text, split="train"), source) if "rms" in adapts else None,
+            validation=_read(replace(text, split="validation"), source) if dynamic and comparison.tune_tokens else None,
+            training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
             say=lambda line, source=source: say(f"{source}: {line}", highlight=False),
         )
     data = {source: [row.plain() for row in rows] for source, rows in results.items()}

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fastweights.training.pretrain import PretrainConfig
+from fastweights.training.config import PretrainConfig
 from fastweights.training.pretrain import pretrain as run
 
 

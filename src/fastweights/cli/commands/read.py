@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fastweights.data import token_pieces
-from fastweights.errors import check_file
+from fastweights.errors import check_file, check_new_file
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.models import load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.reading.memory import check_output, load_memory, new_memory
+from fastweights.reading.memory import load_memory, new_memory
 
 
 def read(
@@ -39,7 +39,7 @@ def read(
         Memory to go on from, by the same model.
     """
     check_file(file, "give an existing text file")
-    check_output(output)
+    check_new_file(output, "save the memory elsewhere")
     loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
     columns = (
@@ -66,5 +66,5 @@ def read(
             seconds = time.perf_counter() - start
     remembered.save(output)
     tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
-    taken = "" if peak.bytes is None else f", {peak.bytes / 1e6:.0f} MB of memory at the peak"
+    taken = "" if peak.bytes is None else f", peak memory {peak.bytes / 1e6:.0f} MB"
     print(f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB")

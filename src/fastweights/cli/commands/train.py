@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fastweights.cli.tables import print_stages
-from fastweights.training.pipeline import TrainConfig
+from fastweights.training.config import TrainConfig
 from fastweights.training.pipeline import train as run
 
 
