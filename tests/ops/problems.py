@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -72,10 +73,10 @@ def options(problem: Problem) -> dict:
     }
 
 
-def run(tensors: dict, backend: str, **options) -> dict[str, torch.Tensor]:
+def run(tensors: dict, backend: str, rule: Callable = decay_rule, **options) -> dict[str, torch.Tensor]:
     """o, final_state and, under d<name>, the gradients of a fixed random projection of both."""
     leaves = {name: None if x is None else x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    o, final_state = decay_rule(**leaves, **options, backend=backend)
+    o, final_state = rule(**leaves, **options, backend=backend)
     loss = sum((x.double() * _projection(x, i)).sum() for i, x in enumerate((o, final_state)))
     given = {name: x for name, x in leaves.items() if x is not None}
     if loss.requires_grad:

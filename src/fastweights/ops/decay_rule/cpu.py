@@ -24,6 +24,7 @@ from ..numba import calls
 from ..numba.calls import address, rows_of_float32, strides
 from ..numba.checkpoints import checkpoint_count
 from ..numba.runtime import load_kernels, thread_count
+from ..numba.scratch import guard_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -193,6 +194,7 @@ class _Call:
             *[x for tensor in self.tensors for x in (address(tensor), strides(tensor))],
             initial_state=address(self.initial_state),
             checkpoints=address(checkpoints),
+            guard=guard_size(),
         )
         sizes, units = buffer_sizes(self.K, self.V, self.R, self.parts), self.N * self.G * self.parts
         calls.call_kernel(kernel, problem, results, sizes, scale, units, self.threads)

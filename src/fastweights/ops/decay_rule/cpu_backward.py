@@ -293,7 +293,7 @@ def _from_reads_of_earlier_state(p, b, u, c):
             add_product(b.read_v, gZ, b.y, size_v)
 
 
-@inner
+@njit(nogil=True, forceinline=True)  # for each token, and its arguments are many
 def _from_pairs(p, b, u, c, t):
     """dq_t, dk_i and dv_i from the read of token t of what tokens i <= t of the chunk wrote."""
     kt, vt = shift(c.kt, t * c.step_k), shift(c.vt, t * c.step_v)
@@ -308,7 +308,7 @@ def _from_pairs(p, b, u, c, t):
         gather(dq, b.dweights, kt, t + 1, u.Kp)
 
 
-@inner
+@njit(nogil=True, forceinline=True)  # for each token, and its arguments are many
 def _step_back_over_gates(p, d, b, u, c, t):
     """Gradients of the gates of token t, and dk_i and dv_i of earlier tokens taken back over them."""
     single = late_reads(p) + p.inclusive  # 1, but no literal: Numba would compile `unstage` again for it

@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     log_z_strides: tuple[int, int, int]
     initial_state: int
     checkpoints: int
-    guard: int = 0
+    guard: int
     """Numbers in each guard of the scratch (scratch.py)."""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .runtime import share_out
-from .scratch import Scratch, guard_size
+from .scratch import Scratch
 
 
 def call_kernel(
@@ -20,15 +20,14 @@ def call_kernel(
 
     Args:
         kernel: kernel(problem, results, scratch, scale, first unit, end), the first three of which are addresses.
-        problem: named tuple of numbers and triples of numbers, read by `vectors.record_at`; `guard` is set here.
+        problem: named tuple of numbers and triples of numbers, read by `vectors.record_at`, with a field `guard`.
         results: likewise, the addresses of what the kernel writes.
         sizes: named tuple of how many float32 numbers each buffer of the kernel's scratch has.
         scale: factor of the outputs.
         units: number of independent units of work.
         threads: on how many threads they are shared out.
     """
-    guard = guard_size()
-    problem, results = _numbers(problem._replace(guard=guard)), _numbers(results)
+    guard, problem, results = problem.guard, _numbers(problem), _numbers(results)
     at, to = problem.buffer_info()[0], results.buffer_info()[0]
 
     def work(first: int, end: int) -> None:
