@@ -345,19 +345,6 @@ def _to_earlier_state(p, b, u):
         decay_and_write(b.dS, b.dS, u.Kp, u.Vp, gate_f, F, gate_z, Z, qF, gZ)
 
 
-@inner
-def _chunk_back(p, d, b, u, s, first):
-    """All gradients of a chunk; dS from that after the chunk to that before it."""
-    c = _chunk_at(p, b, u, s, first)
-    _from_later_state(p, b, u, c)
-    _from_reads_of_earlier_state(p, b, u, c)
-    for t in range(c.rows - 1, -1, -1):
-        _from_pairs(p, b, u, c, t)
-        _step_back_over_gates(p, d, b, u, c, t)
-    _write_key_and_value_gradients(p, d, b, u, c)
-    _to_earlier_state(p, b, u)
-
-
 # --- units -----------------------------------------------------------------------------------------
 
 
@@ -369,13 +356,7 @@ def _query_gradient(p, d, u, r, token):
 
 
 @inner
-def _segment_back(p, d, b, u, s, scale):
-    """All gradients of a segment; dS from that after it to that before it."""
-    _stage_writes(p, b, u, s)
-    _stage_reads(p, d, b, u, s, scale)
-    _recompute_states(p, b, u, s)
-    for first in range(s.staged - CHUNK, -1, -CHUNK):
-        _chunk_back(p, d, b, u, s, first)
+def _write_query_gradients(p, d, b, u, s):
     for r in range(p.R):
         dq = _query_gradient(p, d, u, r, s.token + late_reads(p))
         unstage(dq, p.G * p.R * p.K, p.K, s.reads, shift(b.dq, r * SEGMENT * u.Kp), u.Kp)
@@ -396,7 +377,10 @@ def _first_read_back(p, d, b, u, scale):
 
 @njit(nogil=True, error_model="numpy")
 def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
-    """All gradients for some units, from the last segment of each sequence to its first; takes addresses."""
+    """All gradients for some units, from the last segment of each sequence to its first; takes addresses.
+
+    The loops are not functions of their own: LLVM would optimise the steps again at each level of calls.
+    """
     p, d = record_at(problem, Problem), record_at(gradients, Gradients)
     b = place(pointer(scratch), buffer_sizes(p.K, p.V, p.R, p.parts), p.guard)
     for index in range(first_unit, end_unit):
@@ -405,7 +389,20 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
         if d.dfinal != 0:
             stage(b.dS, u.Vp, u.Vp, shift(pointer(d.dfinal), u.state), p.V, u.columns, p.K, float32(1.0))
         for segment in range(round_up(u.end - u.start, SEGMENT) // SEGMENT - 1, -1, -1):
-            _segment_back(p, d, b, u, _segment_at(p, u, segment), float32(scale))
+            s = _segment_at(p, u, segment)
+            _stage_writes(p, b, u, s)
+            _stage_reads(p, d, b, u, s, float32(scale))
+            _recompute_states(p, b, u, s)
+            for first in range(s.staged - CHUNK, -1, -CHUNK):
+                c = _chunk_at(p, b, u, s, first)
+                _from_later_state(p, b, u, c)
+                _from_reads_of_earlier_state(p, b, u, c)
+                for t in range(c.rows - 1, -1, -1):
+                    _from_pairs(p, b, u, c, t)
+                    _step_back_over_gates(p, d, b, u, c, t)
+                _write_key_and_value_gradients(p, d, b, u, c)
+                _to_earlier_state(p, b, u)
+            _write_query_gradients(p, d, b, u, s)
         if late_reads(p) == 1 and u.start < u.end:
             _first_read_back(p, d, b, u, float32(scale))
         unstage(shift(pointer(d.dinitial), u.state), p.V, u.columns, p.K, b.dS, u.Vp)

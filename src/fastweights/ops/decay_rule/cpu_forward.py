@@ -265,43 +265,39 @@ def _write_outputs(p, out, b, u, token, reads):
         unstage(to, p.G * p.R * p.V, u.columns, reads, o, u.Vp)
 
 
-@inner
-def _unit(p, out, b, u, scale):
-    """o, the final state and, unless their address is 0, the checkpoints, for one unit."""
-    S, width = _first_state(p, out, b, u)
-    if late_reads(p) == 1 and u.start < u.end:
-        _read_initial_state(p, out, b, u, S, width, scale)
-    # Until the first token that decays, there is no product: one token alone needs but one pass over S.
-    smallest, carried = float32(1.0), False
-    fill_ones(b.F, u.Kp)
-    fill_ones(b.Z, u.Vp)
-    fill_ones(b.D, u.Kp)
-    fill_ones(b.E, u.Vp)
-    for token in range(u.start, u.end, BLOCK):
-        if p.checkpoints != 0 and (token - u.start) % SEGMENT == 0:
-            to = shift(pointer(p.checkpoints), checkpoint_at(p, u, (token - u.start) // SEGMENT))
-            _decay(to, p.V, S, width, p.K, u.columns, b.F, b.Z)
-        rows = min(BLOCK, u.end - token)
-        reads = min(rows, u.end - token - late_reads(p))
-        _stage_block(p, b, u, token, rows, reads, scale)
-        first, decays = 0, False
-        if has_key_gate(p) or has_value_gate(p):
-            first, decays, smallest, carried = _put_off_decay(p, b, u, S, width, rows, smallest, carried)
-        _write_and_read(b, u, p.R, S, width, decays, first, rows)
-        _write_outputs(p, out, b, u, token, reads)
-    if carried:
-        _decay(S, width, S, width, p.K, u.columns, b.F, b.Z)
-    if not _in_place(p, u):
-        unstage(shift(pointer(out.final_state), u.state), p.V, u.columns, p.K, S, width)
-
-
 @njit(nogil=True, error_model="numpy")
-def _forward(problem, outputs, scratch, scale, first_unit, end_unit):
-    """The units first_unit to end_unit; takes addresses."""
+def _forward(problem, outputs, scratch, factor, first_unit, end_unit):
+    """o, the final state and, unless their address is 0, the checkpoints, for some units; takes addresses."""
     p, out = record_at(problem, Problem), record_at(outputs, Outputs)
     b = place(pointer(scratch), buffer_sizes(p.K, p.V, p.R, p.parts), p.guard)
+    scale = float32(factor)
     for index in range(first_unit, end_unit):
-        _unit(p, out, b, unit_at(p, index), float32(scale))
+        u = unit_at(p, index)
+        S, width = _first_state(p, out, b, u)
+        if late_reads(p) == 1 and u.start < u.end:
+            _read_initial_state(p, out, b, u, S, width, scale)
+        # Until the first token that decays, there is no product: one token alone needs but one pass over S.
+        smallest, carried = float32(1.0), False
+        fill_ones(b.F, u.Kp)
+        fill_ones(b.Z, u.Vp)
+        fill_ones(b.D, u.Kp)
+        fill_ones(b.E, u.Vp)
+        for token in range(u.start, u.end, BLOCK):
+            if p.checkpoints != 0 and (token - u.start) % SEGMENT == 0:
+                to = shift(pointer(p.checkpoints), checkpoint_at(p, u, (token - u.start) // SEGMENT))
+                _decay(to, p.V, S, width, p.K, u.columns, b.F, b.Z)
+            rows = min(BLOCK, u.end - token)
+            reads = min(rows, u.end - token - late_reads(p))
+            _stage_block(p, b, u, token, rows, reads, scale)
+            first, decays = 0, False
+            if has_key_gate(p) or has_value_gate(p):
+                first, decays, smallest, carried = _put_off_decay(p, b, u, S, width, rows, smallest, carried)
+            _write_and_read(b, u, p.R, S, width, decays, first, rows)
+            _write_outputs(p, out, b, u, token, reads)
+        if carried:
+            _decay(S, width, S, width, p.K, u.columns, b.F, b.Z)
+        if not _in_place(p, u):
+            unstage(shift(pointer(out.final_state), u.state), p.V, u.columns, p.K, S, width)
 
 
 def _compile(version: int):
