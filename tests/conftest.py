@@ -44,34 +44,26 @@ def make_gpt2(**changes) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **settings, **dropout, **_tokens())).eval()
 
 
+_SPLIT_HEADS = {
+    "max_position_embeddings": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
 def make_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    settings = {
-        "max_position_embeddings": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        **changes,
-    }
+    settings = {**_SPLIT_HEADS, **changes}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
 
 
 def make_qwen3(**changes) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    settings = {
-        "max_position_embeddings": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,  # not hidden_size / heads
-        "initializer_range": 0.2,
-        **changes,
-    }
+    settings = {**_SPLIT_HEADS, "head_dim": 12, **changes}  # not hidden_size / heads
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
     for layer in model.model.layers:
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):

@@ -70,5 +70,5 @@ def test_gates_ignore_autocast():
 
 
 def test_settings_name_what_is_known():
-    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay, add"):
+    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay"):
         ConversionConfig(rule="gated")

@@ -99,7 +99,7 @@ def test_additive_rule_is_a_sum_of_all_writes():
 
 
 def test_an_unknown_rule_names_the_known_ones():
-    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay, add"):
+    with pytest.raises(FastWeightsError, match=f"rule 'gated' is unknown; known are {', '.join(RULES)}"):
         make_rule("gated", SHAPE)
 
 

@@ -26,9 +26,9 @@ class ConversionConfig:
     """
 
     rule: str = "decay"
-    """Update rule of the fast weights: decay (the paper's) or add (nothing is forgotten)."""
+    """Update rule of the fast weights; decay is the paper's, others are in docs/methods.md."""
     feature_map: str = "identity"
-    """Feature map of queries and keys: identity (the paper's) or elu+1."""
+    """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
     layer_types: list[str] | None = None
