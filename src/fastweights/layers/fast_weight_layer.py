@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid, relu
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.linear import OneDNNLinear, linear, linear_by_row
+from fastweights.layers.linear import linear, linear_by_row
 from fastweights.layers.next_token_gradient import NO_LABEL, next_token_gradient
 from fastweights.layers.precision import uncast
 from fastweights.ops import decay_rule
@@ -140,6 +140,23 @@ class _SlowPass(NamedTuple):
     dnorm: Float[Tensor, "B T 2d"]
 
 
+class _Dense(nn.Module):
+    """x Wᵀ + b in fp32, whatever the model's dtype: sums over a long text have no room in bf16.
+
+    No nn.Linear: who puts numbers of 8 bits or adapters in the place of those must leave these, whose weights the slow
+    pass reads itself.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        return linear(x, self.weight, self.bias)
+
+
 class FastWeightLayer(nn.Module):
     """The block.
 
@@ -152,9 +169,8 @@ class FastWeightLayer(nn.Module):
         super().__init__()
         self.settings = settings or FastWeightLayerSettings()
         width = self.settings.expansion * hidden_size
-        # fp32 whatever the model's dtype, as sums over a long text have no room in bf16.
-        self.up = OneDNNLinear(hidden_size, width, dtype=torch.float32)
-        self.down = OneDNNLinear(width, hidden_size, dtype=torch.float32)
+        self.up = _Dense(hidden_size, width)
+        self.down = _Dense(width, hidden_size)
         self.norm_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
         self.norm_offset = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
         self.output_scale = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
@@ -167,7 +183,7 @@ class FastWeightLayer(nn.Module):
         if self.settings.decay == "scalar":
             self.decay_logit = nn.Parameter(torch.empty(3, dtype=torch.float32))
         elif self.settings.decay == "input":
-            self.decay_gate = OneDNNLinear(hidden_size, 3, dtype=torch.float32)
+            self.decay_gate = _Dense(hidden_size, 3)
         elif self.settings.decay == "channel":
             sizes = {"up_key": hidden_size + 1, "up_value": width, "down_key": width + 1, "down_value": hidden_size}
             sizes["norm_value"] = 2 * hidden_size

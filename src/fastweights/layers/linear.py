@@ -3,67 +3,156 @@
 On x86 torch leaves a float32 product to MKL, which on AMD's CPUs goes half as fast as it could, and reads a matrix with
 one thread where there is one token to multiply it by. oneDNN, which torch carries for compiled models, is 1.5 to 3
 times as fast there (`python -m benchmarks.decode` has softmax attention both ways).
+
+Its product is an operator here, `torch.ops.fastweights.linear`, so that torch's FLOP counter, its profiler and fake
+tensors see one. It is given plain float32 tensors on a CPU; with everything else `linear` is torch's own. `use_onednn`
+switches it on for a model, `set_onednn` off for a whole process.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from math import prod
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
+
+from fastweights.errors import reason_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+logger = logging.getLogger("fastweights")
 
 WORTH_ALL_THREADS = 300_000
 """Multiplications; one thread is done with fewer before others have woken up."""
 WORTH_A_FUNCTION = 30_000_000
 """Multiplications, where gradients may be needed: fewer are done sooner by autograd itself."""
 FEW, ROUND = 16, 32
-_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_PLAIN = (torch.Tensor, nn.Parameter)
+_on = True
+
+
+def set_onednn(enabled: bool) -> None:
+    """Switch oneDNN's products on or off everywhere in this process; off, all products are torch's own.
+
+    They are on from the start, for what this library makes or loads and for models given to `use_onednn`.
+    """
+    global _on
+    _on = enabled
+
+
+def use_onednn(model: nn.Module, *, enabled: bool = True) -> None:
+    """Let the linear layers of `model` take these products, or take torch's own again.
+
+    Each nn.Linear and Conv1D gets a `forward` of its own and stays what it is otherwise: its class, its parameters and
+    their names. One that has been given another `forward` before, as by accelerate's hooks, keeps that. Copies of the
+    model take these products, too; what is pickled comes back with torch's own.
+    """
+    for module in model.modules():
+        for name in ("forward", "_replicate_for_data_parallel"):
+            if getattr(vars(module).get(name), "__func__", None) in _TAKEN_OFF:
+                delattr(module, name)
+        if enabled and type(module) in _FORWARD and "forward" not in vars(module):
+            module.forward = MethodType(_FORWARD[type(module)], module)
+            module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)
 
 
 def linear(
     x: Float[Tensor, "... n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
-    """x weightᵀ + bias; by oneDNN if it is of float32 numbers on a CPU and not too small."""
-    if not _is_for_onednn(x, weight):
+    """x weightᵀ + bias; by oneDNN if it is of plain float32 tensors on a CPU and not too small."""
+    differentiated = _is_differentiated()
+    if not _is_for_onednn(x, weight, bias, differentiated):
         return nn.functional.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _multiply(x, weight, bias)
+    return _Product.apply(x, weight, bias) if differentiated else _linear(x, weight, bias)
 
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
     """x weightᵀ for each row of a batch with a matrix of its own."""
-    if len(x) > 0 and _is_for_onednn(x[0], weight[0]):
+    if len(x) > 0 and _is_for_onednn(x[0], weight[0], None, _is_differentiated()):
         return torch.stack([linear(*row) for row in zip(x, weight, strict=True)])
     return x @ weight.mT
 
 
+def _is_differentiated() -> bool:
+    """Whether gradients may be needed, backward or forward; the latter whatever torch.no_grad says."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool) -> bool:
+    return bool(
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _on
+        and _is_plain(x)
+        and _is_plain(weight)
+        and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
+        and x.numel() * len(weight) >= (WORTH_A_FUNCTION if differentiated else WORTH_ALL_THREADS)
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and _onednn() is not None
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass, which may hold anything; float32 numbers in a CPU's memory."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+@cache
+def _onednn() -> Any:
+    """The product, or None: it is an operator of torch's own compiler, which may change it or leave it out."""
+    try:
+        product = torch.ops.mkldnn._linear_pointwise.default
+        product(torch.zeros(1, 1), torch.zeros(1, 1), None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.warning("this torch's oneDNN is not to be had (%s): matrix products are torch's own", reason_of(error))
+        return None
+    return product
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By oneDNN, which compiles a kernel for each number of rows and keeps it; so it is given round numbers of them."""
+    onednn = _onednn()
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # part of the columns, transposed, takes it a thousand times as long
     rows = prod(x.shape[:-1])
     if rows <= FEW or rows % ROUND == 0:
-        return _onednn(x, weight, bias, "none", [], "")
+        return onednn(x, weight, bias, "none", [], "")
     padded = nn.functional.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % ROUND))
-    return _onednn(padded, weight, bias, "none", [], "")[:rows].unflatten(0, x.shape[:-1])
+    return onednn(padded, weight, bias, "none", [], "")[:rows].unflatten(0, x.shape[:-1])
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    return bool(
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and _onednn is not None
-        and torch.backends.mkldnn.enabled
-        and prod(x.shape[:-1]) * weight.numel() >= (WORTH_A_FUNCTION if torch.is_grad_enabled() else WORTH_ALL_THREADS)
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-    )
+_library = torch.library.Library("fastweights", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", _multiply, "CPU")
+_linear = torch.ops.fastweights.linear.default
+
+
+@torch.library.register_fake("fastweights::linear", lib=_library)
+def _like_the_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@register_flop_formula(torch.ops.fastweights.linear)
+def _flops(x: torch.Size, weight: torch.Size, *_, **__) -> int:
+    return 2 * prod(x) * weight[0]
 
 
 class _Product(torch.autograd.Function):
@@ -73,7 +162,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _multiply(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -97,28 +186,32 @@ class _Product(torch.autograd.Function):
         return sum(parts[1:], parts[0])
 
 
-class OneDNNLinear(nn.Linear):
-    """nn.Linear with this module's product."""
+class _Linear(nn.Linear):
+    """Lends its forward to linear layers, which do not become of this class."""
 
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         return linear(input, self.weight, self.bias)
 
 
-class OneDNNConv1D(Conv1D):
-    """GPT-2's linear layer, whose matrix is stored transposed, with this module's product."""
+class _Conv1D(Conv1D):
+    """The same for GPT-2's linear layer, whose matrix is stored transposed."""
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         return linear(x, self.weight.t(), self.bias)
 
 
-_FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """DataParallel's copy has weights of its own, and a forward bound to the original's: it gets torch's."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    use_onednn(replica, enabled=False)
+    return replica
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` take these products; its parameters and their names stay as they are.
-
-    (What looks for nn.Linear itself and for no subclass, such as torch's old `quantize_dynamic`, overlooks them.)
-    """
-    for module in model.modules():
-        if type(module) in _FASTER:
-            module.__class__ = _FASTER[type(module)]
+# A bound method is pickled by its name, so that one comes back as the class's own.
+_FORWARD = {nn.Linear: _Linear.forward, Conv1D: _Conv1D.forward}
+_TAKEN_OFF = {
+    *_FORWARD.values(),
+    *(cls.forward for cls in _FORWARD),
+    _replicate_for_data_parallel,
+    nn.Module._replicate_for_data_parallel,
+}
