@@ -1,29 +1,34 @@
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers import linear as module
-from fastweights.layers.linear import OneDNNConv1D, OneDNNLinear, linear, linear_by_row, use_onednn
+from fastweights.layers.linear import linear, linear_by_row, set_onednn, use_onednn
 from fastweights.models import convert
 from tests import tolerances
-from tests.conftest import make_gpt2
+from tests.conftest import make_gpt2, make_llama
 from tests.ops.problems import error
 
-pytestmark = pytest.mark.skipif(module._onednn is None, reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(module._onednn() is None, reason="this torch has no oneDNN")
 M, N = 640, 512  # big enough to be worth it
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Every call of oneDNN's product."""
-    calls, product = [], module._onednn
+    calls, product = [], module._onednn()
 
     def counted(*arguments):
         calls.append(arguments)
         return product(*arguments)
 
-    monkeypatch.setattr(module, "_onednn", counted)
+    monkeypatch.setattr(module, "_onednn", lambda: counted)
     monkeypatch.setattr(module, "WORTH_A_FUNCTION", module.WORTH_ALL_THREADS)  # what a test need not wait for
     return calls
 
@@ -117,13 +122,120 @@ def test_a_model_trains_as_with_torchs_products(monkeypatch, products):
     ids = torch.randint(257, (2, 100))
     model = convert(make_gpt2(n_embd=96))
     gradients = []
-    for product in (module._onednn, None):
-        monkeypatch.setattr(module, "_onednn", product)
+    for product in (module._onednn(), None):
+        monkeypatch.setattr(module, "_onednn", lambda product=product: product)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert not gradients[0].equal(gradients[1])  # they really were others
     assert error(*gradients) <= tolerances.FLOAT32
+
+
+def test_forward_mode_whatever_no_grad_says(products):
+    x, weight = torch.randn(4, N), torch.randn(M, N)
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda weight: linear(x, weight), (weight,), (weight,))
+    assert error(found, x.double() @ weight.double().t()) <= tolerances.FLOAT32
+    assert products
+
+
+def test_the_operator_is_one_like_torchs(products):
+    x, weight, bias = torch.randn(2, 33, N), torch.randn(M, N, requires_grad=True), torch.randn(M)
+    torch.library.opcheck(torch.ops.fastweights.linear.default, (x, weight, bias))
+    assert products
+    with FakeTensorMode() as fake:
+        copies = [fake.from_tensor(tensor) for tensor in (x, weight, bias)]
+        shape = torch.ops.fastweights.linear(*copies)
+        assert isinstance(shape, FakeTensor)
+    assert (shape.shape, shape.stride()) == ((2, 33, M), linear(x, weight, bias).stride())
+
+
+def test_plain_tensors_only(products):
+    class Subclass(torch.Tensor):
+        pass
+
+    x, weight, bias = torch.randn(2, N), torch.randn(M, N), torch.randn(M)
+    expected = nn.functional.linear(x, weight, bias)
+    for i in range(3):
+        given = [x, weight, bias]
+        given[i] = given[i].as_subclass(Subclass)
+        found = linear(*given)
+        assert type(found) is Subclass
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+        given[i] = given[i].to("meta")
+        assert linear(*(tensor.to("meta") for tensor in given)).is_meta
+    linear(x, weight.to_sparse_csr())
+    unchecked = inspect.unwrap(linear)
+    assert unchecked(x, weight[0]).shape == (2,)
+    assert unchecked(x, weight, bias[:1]).shape == (2, M)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # torch's own error
+        unchecked(x[:, 1:], weight)
+    assert not products
+    linear(nn.Parameter(x), nn.Parameter(weight), nn.Parameter(bias))
+    assert products
+
+
+def test_off_by_one_setting(products):
+    x, weight = torch.randn(2, N), torch.randn(M, N)
+    set_onednn(False)
+    try:
+        linear(x, weight)
+        linear_by_row(x[None], weight[None])
+        assert not products
+    finally:
+        set_onednn(True)
+    linear(x, weight)
+    assert products
+
+
+@pytest.mark.parametrize("gone", ["the operator", "its arguments"])
+def test_a_torch_without_the_operator(monkeypatch, caplog, gone):
+    def changed(x, weight):
+        raise AssertionError
+
+    operators = SimpleNamespace() if gone == "the operator" else SimpleNamespace(default=changed)
+    names = SimpleNamespace() if gone == "the operator" else SimpleNamespace(_linear_pointwise=operators)
+    monkeypatch.setattr(torch.ops, "mkldnn", names)
+    module._onednn.cache_clear()
+    try:
+        x, layer = torch.randn(2, N), nn.Linear(N, M)
+        expected = layer(x)
+        use_onednn(layer)
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(layer(x), expected)
+        layer(x).sum().backward()
+        assert [(record.name, record.levelname) for record in caplog.records] == [("fastweights", "WARNING")]
+        assert "oneDNN" in caplog.text
+    finally:
+        module._onednn.cache_clear()
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_llama])
+def test_operations_are_counted_as_torchs(monkeypatch, products, make):
+    monkeypatch.setattr(module, "WORTH_A_FUNCTION", 0)
+    ids = torch.randint(257, (2, 33))
+    counts = []
+    for enabled in (False, True):
+        model = make()
+        use_onednn(model, enabled=enabled)
+        with FlopCounterMode(display=False) as forward:
+            loss = model(ids, labels=ids).loss
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+        operator = torch.ops.fastweights.linear
+        assert (operator in forward.get_flop_counts()["Global"]) is enabled
+        assert (operator in backward.get_flop_counts()["Global"]) is enabled
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
+
+
+def test_operations_without_gradients_are_counted(products):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear(torch.randn(2, 33, N), torch.randn(M, N))
+    assert products
+    assert counter.get_total_flops() == 2 * 2 * 33 * M * N
 
 
 @torch.no_grad()
@@ -134,8 +246,18 @@ def test_modules_keep_their_parameters(products):
     x, names = torch.randn(2, 1, N), list(model.state_dict())
     expected = model(x)
     use_onednn(model)
-    assert [type(layer) for layer in model] == [OneDNNLinear, OneDNNConv1D, nn.LayerNorm]
-    assert isinstance(model[0], nn.Linear)
-    assert isinstance(model[1], Conv1D)
+    assert [type(layer) for layer in model] == [nn.Linear, Conv1D, nn.LayerNorm]
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(products) == 2
+    use_onednn(model, enabled=False)
+    assert not any("forward" in vars(layer) for layer in model)
+    model(x)
+    assert len(products) == 2
+
+
+def test_a_module_merely_handed_stays_as_it_is(base):
+    model = convert(base)
+    assert any("forward" in vars(layer) for layer in model.model.modules())
+    assert not any("forward" in vars(layer) for layer in base.modules())
+    assert not any(type(layer) in (module._Linear, module._Conv1D) for layer in model.modules())

@@ -4,9 +4,9 @@ On x86 torch leaves a float32 product to MKL, which on AMD's CPUs goes half as f
 one thread where there is one token to multiply it by. oneDNN, which torch carries for compiled models, is 1.5 to 3
 times as fast there (`python -m benchmarks.decode` has softmax attention both ways).
 
-Its product is an operator here, `torch.ops.fastweights.linear`, so that torch's FLOP counter, its profiler and fake
-tensors see one. It is given plain float32 tensors on a CPU; with everything else `linear` is torch's own. `use_onednn`
-switches it on for a model, `set_onednn` off for a whole process.
+Its product is an operator here, `torch.ops.fastweights.linear`, so that torch's FLOP counter and whatever else watches
+operators sees one. It is given plain float32 tensors on a CPU; with everything else `linear` is torch's own.
+`use_onednn` switches it on for a model, `set_onednn` off for a whole process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
@@ -72,7 +73,7 @@ def linear(
     differentiated = _is_differentiated()
     if not _is_for_onednn(x, weight, bias, differentiated):
         return nn.functional.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias) if differentiated else _linear(x, weight, bias)
+    return _Product.apply(x, weight, bias) if differentiated else _product(x, weight, bias)
 
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
@@ -145,6 +146,12 @@ _library.impl("linear", _multiply, "CPU")
 _linear = torch.ops.fastweights.linear.default
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By the operator if anything watches operators; if not, without it: a step of decoding has hundreds of products,
+    and the operator takes 5 µs for each."""
+    return (_linear if is_in_torch_dispatch_mode() else _multiply)(x, weight, bias)
+
+
 @torch.library.register_fake("fastweights::linear", lib=_library)
 def _like_the_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
@@ -162,7 +169,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -184,6 +191,11 @@ class _Product(torch.autograd.Function):
         parts += [] if dweight is None else [linear(x, dweight)]
         parts += [] if dbias is None else [dbias.expand(*x.shape[:-1], -1)]
         return sum(parts[1:], parts[0])
+
+
+torch.library.register_autograd(
+    "fastweights::linear", _Product.backward, setup_context=_Product.setup_context, lib=_library
+)
 
 
 class _Linear(nn.Linear):
