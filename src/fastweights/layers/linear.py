@@ -96,8 +96,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, differentiate
         and _is_plain(x)
         and _is_plain(weight)
         and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
-        and x.numel() * len(weight) >= (WORTH_A_FUNCTION if differentiated else WORTH_ALL_THREADS)
         and weight.ndim == 2
+        and x.numel() * len(weight) >= (WORTH_A_FUNCTION if differentiated else WORTH_ALL_THREADS)
         and x.shape[-1] == weight.shape[1]
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
@@ -140,21 +140,23 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn(padded, weight, bias, "none", [], "")[:rows].unflatten(0, x.shape[:-1])
 
 
+def _empty_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 _library = torch.library.Library("fastweights", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("linear", _multiply, "CPU")
+_library.impl("linear", _empty_product, "Meta")  # register_fake does the same, and takes 50 ms of each import
 _linear = torch.ops.fastweights.linear.default
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By the operator if anything watches operators; if not, without it: a step of decoding has hundreds of products,
-    and the operator takes 5 µs for each."""
+    """By the operator where something watches operators.
+
+    Elsewhere without it: it takes 5 µs, and a step of decoding has hundreds of products.
+    """
     return (_linear if is_in_torch_dispatch_mode() else _multiply)(x, weight, bias)
-
-
-@torch.library.register_fake("fastweights::linear", lib=_library)
-def _like_the_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 @register_flop_formula(torch.ops.fastweights.linear)
