@@ -18,7 +18,7 @@ from fastweights.errors import FastWeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from fastweights.layers.attention import Projections
 
@@ -160,7 +160,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return None if architecture is None or architecture.positions is None else config.max_position_embeddings
 
 
-def attention_modules(headless: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+def attention_modules(headless: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The attention of each layer of a headless model, in order."""
     layers = headless.get_submodule(architecture.layers)
     return [layer.get_submodule(architecture.attention) for layer in layers]  # type: ignore[union-attr]

@@ -50,7 +50,7 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
     base = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if isinstance(base, FastWeightsForCausalLM):
         raise FastWeightsError(f"{model} has fast weights already; give the model that it was converted from")
-    return _with_config(base, conversion=asdict(config))
+    return _with_config(base, config)
 
 
 def add_fast_weight_layer(
@@ -73,7 +73,7 @@ def add_fast_weight_layer(
     model = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if not isinstance(model, FastWeightsForCausalLM):
         softmax = ConversionConfig(layer_types=["full_attention"] * model.config.num_hidden_layers)
-        return _with_config(model, conversion=asdict(softmax), fast_weight_layer=asdict(settings))
+        return _with_config(model, softmax, settings)
     if model.fast_weight_layer is not None:
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
@@ -82,9 +82,16 @@ def add_fast_weight_layer(
     return model
 
 
-def _with_config(base: PreTrainedModel, **settings: dict) -> FastWeightsForCausalLM:
+def _with_config(
+    base: PreTrainedModel, conversion: ConversionConfig, block: FastWeightLayerSettings | None = None
+) -> FastWeightsForCausalLM:
     """`base`, which is ours to change, as a model with fast weights."""
-    config = FastWeightsConfig(base_config=base.config, base_model=name_of(base), **settings)
+    config = FastWeightsConfig(
+        base_config=base.config,
+        conversion=asdict(conversion),
+        fast_weight_layer=None if block is None else asdict(block),
+        base_model=name_of(base),
+    )
     check_row(base, config)
     model = FastWeightsForCausalLM(config, base=base)
     use_onednn(model)

@@ -10,8 +10,7 @@ from fastweights.models.architectures import attention_modules
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-    from transformers import PreTrainedModel
+    from torch import Tensor, nn
 
     from fastweights.models.architectures import Architecture
 
@@ -30,7 +29,7 @@ class AttentionCall(NamedTuple):
 
 
 @contextmanager
-def record_calls(headless: PreTrainedModel, row: Architecture) -> Iterator[list[AttentionCall]]:
+def record_calls(headless: nn.Module, row: Architecture) -> Iterator[list[AttentionCall]]:
     """Inside `with`, a list that holds each layer's part once it has run.
 
     Args:
