@@ -74,6 +74,8 @@ class FastWeightsConfig(PreTrainedConfig):
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, token, None) is None:
                 setattr(self, token, getattr(self.base, token, None))
+        # Empty, not missing: TRL looks here for classes that transformers does not have.
+        self.auto_map = getattr(self, "auto_map", None) or {}
         settings = _made_of(ConversionConfig, "conversion", self.conversion or {})
         self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
         for name in _SETTABLE & outside.keys():
@@ -125,7 +127,10 @@ class FastWeightsConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As saved: with what the base config says, for those who look for it at the usual place."""
-        return super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE}
+        saved = super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE}
+        if not saved.get("auto_map"):
+            saved.pop("auto_map", None)
+        return saved
 
 
 _SETTABLE = {name for name, value in vars(FastWeightsConfig).items() if isinstance(value, _OfBase)} | {"sliding_window"}
