@@ -27,10 +27,16 @@ from fastweights.models.documents import (
     positions_of,
     positions_within,
 )
+from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+
+_FLOAT32_PARTS = {"rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
 
 
 class AttentionRecord(NamedTuple):
@@ -57,7 +63,6 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"]  # noqa: RUF012
 
     config: FastWeightsConfig
 
@@ -85,11 +90,19 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             _drop_positions(self.base, self.architecture.positions)
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
+        self._keep_in_fp32()
         self.post_init()
         for attention in self.fast_attentions():
             attention.reset_new_parameters()
         if self.fast_weight_layer is not None:
             self.fast_weight_layer.reset_parameters()
+
+    def _keep_in_fp32(self) -> None:
+        """Tell transformers what to load in float32 whatever the dtype, and its quantisers what to leave alone."""
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = parts & _FLOAT32_PARTS
+        # Quantisers read this list alone, match from a name's beginning, and it may not have what the other has.
+        self._keep_in_fp32_modules = {r".*\.rule\..*"} if "rule" in parts else set()
 
     @property
     def max_positions(self) -> int | None:
@@ -101,24 +114,21 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         modules = attention_modules(self.base, self.architecture)
         return [module for module in modules if isinstance(module, FastWeightAttention)]
 
-    def unembedding(self) -> nn.Linear:
-        """The head of the model that this one belongs to, from which a Fast Weight Layer learns.
+    def unembedding(self) -> AbstractContextManager[nn.Linear]:
+        """The head of the model that this one belongs to, from which a Fast Weight Layer learns, in memory.
 
         Raises:
-            FastWeightsError: if this one is alone and its embeddings are not tied.
+            FastWeightsError: if this one is alone and its embeddings are not tied, or if the head is no plain matrix.
         """
         causal: FastWeightsForCausalLM | None = self.__dict__.get("causal")
         if causal is not None:
-            return causal.lm_head
+            return readable(causal.lm_head)
         if not self.config.tie_word_embeddings:
             raise FastWeightsError(
                 "this model has a Fast Weight Layer, which learns from the unembedding, and was loaded without it: "
                 "load it with AutoModelForCausalLM"
             )
-        weight: nn.Parameter = self.get_input_embeddings().weight  # type: ignore[assignment]
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        head.weight = weight
-        return head
+        return readable(self.get_input_embeddings())
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -291,7 +301,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
-        output, state = layer(hidden, labels, self.unembedding(), state, starts=starts)
+        with self.unembedding() as unembedding:
+            output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:
             block.replace(state, _last_real_position(hidden, real), length)
         return output[:, -length:]
