@@ -27,6 +27,7 @@ from fastweights.models.documents import (
     positions_of,
     positions_within,
 )
+from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
@@ -66,6 +67,15 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
 
     config: FastWeightsConfig
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers lets modules of custom code without parameters of their own, GPT-2's among them, start wrong."""
+        return False
+
+    def initialize_weights(self) -> None:
+        """Let what a checkpoint lacks start as in a new model; transformers calls this."""
+        initialise(self, self.base_model.base, super().initialize_weights)  # type: ignore[arg-type]
+
 
 class FastWeightsModel(FastWeightsPreTrainedModel):
     """The model without its head; `base` is the base model's, with its attention replaced.
@@ -83,8 +93,13 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         super().__init__(config)
         self.architecture = architecture_of(config.base)
         self.base: PreTrainedModel = AutoModelForCausalLM.from_config(config.base).base_model if base is None else base
+        if base is not None and base.device.type != "meta":
+            mark_as_initialised(base)
         config.dtype = config.base.dtype = self.base.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.base._no_split_modules
+        if set(config.layer_types) != {"full_attention"}:
+            recorded = self.base._can_record_outputs or {}
+            self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
         _replace_attention(self.base, config)
         if config.settings.positions == "drop" and self.architecture.positions is not None:
             _drop_positions(self.base, self.architecture.positions)
@@ -320,6 +335,8 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
     def __init__(self, config: FastWeightsConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         causal: PreTrainedModel = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        if base is not None and base.device.type != "meta":
+            mark_as_initialised(base)
         self.model = FastWeightsModel(config, base=causal.base_model)  # type: ignore[arg-type]
         self.lm_head: nn.Linear = causal.get_output_embeddings()  # type: ignore[assignment]
         self.model.__dict__["causal"] = self  # no module of its own, which would make each a part of the other
