@@ -124,6 +124,7 @@ class FastWeightAttention(KeepsFloat32):
     ) -> None:
         super().__init__()
         check_known(attention, projections)
+        self.replaced = type(attention)
         for name, module in attention.named_children():
             self.add_module(name, module)
         self.projections, self.rule, self.feature_map = projections, rule, feature_map

@@ -33,6 +33,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from accelerate.utils import align_module_device  # fetches offloaded weights where their module is not called
 from torch import nn
 from torch.nn.functional import logsigmoid, relu
 
@@ -342,7 +343,8 @@ class FastWeightLayer(nn.Module):
         dn = self.output_scale * next_token_gradient(y, labels, unembedding, self.settings.slow_vocabulary)
         dr = dn * scale
         dr = (dr - dr.mean(-1, keepdim=True) - normalised * (dr * normalised).mean(-1, keepdim=True)) / deviation
-        da = linear(dr, self.down.weight.t())
+        with align_module_device(self.down):
+            da = linear(dr, self.down.weight.t())
         if seen is not None:
             da = da + linear_by_row(dr, seen.down[:, 0, :-1])
         du = da * 2 * relu(u)
@@ -370,10 +372,11 @@ class FastWeightLayer(nn.Module):
             return [(None, None)] * 3
         if self.settings.decay == "channel":
             logits = self.decay_logits
-            gates = [
-                _where_known(logits[name], known) if name in logits else None
-                for name in ("up_key", "up_value", "down_key", "down_value", "norm_key", "norm_value")
-            ]
+            with align_module_device(logits):
+                gates = [
+                    _where_known(logits[name], known) if name in logits else None
+                    for name in ("up_key", "up_value", "down_key", "down_value", "norm_key", "norm_value")
+                ]
             return list(zip(gates[::2], gates[1::2], strict=True))
         logits = self.decay_logit.expand(*known.shape, 3) if self.settings.decay == "scalar" else self.decay_gate(h)
         return [(_where_known(logits[..., i : i + 1], known), None) for i in range(3)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastweights.layers.linear import linear
 
@@ -32,8 +33,8 @@ def uncast(before: Tensor, after: Tensor) -> Tensor:
     return before.to(after.device) if after.dtype in _SHORT and before.dtype not in _SHORT else after
 
 
-class Float32Linear(KeepsFloat32, nn.Linear):
-    """nn.Linear in float32, whatever it is given and whatever autocast says.
+class Float32Linear(KeepsFloat32, NonDynamicallyQuantizableLinear):
+    """nn.Linear in float32, whatever it is given and whatever autocast says; quantisers leave it as it is.
 
     Args:
         in_features: width of the input.

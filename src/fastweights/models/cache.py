@@ -253,7 +253,6 @@ class FastWeightsCache(DynamicCache):
             if layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
                 self.layers[i] = PureCacheLayer()
             elif layer_type == "hybrid_sliding" and not isinstance(self.layers[i], HybridCacheLayer):
-                assert config.sliding_window is not None
                 self.layers[i] = HybridCacheLayer(sliding_window=config.sliding_window)
         if self.recurrent and any(isinstance(layer, StaticLayer) for layer in self.layers):
             # transformers would leave out the mask that hides the empty places of its static layers.

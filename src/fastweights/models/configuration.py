@@ -74,8 +74,13 @@ class FastWeightsConfig(PreTrainedConfig):
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, token, None) is None:
                 setattr(self, token, getattr(self.base, token, None))
+        # Empty, not missing: TRL looks here for classes that transformers does not have.
+        self.auto_map = getattr(self, "auto_map", None) or {}
         settings = _made_of(ConversionConfig, "conversion", self.conversion or {})
         self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
+        if set(self.layer_types) != {"full_attention"}:
+            # A plan would spread heads over devices, and not their gates.
+            self.base.base_model_tp_plan = None  # type: ignore[misc]
         for name in _SETTABLE & outside.keys():
             setattr(self, name, outside[name])
         _ = self.fast_weight_layer_settings  # refuses an unknown one
@@ -104,13 +109,20 @@ class FastWeightsConfig(PreTrainedConfig):
         return (self.conversion or {}).get("layer_types")  # type: ignore[return-value]
 
     @property
-    def sliding_window(self) -> int | None:
-        """The window of hybrid layers, under the name that transformers' caches look for; None without one."""
-        return (self.conversion or {}).get("window") or None
+    def sliding_window(self) -> int:
+        """The window of hybrid layers, under the name that transformers' caches look for.
+
+        Raises:
+            AttributeError: without one, as in any config of a model without windows.
+        """
+        window = (self.conversion or {}).get("window")
+        if not window:
+            raise AttributeError("this model has no hybrid layers, and so no sliding_window")
+        return window
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
-        if value != self.sliding_window:
+        if value != getattr(self, "sliding_window", None):
             self.conversion = asdict(replace(self.settings, window=value or 0))
 
     @property
@@ -125,7 +137,10 @@ class FastWeightsConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As saved: with what the base config says, for those who look for it at the usual place."""
-        return super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE}
+        saved = super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE if hasattr(self, name)}
+        if not saved.get("auto_map"):
+            saved.pop("auto_map", None)
+        return saved
 
 
 _SETTABLE = {name for name, value in vars(FastWeightsConfig).items() if isinstance(value, _OfBase)} | {"sliding_window"}

@@ -27,10 +27,17 @@ from fastweights.models.documents import (
     positions_of,
     positions_within,
 )
+from fastweights.models.initialisation import initialise, mark_as_initialised
+from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+
+_FLOAT32_PARTS = {"rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
 
 
 class AttentionRecord(NamedTuple):
@@ -57,9 +64,17 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"]  # noqa: RUF012
 
     config: FastWeightsConfig
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers lets modules of custom code without parameters of their own, GPT-2's among them, start wrong."""
+        return False
+
+    def initialize_weights(self) -> None:
+        """Let what a checkpoint lacks start as in a new model; transformers calls this."""
+        initialise(self, self.base_model.base, super().initialize_weights)  # type: ignore[arg-type]
 
 
 class FastWeightsModel(FastWeightsPreTrainedModel):
@@ -78,8 +93,13 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         super().__init__(config)
         self.architecture = architecture_of(config.base)
         self.base: PreTrainedModel = AutoModelForCausalLM.from_config(config.base).base_model if base is None else base
+        if base is not None and base.device.type != "meta":
+            mark_as_initialised(base)
         config.dtype = config.base.dtype = self.base.dtype  # as loading sets it: a config is then always saved alike
         self._no_split_modules = self.base._no_split_modules
+        if set(config.layer_types) != {"full_attention"}:
+            recorded = self.base._can_record_outputs or {}
+            self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
         _replace_attention(self.base, config)
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
@@ -88,35 +108,40 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             self.max_positions = None
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
+        self._keep_in_fp32()
         self.post_init()
         for attention in self.fast_attentions():
             attention.reset_new_parameters()
         if self.fast_weight_layer is not None:
             self.fast_weight_layer.reset_parameters()
 
+    def _keep_in_fp32(self) -> None:
+        """Tell transformers what to load in float32 whatever the dtype, and its quantisers what to leave alone."""
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = parts & _FLOAT32_PARTS
+        # Quantisers read this list alone, match from a name's beginning, and it may not have what the other has.
+        self._keep_in_fp32_modules = {r".*\.rule\..*"} if "rule" in parts else set()
+
     def fast_attentions(self) -> list[FastWeightAttention]:
         """The attention of each converted layer, in order."""
         modules = attention_modules(self.base, self.architecture)
         return [module for module in modules if isinstance(module, FastWeightAttention)]
 
-    def unembedding(self) -> nn.Linear:
-        """The head of the model that this one belongs to, from which a Fast Weight Layer learns.
+    def unembedding(self) -> AbstractContextManager[nn.Linear]:
+        """The head of the model that this one belongs to, from which a Fast Weight Layer learns, in memory.
 
         Raises:
-            FastWeightsError: if this one is alone and its embeddings are not tied.
+            FastWeightsError: if this one is alone and its embeddings are not tied, or if the head is no plain matrix.
         """
         causal: FastWeightsForCausalLM | None = self.__dict__.get("causal")
         if causal is not None:
-            return causal.lm_head
+            return readable(causal.lm_head)
         if not self.config.tie_word_embeddings:
             raise FastWeightsError(
                 "this model has a Fast Weight Layer, which learns from the unembedding, and was loaded without it: "
                 "load it with AutoModelForCausalLM"
             )
-        weight: nn.Parameter = self.get_input_embeddings().weight  # type: ignore[assignment]
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        head.weight = weight
-        return head
+        return readable(self.get_input_embeddings())
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -288,7 +313,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
-        output, state = layer(hidden, labels, self.unembedding(), state, starts=starts)
+        with self.unembedding() as unembedding:
+            output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:
             block.replace(state, _last_real_position(hidden, real), length)
         return output[:, -length:]
@@ -306,6 +332,8 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
     def __init__(self, config: FastWeightsConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         causal: PreTrainedModel = AutoModelForCausalLM.from_config(config.base) if base is None else base
+        if base is not None and base.device.type != "meta":
+            mark_as_initialised(base)
         self.model = FastWeightsModel(config, base=causal.base_model)  # type: ignore[arg-type]
         self.lm_head: nn.Linear = causal.get_output_embeddings()  # type: ignore[assignment]
         self.model.__dict__["causal"] = self  # no module of its own, which would make each a part of the other

@@ -1,0 +1,46 @@
+"""The unembedding as a plain matrix in memory, which is what a Fast Weight Layer learns from."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from fastweights.errors import FastWeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def readable(head: nn.Module) -> Iterator[nn.Linear]:
+    """A head, or the embedding that it is tied to, as a linear layer whose weights can be read in this context.
+
+    accelerate keeps offloaded weights elsewhere, and fetches them only where a module is called.
+
+    Args:
+        head: nn.Linear, or nn.Embedding for one that has the same weights.
+
+    Raises:
+        FastWeightsError: if its weights are no plain matrix: quantised, or with an adapter beside it.
+    """
+    if not isinstance(head, nn.Linear | nn.Embedding) or type(head.weight) not in (torch.Tensor, nn.Parameter):
+        raise FastWeightsError(
+            f"the unembedding is a {type(head).__module__}.{type(head).__name__} of {_kind(head)}, and a Fast Weight "
+            "Layer learns from its plain matrix: leave lm_head out of quantisation and adapters"
+        )
+    with align_module_device(head):
+        if isinstance(head, nn.Linear):
+            yield head
+        else:
+            linear = nn.Linear(head.embedding_dim, head.num_embeddings, bias=False, device="meta")
+            linear.weight = head.weight
+            yield linear
+
+
+def _kind(head: nn.Module) -> str:
+    weight = getattr(head, "weight", None)
+    return type(weight() if callable(weight) else weight).__name__
