@@ -1,4 +1,4 @@
-"""Puts transformers' own tests beside the environment, for tests/models/test_transformers_suite.py (`make setup`).
+"""Puts transformers' own tests beside the environment, for tests/models/test_transformers_suite.py (`make test`).
 
 They are in its source distribution only; that of the version which is installed is taken.
 """

@@ -1,6 +1,6 @@
 """transformers' own tests of any model, its ModelTesterMixin, on converted ones.
 
-They are in transformers' source distribution, which `make setup` unpacks beside the environment, and in no wheel. Its
+They are in transformers' source distribution, which `make test` unpacks beside the environment, and in no wheel. Its
 tests of generation are not even there: test_generation.py has their cases.
 """
 
@@ -34,7 +34,7 @@ SKIPPED = {
 def _load() -> Any:
     """The mixin's module, of a package made of the folder; mixins that it lacks are empty there."""
     if not (_FOLDER / "test_modeling_common.py").exists():
-        pytest.skip(f"{_FOLDER} is not there: run make setup", allow_module_level=True)
+        pytest.skip(f"{_FOLDER} is not there: run make test", allow_module_level=True)
     pytest.importorskip("parameterized", reason="transformers' tests need it")
     package = ModuleType(_PACKAGE)
     package.__path__ = [str(_FOLDER)]

@@ -189,6 +189,12 @@ class PendingPosition(NamedTuple):
     real: Bool[Tensor, "B 1"]
     """False for a row that had no real token yet."""
 
+    @classmethod
+    def last_of(cls, hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
+        """The last real position of each row among these."""
+        last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
+        return cls(hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True))
+
 
 class BlockCacheLayer(PureCacheLayer):
     """The state of a Fast Weight Layer, and each row's last position, which has no label yet."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
+    from fastweights.models.cache import FastWeightsCache
+
 
 def find_starts(
     shape: tuple[int, int],
@@ -78,6 +80,37 @@ def _by_bounds(cu_seq_lens: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "B T
     inner = cu_seq_lens[1:-1].long()
     starts[0, inner[inner < T]] = True
     return starts
+
+
+def real_tokens(
+    attention_mask: Tensor | None, cache: FastWeightsCache | None, past: int, length: int
+) -> Bool[Tensor, "B T"] | None:
+    """Which of the new tokens are no padding; None if none is padding, nor any before them.
+
+    Args:
+        attention_mask: as a model is given it.
+        cache: what was read before; it is told whether padding has been among the tokens.
+        past: tokens before the new ones.
+        length: T.
+
+    Raises:
+        FastWeightsError: if the mask is of another shape, or leaves out earlier padding.
+    """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise FastWeightsError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
+        )
+    padded = attention_mask is not None and not attention_mask.all()
+    if cache is not None:
+        covers = attention_mask is not None and attention_mask.shape[1] == past + length
+        if past and cache.padded and not covers:
+            given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
+            raise FastWeightsError(
+                f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one "
+                f"for all of them, of length {past + length}"
+            )
+        cache.padded = padded
+    return attention_mask[:, -length:].bool() if padded else None  # type: ignore[index]
 
 
 def positions_within(starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, past: int) -> Int[Tensor, "B T"]:

@@ -11,12 +11,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.attention import AttentionShape, FastWeightAttention
+from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
-from fastweights.layers.feature_maps import make_feature_map
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
-from fastweights.layers.rules import RuleShape, TokenMarks, make_rule
+from fastweights.layers.rules import TokenMarks
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
@@ -26,8 +25,10 @@ from fastweights.models.documents import (
     next_real_tokens,
     positions_of,
     positions_within,
+    real_tokens,
 )
 from fastweights.models.initialisation import initialise, mark_as_initialised
+from fastweights.models.replacement import drop_positions, replace_attention
 from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
@@ -100,11 +101,11 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if set(config.layer_types) != {"full_attention"}:
             recorded = self.base._can_record_outputs or {}
             self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
-        _replace_attention(self.base, config)
+        replace_attention(self.base, config)
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
-            _drop_positions(self.base, self.architecture.positions)
+            drop_positions(self.base, self.architecture.positions)
             self.max_positions = None
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
@@ -198,7 +199,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
 
         shape = (given.shape[0], given.shape[1])
-        real = _real_tokens(attention_mask, cache, past, shape[1])
+        real = real_tokens(attention_mask, cache, past, shape[1])
         if position_ids is None and attention_mask is not None:
             position_ids = positions_of(attention_mask, shape[1], past)
         if cache is not None and cache.position_offset:
@@ -316,7 +317,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         with self.unembedding() as unembedding:
             output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:
-            block.replace(state, _last_real_position(hidden, real), length)
+            block.replace(state, PendingPosition.last_of(hidden, real), length)
         return output[:, -length:]
 
 
@@ -458,81 +459,3 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             model_kwargs["past_key_values"] = FastWeightsCache.over(cache, self.config)
         return result
-
-
-def _real_tokens(
-    attention_mask: Tensor | None, cache: FastWeightsCache | None, past: int, length: int
-) -> Bool[Tensor, "B T"] | None:
-    """Which of the new tokens are no padding; None if none is padding, nor any before them."""
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise FastWeightsError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
-        )
-    padded = attention_mask is not None and not attention_mask.all()
-    if cache is not None:
-        covers = attention_mask is not None and attention_mask.shape[1] == past + length
-        if past and cache.padded and not covers:
-            given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
-            raise FastWeightsError(
-                f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one "
-                f"for all of them, of length {past + length}"
-            )
-        cache.padded = padded
-    return attention_mask[:, -length:].bool() if padded else None  # type: ignore[index]
-
-
-def _last_real_position(hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
-    last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
-    return PendingPosition(
-        hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True)
-    )
-
-
-def _replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
-    """Put fast weights where the settings ask for them."""
-    row, settings = architecture_of(config.base), config.settings
-    shape = AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
-        if config.layer_types[i] == "full_attention":
-            continue
-        feature_map = make_feature_map(settings.feature_map, shape.head_dim)
-        rule_shape = RuleShape(
-            hidden_size=shape.hidden_size,
-            kv_heads=shape.kv_heads,
-            key_width=feature_map.width,
-            value_width=shape.head_dim,
-            value_gate=settings.value_gate,
-            gate_bias=settings.gate_bias,
-        )
-        attention = FastWeightAttention(
-            layer.get_submodule(row.attention),
-            row.projections,
-            make_rule(settings.rule, rule_shape),
-            feature_map,
-            shape=shape,
-            layer_idx=i,
-            window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
-            # Models that have lost their absolute positions learn to tell near from far in the window anew.
-            window_bias=settings.positions == "drop" and row.positions is not None,
-            rotary=settings.rotary,
-            cache_argument=row.cache_argument,
-        )
-        layer.set_submodule(row.attention, attention)
-
-
-class ConstantPosition(nn.Module):
-    """Stands where absolute positions were: the same vector everywhere."""
-
-    def __init__(self, positions: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(positions.weight.detach().mean(0, keepdim=True))
-
-    def forward(self, position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
-        """The vector for each of these."""
-        return self.weight.expand(*position_ids.shape, -1)
-
-
-def _drop_positions(base: nn.Module, name: str) -> None:
-    positions = base.get_submodule(name)
-    if isinstance(positions, nn.Embedding):
-        base.set_submodule(name, ConstantPosition(positions))

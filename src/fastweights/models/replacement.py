@@ -1,0 +1,80 @@
+"""Fast weights in the place of a base model's attention, and of its absolute positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastweights.layers.attention import AttentionShape, FastWeightAttention
+from fastweights.layers.feature_maps import make_feature_map
+from fastweights.layers.rules import RuleShape, make_rule
+from fastweights.models.architectures import architecture_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastweights.models.configuration import FastWeightsConfig
+
+
+def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
+    """Put fast weights where the settings ask for them.
+
+    Args:
+        base: the headless base model.
+        config: of the model around it.
+    """
+    row, settings = architecture_of(config.base), config.settings
+    shape = AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
+        if config.layer_types[i] == "full_attention":
+            continue
+        feature_map = make_feature_map(settings.feature_map, shape.head_dim)
+        rule_shape = RuleShape(
+            hidden_size=shape.hidden_size,
+            kv_heads=shape.kv_heads,
+            key_width=feature_map.width,
+            value_width=shape.head_dim,
+            value_gate=settings.value_gate,
+            gate_bias=settings.gate_bias,
+        )
+        attention = FastWeightAttention(
+            layer.get_submodule(row.attention),
+            row.projections,
+            make_rule(settings.rule, rule_shape),
+            feature_map,
+            shape=shape,
+            layer_idx=i,
+            window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
+            # Models that have lost their absolute positions learn to tell near from far in the window anew.
+            window_bias=settings.positions == "drop" and row.positions is not None,
+            rotary=settings.rotary,
+            cache_argument=row.cache_argument,
+        )
+        layer.set_submodule(row.attention, attention)
+
+
+class ConstantPosition(nn.Module):
+    """Stands where absolute positions were: the same vector everywhere."""
+
+    def __init__(self, positions: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(positions.weight.detach().mean(0, keepdim=True))
+
+    def forward(self, position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
+        """The vector for each of these."""
+        return self.weight.expand(*position_ids.shape, -1)
+
+
+def drop_positions(base: nn.Module, name: str) -> None:
+    """Put the mean of the positions where they are.
+
+    Args:
+        base: the headless base model.
+        name: of its embedding of positions.
+    """
+    positions = base.get_submodule(name)
+    if isinstance(positions, nn.Embedding):
+        base.set_submodule(name, ConstantPosition(positions))
