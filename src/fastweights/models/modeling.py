@@ -235,8 +235,11 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         )
 
     def _check_outputs(self, kwargs: dict[str, Any]) -> None:
-        wanted = kwargs.get("output_attentions")
-        if not (self.config.output_attentions if wanted is None else wanted):
+        """Pass on what the config asks for, which the base model's does not say, and refuse maps that are not there."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
+        if not kwargs.get("output_attentions"):
             return
         types = self.config.layer_types
         if softmax := [i for i, layer_type in enumerate(types) if layer_type == "full_attention"]:
