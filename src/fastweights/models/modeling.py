@@ -111,10 +111,6 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self._keep_in_fp32()
         self.post_init()
-        for attention in self.fast_attentions():
-            attention.reset_new_parameters()
-        if self.fast_weight_layer is not None:
-            self.fast_weight_layer.reset_parameters()
 
     def _keep_in_fp32(self) -> None:
         """Tell transformers what to load in float32 whatever the dtype, and its quantisers what to leave alone."""
@@ -345,10 +341,6 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-        for attention in self.fast_attentions():
-            attention.reset_new_parameters()
-        if self.fast_weight_layer is not None:
-            self.fast_weight_layer.reset_parameters()
         if base is None:
             use_onednn(self)
         else:
