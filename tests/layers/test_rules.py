@@ -7,7 +7,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.feature_maps import FEATURE_MAPS
-from fastweights.layers.rules import RULES, RuleShape, TokenMarks, make_rule
+from fastweights.layers.rules import RULES, AddRule, RuleShape, TokenMarks, make_rule
 from fastweights.models import ConversionConfig, convert
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama
@@ -20,13 +20,27 @@ from tests.models.checks import (
 from tests.ops.problems import error
 
 B, T, G, R, K, V, D = 2, 13, 2, 2, 5, 6, 8
-SHAPE = RuleShape(hidden_size=D, kv_heads=G, key_width=K, value_width=V)
+SHAPE = RuleShape(D, G, K, V, value_gate=True, gate_bias=(2.0, 6.0))
 
 
-@pytest.fixture(params=sorted(RULES))
+class WritesByItself(AddRule):
+    """A rule with a recurrence of its own: padding and documents reach it as keys, values and gates."""
+
+    def update(self, x, q, k, v, key_gate, value_gate, *, scale, state, keep_state):
+        state = x.new_zeros(len(x), *self.state_shape) if state is None else state
+        outputs = []
+        for t in range(x.shape[1]):
+            if key_gate is not None:
+                state = key_gate[:, t].exp()[..., None] * state
+            state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+            outputs.append(torch.einsum("bgrk,bgkv->bgrv", q[:, t].unflatten(1, (G, -1)), state).flatten(1, 2) * scale)
+        return torch.stack(outputs, 1), state if keep_state else None
+
+
+@pytest.fixture(params=[*sorted(RULES), "its own"])
 def rule(request):
     torch.manual_seed(0)
-    made = make_rule(request.param, SHAPE)
+    made = WritesByItself(SHAPE) if request.param == "its own" else make_rule(request.param, SHAPE)
     made.reset_parameters()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)

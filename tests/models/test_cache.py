@@ -1,11 +1,13 @@
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from fastweights.errors import FastWeightsError
 from fastweights.models import ConversionConfig, convert
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, state_bytes
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
+from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
 
@@ -88,3 +90,68 @@ def test_a_recurrent_state_is_not_cropped(filled):
     assert not cache.is_croppable
     with pytest.raises(RuntimeError, match="crop"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_the_cache_of_another_model_is_refused(filled):
+    model, cache = filled
+    others = [ConversionConfig(window=0 if model.config.settings.window else 8), ConversionConfig(window=5)]
+    for config in others:
+        with pytest.raises(FastWeightsError, match="the cache is another model's"):
+            convert(make_gpt2(), config)(random_ids(3, 2), past_key_values=cache)
+    teacher = make_gpt2()
+    with pytest.raises(FastWeightsError, match="DynamicLayer with tokens in it"):
+        model(random_ids(3, 2), past_key_values=teacher(random_ids(3, 5), use_cache=True).past_key_values)
+    cache.reset()
+    for config in others:  # as new, it may be any model's
+        other = convert(make_gpt2(), config).eval()
+        expected = other(random_ids(3, 6)).logits
+        assert error(other(random_ids(3, 6), past_key_values=cache).logits, expected) <= tolerances.FLOAT32
+        cache.reset()
+
+
+def test_a_cache_under_another_name_is_refused(filled):
+    model, cache = filled
+    softmax = convert(make_gpt2(), ConversionConfig(layer_types=["full_attention"] * 3))
+    for one in (model, softmax):
+        with pytest.raises(FastWeightsError, match="a cache was given as past_key_value: give it as past_key_values"):
+            one(random_ids(3, 1), past_key_value=cache)
+
+
+def test_states_and_gradient_checkpointing_do_not_go_together(filled):
+    """transformers' checkpointed layers drop their cache."""
+    model, cache = filled
+    model = model.train()
+    model.gradient_checkpointing_enable()
+    for given in ({"past_key_values": cache}, {"use_cache": True}):
+        with pytest.raises(FastWeightsError, match="gradient checkpointing, which keeps no states"):
+            model(random_ids(3, 2), **given)
+    model(random_ids(3, 2), use_cache=False)
+
+
+@pytest.mark.parametrize("length", [9, 3])
+def test_masks_of_another_length_are_refused(filled, length):
+    model, cache = filled
+    for given in ({}, {"past_key_values": cache}):
+        with pytest.raises(FastWeightsError, match=r"attention_mask is of shape .* it must be \(3, 7\)"):
+            model(random_ids(3, 7), attention_mask=torch.ones(3, length).long(), **given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+def test_a_mask_of_the_new_tokens_alone(kind):
+    types = [kind, "full_attention", "linear_attention"]
+    model = convert(make_gpt2(), ConversionConfig(layer_types=types)).eval()
+    ids = random_ids(2, 13)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    found = model(ids[:, 6:], attention_mask=torch.ones(2, 7).long(), past_key_values=cache).logits
+    assert error(found, model(ids).logits[:, 6:]) <= tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_a_wider_window_in_the_config_is_for_the_next_time(tmp_path):
+    model = convert(make_gpt2(), ConversionConfig(window=4)).eval()
+    model.config.sliding_window = 8
+    check_pieces_equal_one_pass(model, tuple(range(1, 40)))
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).fast_attentions()[0].window == 8

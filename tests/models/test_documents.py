@@ -8,7 +8,8 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
-from fastweights.models.documents import find_starts
+from fastweights.models.cache import FastWeightsCache
+from fastweights.models.documents import read_tokens
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama, make_qwen3, random_ids
 from tests.models.test_fast_weight_layer import trained
@@ -161,7 +162,7 @@ def test_bounds_are_of_a_single_row():
 
 
 @pytest.mark.parametrize(
-    ("positions", "real", "past", "expected"),
+    ("positions", "mask", "past", "expected"),
     [
         ([0, 1, 2, 3], None, 0, []),
         ([5, 6, 7, 8], None, 0, []),  # a row may begin anywhere
@@ -172,13 +173,73 @@ def test_bounds_are_of_a_single_row():
         ([0, 1, 1, 1], [1, 1, 0, 0], 0, []),  # and on the right
         ([0, 1, 1, 2], [1, 1, 0, 1], 0, []),  # and in between
         ([0, 1, 0, 0], [1, 1, 0, 1], 0, [3]),
-        ([1, 1, 0, 1], [0, 0, 1, 1], 7, []),
+        ([1, 1, 0, 1], [0, 0, 0, 0, 1, 1], 2, []),  # nothing but padding was read
+        ([1, 1, 0, 1], [0, 1, 0, 0, 1, 1], 2, [2]),  # and here a document was
+        ([1, 1, 5, 6], [0, 1, 0, 0, 1, 1], 2, []),
     ],
 )
-def test_where_documents_begin(positions, real, past, expected):
-    real = None if real is None else torch.tensor([real]).bool()
-    starts = find_starts((1, 4), past=past, real=real, position_ids=torch.tensor([positions]))
+def test_where_documents_begin(positions, mask, past, expected):
+    mask = None if mask is None else torch.tensor([mask])
+    cache = FastWeightsCache(convert(make_llama()).config)
+    cache.set_lengths([past] * 3)
+    reading = read_tokens((1, 4), cache, attention_mask=mask, position_ids=torch.tensor([positions]))
+    starts = reading.marks.starts
     assert ([] if starts is None else starts[0].nonzero().flatten().tolist()) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pure", "hybrid"])
+def test_a_document_after_padding_in_a_later_piece(base, kind):
+    model = convert(base, KINDS[kind]).eval()
+    cache = model(random_ids(1, 5), use_cache=True).past_key_values
+    more, mask = random_ids(1, 7, seed=1), torch.tensor([[1] * 5 + [0, 0] + [1] * 7])
+    ids, positions = torch.cat((torch.full((1, 2), 256), more), 1), torch.tensor([[0, 0, *range(7)]])
+    found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, 2:]
+    assert error(found, model(more).logits) <= tolerances.FLOAT32
+
+
+@pytest.mark.parametrize("bounds", [[0, 5], [3, 8, 12], [0, 8, 5, 12], [0, 5, 40]], ids=str)
+def test_bounds_that_are_not_those_of_the_tokens_are_refused(bounds):
+    model = convert(make_llama(), KINDS["pure"])
+    with pytest.raises(FastWeightsError, match=r"cu_seq_lens is .* must start with 0"):
+        model(random_ids(1, 12), cu_seq_lens_q=torch.tensor(bounds))
+
+
+def test_bounds_under_other_names_are_refused():
+    model = convert(make_llama(), KINDS["pure"])
+    for name in ("cu_seqlens", "cu_seq_lens_k"):
+        with pytest.raises(FastWeightsError, match="without cu_seq_lens_q"):
+            model(random_ids(1, 12), **{name: torch.tensor([0, 4, 12])})
+    with pytest.raises(FastWeightsError, match=r"seq_idx is of shape \(1, 12\)"):
+        model(random_ids(2, 12), seq_idx=torch.zeros(1, 12).int())
+
+
+@torch.no_grad()
+def test_what_only_positions_can_say(model):
+    """After other tokens, bounds and numbers say nothing of them; after several documents, neither does a length."""
+    _, row, positions = packed()
+    if "full_attention" not in model.config.layer_types:
+        cache = model(row, use_cache=True).past_key_values
+        for way in ("cu_seq_lens", "seq_idx"):
+            with pytest.raises(FastWeightsError, match="give position_ids, which start anew"):
+                model(row, past_key_values=cache, **borders(positions)[way])
+    cache = model(row, use_cache=True, **borders(positions)["cu_seq_lens"]).past_key_values
+    with pytest.raises(FastWeightsError, match="were several documents: give position_ids"):
+        model(row[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_rows_that_are_told_to_begin(base):
+    """As in training, where the block goes on from piece to piece above a softmax model that starts anew."""
+    model = trained(base, "softmax")
+    ids, more = random_ids(2, 8), random_ids(2, 8, seed=1)
+    cache, starts = model(ids, use_cache=True).past_key_values, torch.zeros(2, 8, dtype=torch.bool)
+    starts[0, 0] = True
+    fresh = FastWeightsCache(model.config)
+    fresh.block = cache.block
+    found = model(more, past_key_values=fresh, document_starts=starts).logits
+    assert error(found[0], model(more[:1]).logits[0]) <= tolerances.FLOAT32
+    assert error(found[1], model(more[1:]).logits[0]) > 1e-3  # and the other row has learned
 
 
 @torch.no_grad()

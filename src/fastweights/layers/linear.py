@@ -91,13 +91,14 @@ def _is_differentiated() -> bool:
 def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool) -> bool:
     return bool(
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and _on
+        # The most frequent reason first: in a small model, the others would take as long as what they save.
+        and x.numel() * weight.shape[0] >= (WORTH_A_FUNCTION if differentiated else WORTH_ALL_THREADS)
+        and not torch.jit.is_tracing()
         and _is_plain(x)
         and _is_plain(weight)
         and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
         and weight.ndim == 2
-        and x.numel() * len(weight) >= (WORTH_A_FUNCTION if differentiated else WORTH_ALL_THREADS)
         and x.shape[-1] == weight.shape[1]
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")

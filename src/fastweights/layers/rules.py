@@ -35,9 +35,9 @@ class RuleShape:
     key_width: int
     """After the feature map."""
     value_width: int
-    value_gate: bool = True
+    value_gate: bool
     """Whether a rule with gates on both sides has the one on the value side."""
-    gate_bias: tuple[float, float] = (2.0, 6.0)
+    gate_bias: tuple[float, float]
     """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
 
 
@@ -53,7 +53,8 @@ class TokenMarks(NamedTuple):
 class Rule(nn.Module):
     """S_t = (f_t z_tᵀ) ⊙ S_{t-1} + k_t v_tᵀ, with the gates that a subclass makes, or none.
 
-    A rule that writes in another way overrides `forward`.
+    A rule that writes in another way overrides `update`, which padding and borders of documents reach as keys, values
+    and gates.
 
     Args:
         shape: sizes of the layer.
@@ -111,6 +112,37 @@ class Rule(nn.Module):
             if key_gate is None:
                 key_gate = x.new_zeros(*k.shape[:3], 1, dtype=torch.float32)
             key_gate = key_gate.masked_fill(marks.starts[..., None, None], -torch.inf)
+        return self.update(x, q, k, v, key_gate, value_gate, scale=scale, state=state, keep_state=keep_state)
+
+    def update(
+        self,
+        x: Float[Tensor, "B T d"],
+        q: Float[Tensor, "B T H K"],
+        k: Float[Tensor, "B T G K"],
+        v: Float[Tensor, "B T G V"],
+        key_gate: Float[Tensor, "B T G Kf"] | None,
+        value_gate: Float[Tensor, "B T G Vz"] | None,
+        *,
+        scale: float,
+        state: Float[Tensor, "B G K V"] | None,
+        keep_state: bool,
+    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
+        """Run the op. A token with k = v = 0 and log gates 0 must leave the state as it is, -inf must empty it first.
+
+        Args:
+            x: the layer's input.
+            q: queries, after the feature map.
+            k: keys, after the feature map; 0 where a token is padding.
+            v: values; 0 where a token is padding.
+            key_gate: log gate of the key side, -inf where a document begins; None for a gate of 1.
+            value_gate: log gate of the value side.
+            scale: factor on what is read.
+            state: to start from; by default 0.
+            keep_state: whether the state is wanted.
+
+        Returns:
+            What is read, and the state after the last token.
+        """
         return decay_rule(
             q, k, v, key_gate, value_gate, scale=scale, initial_state=state, output_final_state=keep_state
         )

@@ -50,6 +50,8 @@ def windowed(
     """
     T = q.shape[1]
     k, v, real = new if cache is None else cache.with_kept(new)
+    if (seen := T + window - 1) < k.shape[1]:  # a cache may keep more than this layer sees
+        k, v, real = k[:, -seen:], v[:, -seen:], None if real is None else real[:, -seen:]
     document = None if starts is None else pad(starts.cumsum(1), (k.shape[1] - T, 0))  # kept keys are of the first one
     back = None
     if real is not None and (real[:, :-1] & ~real[:, 1:]).any():

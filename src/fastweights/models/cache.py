@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
 )
@@ -231,19 +232,35 @@ class FastWeightsCache(DynamicCache):
         super().__init__(config=config)
         self._adopt_layers(config)
 
+    is_view = False
+    """Whether another cache, which a user made, has the same layers."""
+    _padded = _several_documents = False
+
     @classmethod
     def over(cls, cache: Cache, config: FastWeightsConfig) -> FastWeightsCache:
-        """The same cache as one of ours, which shares its layers: they are ours from now on, in both."""
+        """The same cache as one of ours, which shares its layers: they are ours from now on, in both.
+
+        Args:
+            cache: any of transformers'.
+            config: of the model.
+        """
         if isinstance(cache, cls) and cache.fits(config):
             return cache
         ours = cls.__new__(cls)
         ours.__dict__.update(cache.__dict__)
+        ours.is_view = ours.is_view or not isinstance(cache, cls)
         ours._adopt_layers(config)
         return ours
 
     def fits(self, config: FastWeightsConfig) -> bool:
-        """Whether there is a layer for each of the model's."""
-        return len(self.layers) == config.num_hidden_layers + (config.fast_weight_layer is not None)
+        """Whether each layer is of the kind that the model's is.
+
+        Args:
+            config: of the model.
+        """
+        types, block = config.layer_types, config.fast_weight_layer is not None
+        pairs = zip(self.layers, types, strict=False)
+        return len(self.layers) == len(types) + block and all(_fits(layer, kind, config) for layer, kind in pairs)
 
     def _adopt_layers(self, config: FastWeightsConfig) -> None:
         types = config.layer_types
@@ -251,21 +268,43 @@ class FastWeightsCache(DynamicCache):
             self.layers += DynamicCache(config=config).layers[len(self.layers) :]
         if config.fast_weight_layer is not None and self.block is None:
             self.layers.append(BlockCacheLayer())
-        softmax = [i for i, layer_type in enumerate(types) if layer_type == "full_attention"]
-        if any(_is_unused(self.layers[i]) for i in softmax):
-            base = DynamicCache(config=config.base).layers  # which may have windows of their own
-            self.layers[:] = [base[i] if i in softmax and _is_unused(x) else x for i, x in enumerate(self.layers)]
-        for i, layer_type in enumerate(types):
-            if layer_type == "linear_attention" and not isinstance(self.layers[i], PureCacheLayer):
-                self.layers[i] = PureCacheLayer()
-            elif layer_type == "hybrid_sliding" and not isinstance(self.layers[i], HybridCacheLayer):
-                self.layers[i] = HybridCacheLayer(sliding_window=config.sliding_window)
+        self._give_softmax_layers_their_windows(config)
+        for i, kind in enumerate(types):
+            layer = self.layers[i]
+            if _fits(layer, kind, config):
+                continue
+            if not _is_unused(layer):
+                raise FastWeightsError(
+                    f"layer {i} of the cache is a {type(layer).__name__} with tokens in it, and this model's is "
+                    f"{kind}: the cache is another model's; begin with a new one"
+                )
+            self.layers[i] = _new_layer(kind, config)
         if self.recurrent and any(isinstance(layer, StaticLayer) for layer in self.layers):
             # transformers would leave out the mask that hides the empty places of its static layers.
             raise FastWeightsError(
                 "a static cache was given, and this model has layers with softmax attention beside its fast weights: "
                 "leave cache_implementation out, or use a DynamicCache"
             )
+
+    def _give_softmax_layers_their_windows(self, config: FastWeightsConfig) -> None:
+        kinds = set(getattr(config.base, "layer_types", None) or ())
+        if kinds <= {"full_attention"} or "full_attention" not in config.layer_types:
+            return
+        theirs = DynamicCache(config=config.base).layers
+        for i, kind in enumerate(config.layer_types):
+            if kind == "full_attention" and type(self.layers[i]) is DynamicLayer and _is_unused(self.layers[i]):
+                self.layers[i] = theirs[i]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        tensors = (tensor for layer in self.layers for tensor in layer_tensors(layer).values())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what is said of the tokens so far is still known when this cache is given again."""
+        return bool(self.recurrent) or not self.is_view
 
     @property
     def recurrent(self) -> list[_Recurrent]:
@@ -291,22 +330,29 @@ class FastWeightsCache(DynamicCache):
     @property
     def padded(self) -> bool:
         """Whether padding is among the tokens so far."""
-        return any(layer.padded for layer in self.recurrent)
+        return self._padded or any(layer.padded for layer in self.recurrent)
 
     @padded.setter
     def padded(self, value: bool) -> None:
+        self._padded = value
         for layer in self.recurrent:
             layer.padded = value
 
     @property
     def several_documents(self) -> bool:
         """Whether the tokens so far are more than one document."""
-        return any(layer.several_documents for layer in self.recurrent)
+        return self._several_documents or any(layer.several_documents for layer in self.recurrent)
 
     @several_documents.setter
     def several_documents(self, value: bool) -> None:
+        self._several_documents = value
         for layer in self.recurrent:
             layer.several_documents = value
+
+    def reset(self) -> None:
+        """As new."""
+        super().reset()
+        self.padded = self.several_documents = False
 
     @property
     def position_offset(self) -> int:
@@ -332,7 +378,26 @@ class FastWeightsCache(DynamicCache):
             layer.cumulative_length = length
 
 
+def _fits(layer: Any, kind: str, config: FastWeightsConfig) -> bool:
+    if kind == "linear_attention":
+        return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
+    if kind == "hybrid_sliding":
+        return isinstance(layer, HybridCacheLayer) and layer.sliding_window == config.sliding_window
+    return not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def _new_layer(kind: str, config: FastWeightsConfig) -> Any:
+    if kind == "linear_attention":
+        return PureCacheLayer()
+    return HybridCacheLayer(sliding_window=config.sliding_window) if kind == "hybrid_sliding" else DynamicLayer()
+
+
 def _is_unused(layer: Any) -> bool:
+    """Whether nothing was read; of transformers' other layers with softmax attention, never so."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return not any(layer.has_previous_state.values())
+    if isinstance(layer, StaticLayer):
+        return not layer.is_initialized
     return type(layer) is DynamicLayer and not layer.is_initialized
 
 

@@ -53,14 +53,13 @@ class FastWeightsConfig(PreTrainedConfig):
     conversion: dict | None = None
     fast_weight_layer: dict | None = None
     base_model: str | None = None
-    tie_word_embeddings: bool = False
-
     hidden_size = _OfBase()
     num_hidden_layers = _OfBase()
     num_attention_heads = _OfBase()
     vocab_size = _OfBase()
     max_position_embeddings = _OfBase()
     use_cache = _OfBase(default=True)
+    tie_word_embeddings = _OfBase(default=False)
 
     def __post_init__(self, **kwargs) -> None:
         # The parent's constructor forgets which attention a given base config was made for.
@@ -70,7 +69,6 @@ class FastWeightsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if implementation is not None and self._attn_implementation is None:
             self._attn_implementation = implementation
-        self.tie_word_embeddings = bool(getattr(self.base, "tie_word_embeddings", False))
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, token, None) is None:
                 setattr(self, token, getattr(self.base, token, None))

@@ -50,6 +50,10 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
     base = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if isinstance(base, FastWeightsForCausalLM):
         raise FastWeightsError(f"{model} has fast weights already; give the model that it was converted from")
+    if base.get_output_embeddings() is None:
+        raise FastWeightsError(
+            f"{type(base).__name__} has no unembedding: give the causal language model, with its head"
+        )
     return _with_config(base, config)
 
 

@@ -5,11 +5,14 @@ Notation: B batch, T new tokens, L tokens so far, the new ones included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.rules import TokenMarks
+from fastweights.ops.checks import sequence_bounds
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -18,52 +21,115 @@ if TYPE_CHECKING:
     from fastweights.models.cache import FastWeightsCache
 
 
-def find_starts(
+class Reading(NamedTuple):
+    """What a model is to know about the tokens of one call."""
+
+    mask: Bool[Tensor, "B L"] | None
+    """False where a token is padding, of all so far; None if none is."""
+    position_ids: Int[Tensor, "_ T"] | None
+    """Of the new tokens, in their documents; None for the base model's own numbering."""
+    marks: TokenMarks
+    """Padding and borders among the new tokens."""
+
+
+def read_tokens(
     shape: tuple[int, int],
+    cache: FastWeightsCache | None,
     *,
-    past: int,
-    real: Bool[Tensor, "B T"] | None,
-    position_ids: Int[Tensor, "B T"] | None = None,
+    attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
+    position_ids: Int[Tensor, "_ T"] | None = None,
     cu_seq_lens: Int[Tensor, " bounds"] | None = None,
     seq_idx: Int[Tensor, "B T"] | None = None,
-) -> Bool[Tensor, "B T"] | None:
-    """Where documents begin that are packed into one row, other than at the row's own beginning; None if none does.
+    document_starts: Bool[Tensor, "B T"] | None = None,
+) -> Reading:
+    """All that a model was told about its tokens, as one.
 
     Args:
         shape: (B, T).
-        past: tokens before these.
-        real: False where a token is padding.
+        cache: what was read before.
+        attention_mask: 0 where a token is padding, for all tokens so far, or for the new ones if none before was.
         position_ids: a document begins at each real token whose position is not larger than that of the real token
-            before it, and at position 0 after other tokens.
+            before it, and at position 0 after other real tokens.
         cu_seq_lens: 0, and where each document of a single row ends, as flash-attention takes them.
         seq_idx: number of the document that each token belongs to, as Mamba's kernels take them.
+        document_starts: True where a document begins.
+
+    Raises:
+        FastWeightsError: if these cannot be what was meant.
     """
-    found = []
-    if position_ids is not None:
-        found.append(_by_positions(position_ids.expand(shape), past, real))
-    if cu_seq_lens is not None:
-        found.append(_by_bounds(cu_seq_lens, shape))
-    if seq_idx is not None:
-        changes = torch.zeros(shape, dtype=torch.bool, device=seq_idx.device)
-        changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        found.append(changes)
+    past = 0 if cache is None else cache.get_seq_length()
+    mask = _whole_mask(attention_mask, cache, past, shape)
+    real = None if mask is None else mask[:, -shape[1] :]
+    if past and (cu_seq_lens is not None or seq_idx is not None):
+        raise FastWeightsError(
+            f"{'seq_idx' if cu_seq_lens is None else 'cu_seq_lens'} was given after {past} other tokens, of which it "
+            "says nothing: give position_ids, which start anew with each document"
+        )
+    if past and cache is not None and cache.several_documents and position_ids is None:
+        raise FastWeightsError(
+            f"among the {past} tokens before were several documents: give position_ids, as the number of tokens before "
+            "these does not say where in its document each row is"
+        )
+    found = [document_starts]
+    if position_ids is None and mask is not None:
+        position_ids = (mask.long().cumsum(-1) - 1)[:, -shape[1] :].clamp(min=0)
+    elif position_ids is not None:
+        found.append(_by_positions(position_ids.expand(shape), mask, past))
+    found.append(None if cu_seq_lens is None else _by_bounds(cu_seq_lens, shape))
+    found.append(None if seq_idx is None else _by_number(seq_idx, shape))
+    starts = _any_of([x for x in found if x is not None], real)
+    if starts is not None and position_ids is None:
+        position_ids = _positions_within(starts, real)
+    position_ids = _after_what_was_read(position_ids, starts, cache, shape)
+    if cache is not None:
+        cache.padded = mask is not None
+        # One that begins where nothing was read is the only one.
+        several = starts is not None and bool(past or starts[:, 1:].any())
+        cache.several_documents = several or (cache.several_documents and past > 0)
+    return Reading(mask, position_ids, TokenMarks(real, starts))
+
+
+def _whole_mask(
+    attention_mask: Tensor | None, cache: FastWeightsCache | None, past: int, shape: tuple[int, int]
+) -> Bool[Tensor, "B L"] | None:
+    """Over all tokens so far; None if none is padding."""
+    (B, T), padded = shape, cache is not None and past > 0 and cache.padded
+    given = "none" if attention_mask is None else f"of shape {tuple(attention_mask.shape)}"
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise FastWeightsError(f"attention_mask is {given}; fast weights take (batch, length) masks")
+    if attention_mask is not None and tuple(attention_mask.shape) not in {(B, T), (B, past + T)}:
+        more = f", or {(B, past + T)} with those before them" if past else ""
+        raise FastWeightsError(f"attention_mask is {given}; it must be {(B, T)}, of the new tokens{more}")
+    if padded and (attention_mask is None or attention_mask.shape[1] != past + T):
+        raise FastWeightsError(
+            f"attention_mask is {given}, and among the {past} tokens before these {T} was padding: give one for all of "
+            f"them, of length {past + T}"
+        )
+    if attention_mask is None or attention_mask.all():
+        return None
+    return pad(attention_mask.bool(), (past + T - attention_mask.shape[1], 0), value=True)
+
+
+def _any_of(found: list[Tensor], real: Bool[Tensor, "B T"] | None) -> Bool[Tensor, "B T"] | None:
     if not found:
         return None
     starts = found[0]
     for others in found[1:]:
         starts = starts | others
-    if real is not None:
-        starts = starts & real
+    starts = starts if real is None else starts & real
     return starts if starts.any() else None
 
 
-def _by_positions(position_ids: Tensor, past: int, real: Tensor | None) -> Bool[Tensor, "B T"]:
-    starts = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    before = position_ids if real is None else _of_last_real(position_ids, real)
-    starts[:, 1:] = position_ids[:, 1:] <= before[:, :-1]
-    if past:
-        starts[:, 0] = position_ids[:, 0] == 0
-    return starts
+def _by_positions(position_ids: Tensor, mask: Tensor | None, past: int) -> Bool[Tensor, "B T"]:
+    if mask is None:
+        # As if the token before were one at position 0: only a 0 is not larger.
+        first = position_ids.new_full((len(position_ids), 1), 0 if past else -1)
+        return position_ids <= torch.cat((first, position_ids[:, :-1]), 1)
+    T = position_ids.shape[1]
+    real, read = mask[:, -T:], mask[:, :-T].any(1, keepdim=True)
+    before = _of_last_real(position_ids, real)[:, :-1]
+    before = pad(before, (1, 0), value=-1)
+    return position_ids <= torch.where((before < 0) & read, 0, before)
 
 
 def _of_last_real(position_ids: Tensor, real: Tensor) -> Int[Tensor, "B T"]:
@@ -76,56 +142,41 @@ def _by_bounds(cu_seq_lens: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "B T
     B, T = shape
     if B != 1:
         raise FastWeightsError(f"cu_seq_lens was given with {B} rows; packed documents lie in one row")
+    try:
+        bounds = sequence_bounds(cu_seq_lens, T)
+    except ValueError as error:
+        raise FastWeightsError(str(error).replace("cu_seqlens", "cu_seq_lens")) from error
     starts = torch.zeros(shape, dtype=torch.bool, device=cu_seq_lens.device)
-    inner = cu_seq_lens[1:-1].long()
-    starts[0, inner[inner < T]] = True
+    starts[0, [start for start, end in bounds if 0 < start < end]] = True
     return starts
 
 
-def real_tokens(
-    attention_mask: Tensor | None, cache: FastWeightsCache | None, past: int, length: int
-) -> Bool[Tensor, "B T"] | None:
-    """Which of the new tokens are no padding; None if none is padding, nor any before them.
-
-    Args:
-        attention_mask: as a model is given it.
-        cache: what was read before; it is told whether padding has been among the tokens.
-        past: tokens before the new ones.
-        length: T.
-
-    Raises:
-        FastWeightsError: if the mask is of another shape, or leaves out earlier padding.
-    """
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise FastWeightsError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; fast weights take (batch, length) masks"
-        )
-    padded = attention_mask is not None and not attention_mask.all()
-    if cache is not None:
-        covers = attention_mask is not None and attention_mask.shape[1] == past + length
-        if past and cache.padded and not covers:
-            given = "none" if attention_mask is None else f"one of length {attention_mask.shape[1]}"
-            raise FastWeightsError(
-                f"attention_mask is {given}, and among the {past} tokens before these {length} was padding: give one "
-                f"for all of them, of length {past + length}"
-            )
-        cache.padded = padded
-    return attention_mask[:, -length:].bool() if padded else None  # type: ignore[index]
+def _by_number(seq_idx: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "B T"]:
+    if tuple(seq_idx.shape) != shape:
+        raise FastWeightsError(f"seq_idx is of shape {tuple(seq_idx.shape)}; it must be {shape}, as the tokens are")
+    starts = torch.zeros(shape, dtype=torch.bool, device=seq_idx.device)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return starts
 
 
-def positions_within(starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, past: int) -> Int[Tensor, "B T"]:
-    """How many real tokens of its document come before each one; `past` more in the document that goes on."""
+def _positions_within(starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None) -> Int[Tensor, "B T"]:
+    """How many real tokens of its document come before each one."""
     seen = (torch.ones_like(starts) if real is None else real).long().cumsum(1) - 1
-    first = torch.where(starts, seen, -past).cummax(1).values
-    return (seen - first).clamp(min=0)
+    return (seen - torch.where(starts, seen, 0).cummax(1).values).clamp(min=0)
 
 
-def positions_of(attention_mask: Int[Tensor, "B L"] | Bool[Tensor, "B L"], length: int, past: int) -> Tensor:
-    """How many real tokens come before each new one, so that padding on the left shifts nothing."""
-    seen = attention_mask.long().cumsum(-1) - 1
-    if attention_mask.shape[1] == length:
-        seen = seen + past
-    return seen[:, -length:].clamp(min=0)
+def _after_what_was_read(
+    position_ids: Tensor | None, starts: Tensor | None, cache: FastWeightsCache | None, shape: tuple[int, int]
+) -> Int[Tensor, "_ T"] | None:
+    """Positions go on from those of a memory, which began long before what its cache is said to hold."""
+    if cache is None or not cache.position_offset:
+        return position_ids
+    if position_ids is None:
+        past = cache.get_seq_length()
+        place = starts.device if starts is not None else cache.device
+        position_ids = torch.arange(past, past + shape[1], device=place)[None]
+    goes_on = 1 if starts is None else (starts.cumsum(1) == 0).long()
+    return position_ids + cache.position_offset * goes_on
 
 
 def documents_mask(starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype) -> Tensor:
@@ -147,7 +198,7 @@ def next_real_tokens(
     """The token that follows each real position in its document, padding left out; `no_label` where none does."""
     T = input_ids.shape[1]
     places = torch.where(real, torch.arange(T, device=real.device), T)
-    following = torch.nn.functional.pad(places[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1)
+    following = pad(places[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1)
     tokens = input_ids.gather(1, following.clamp(max=T - 1))
     missing = ~real | (following == T)
     if starts is not None:

@@ -15,18 +15,10 @@ from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
-from fastweights.layers.rules import TokenMarks
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.documents import (
-    documents_mask,
-    find_starts,
-    next_real_tokens,
-    positions_of,
-    positions_within,
-    real_tokens,
-)
+from fastweights.models.documents import Reading, documents_mask, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, replace_attention
 from fastweights.models.unembedding import readable
@@ -159,6 +151,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
         seq_idx: Int[Tensor, "B T"] | None = None,
+        document_starts: Bool[Tensor, "B T"] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Like any model's of transformers.
@@ -174,6 +167,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             use_cache: whether to return the state; by default as the config says, and not when training.
             cu_seq_lens_q: bounds of packed documents, in a single row.
             seq_idx: number of the document that each token belongs to.
+            document_starts: True where a document begins, which starts with no fast weights.
             **kwargs: for the base model.
 
         Returns:
@@ -186,35 +180,31 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if given is None:
             raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
         self._check_outputs(kwargs)
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
-            kwargs.pop(name, None)
+        _check_others(kwargs, cu_seq_lens_q)
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if self.training and (use_cache or past_key_values is not None):
+            self._check_checkpointing(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = FastWeightsCache(self.config)
         cache = None if past_key_values is None else FastWeightsCache.over(past_key_values, self.config)
         past = 0 if cache is None else cache.get_seq_length()
-
-        shape = (given.shape[0], given.shape[1])
-        real = real_tokens(attention_mask, cache, past, shape[1])
-        if position_ids is None and attention_mask is not None:
-            position_ids = positions_of(attention_mask, shape[1], past)
-        if cache is not None and cache.position_offset:
-            # A memory: the text began long before what its cache is said to hold (reading/memory.py).
-            if position_ids is None:
-                position_ids = torch.arange(past, past + shape[1], device=given.device)[None]
-            position_ids = position_ids + cache.position_offset
-        starts = find_starts(
-            shape, past=past, real=real, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q, seq_idx=seq_idx
+        reading = read_tokens(
+            (given.shape[0], given.shape[1]),
+            cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            document_starts=document_starts,
         )
-        if starts is not None and position_ids is None:
-            position_ids = positions_within(starts, real, past)
-        self._check_positions(position_ids, past + shape[1])
+        self._check_positions(reading.position_ids, past + given.shape[1])
+        real, starts = reading.marks
         if real is not None or starts is not None:
-            kwargs["marks"] = TokenMarks(real, starts)
+            kwargs["marks"] = reading.marks
         outputs = self.base(
             input_ids=input_ids,
-            attention_mask=self._softmax_mask(attention_mask, real, starts, cache, past, given),
-            position_ids=position_ids,
+            attention_mask=self._softmax_mask(reading, cache, past, given),
+            position_ids=reading.position_ids,
             past_key_values=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -257,24 +247,26 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 'convert with positions="drop" for text of any length'
             )
 
+    def _check_checkpointing(self, cache: Cache | None) -> None:
+        """transformers' checkpointed layers drop their cache."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            what = "use_cache" if cache is None else "past_key_values"
+            raise FastWeightsError(
+                f"{what} was given while training with gradient checkpointing, which keeps no states: leave it out, or "
+                "call gradient_checkpointing_disable()"
+            )
+
     def _softmax_mask(
-        self,
-        attention_mask: Tensor | None,
-        real: Bool[Tensor, "B T"] | None,
-        starts: Bool[Tensor, "B T"] | None,
-        cache: FastWeightsCache | None,
-        past: int,
-        given: Tensor,
+        self, reading: Reading, cache: FastWeightsCache | None, past: int, given: Tensor
     ) -> Tensor | None:
         """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
         if "full_attention" not in self.config.layer_types:
             # No layer reads the 4-D mask that the base model would build.
             return given.new_zeros(1, 1, 1, 1)
-        if cache is not None and not past:
-            cache.several_documents = starts is not None
-        if starts is None and not (cache is not None and cache.several_documents and past):
-            return attention_mask
-        if past:
+        real, starts = reading.marks
+        if starts is None and not (past and cache is not None and cache.several_documents):
+            return reading.mask
+        if past or (cache is not None and not cache.remembers):
             raise FastWeightsError(
                 "several documents were packed into one row, and layers with softmax attention cannot go on after "
                 "that, nor begin it after other tokens: give them without a cache, or convert all layers"
@@ -441,7 +433,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             The error of each converted layer, in order.
         """
         shape = (records[0].inputs.shape[0], records[0].inputs.shape[1])
-        marks, errors = TokenMarks(starts=find_starts(shape, past=0, real=None, position_ids=position_ids)), []
+        marks, errors = read_tokens(shape, None, position_ids=position_ids).marks, []
         for layer in self.fast_attentions():
             record = records[layer.layer_idx]
             output, _ = layer(record.inputs, position_embeddings=record.position_embeddings, marks=marks)
@@ -454,3 +446,14 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             model_kwargs["past_key_values"] = FastWeightsCache.over(cache, self.config)
         return result
+
+
+def _check_others(kwargs: dict[str, Any], cu_seq_lens_q: Tensor | None) -> None:
+    """Refuse what the base model would swallow without a word; take out what it needs no more."""
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise FastWeightsError(f"a cache was given as {name}: give it as past_key_values")
+    if "cu_seqlens" in kwargs or (kwargs.get("cu_seq_lens_k") is not None and cu_seq_lens_q is None):
+        raise FastWeightsError("bounds of packed documents were given without cu_seq_lens_q: give them under that name")
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)

@@ -102,7 +102,11 @@ class Memory:
         if not len(ids):
             raise FastWeightsError("there is nothing to go on from: the memory is empty, and so is the prompt")
         cache = copy.deepcopy(self.cache)
-        rows = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
+        settings = arguments.get("generation_config") or self.model.generation_config
+        beams, returned = (
+            arguments.get(name) or getattr(settings, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        rows = max(beams, returned)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         cache.begin_here()
@@ -110,7 +114,7 @@ class Memory:
         output = self.model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **arguments
         )
-        return output[0, len(ids) :] if (arguments.get("num_return_sequences") or 1) == 1 else output[:, len(ids) :]
+        return output[0, len(ids) :] if returned == 1 else output[:, len(ids) :]
 
     def save(self, path: str | Path) -> Path:
         """Write the memory, or leave what is at `path` as it was: a file cut off half way never takes its place.
@@ -244,3 +248,5 @@ def _restore(layer, tensors: dict[str, Tensor]) -> None:
             layer.put(tensor, int(name.removeprefix("state")))
     if "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
+    if "real" in tensors:
+        layer.real = tensors["real"]

@@ -75,7 +75,15 @@ class MetaTrainer(StageTrainer):
         self._stream.detach()
         cache = self._stream.cache_for(input_ids.shape[1])
         positions = self._positions(inputs["position_ids"], begins, cache.get_seq_length())
-        outputs = model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        starts = inputs["position_ids"] == 0
+        starts[:, 0] = begins
+        outputs = model(
+            input_ids=input_ids,
+            position_ids=positions,
+            document_starts=starts,
+            past_key_values=cache,
+            use_cache=True,
+        )
         loss = next_token_loss(outputs.logits, inputs["labels"])
         self.loss_is_scaled_for_ga = False
         return (loss, outputs) if return_outputs else loss
