@@ -1,4 +1,4 @@
-"""Public functions say what each of their arguments is."""
+"""Public functions say what each of their arguments is, and what comes back."""
 
 import inspect
 
@@ -16,3 +16,5 @@ def test_every_argument_is_described(name):
     described = page.partition("Args:\n")[2]
     for argument in inspect.signature(function).parameters:
         assert f"    {argument}: " in described
+    if inspect.signature(function).return_annotation not in ("None", None):
+        assert "Returns:\n" in page

@@ -167,6 +167,9 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
     Args:
         documents: texts, such as `load_documents` gives.
         tokenizer: the model's; one without an end token ends no document.
+
+    Returns:
+        The tokens in one run, and the length in tokens, bytes and words of each document.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in _ids(documents, tokenizer)]

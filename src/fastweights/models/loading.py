@@ -70,6 +70,12 @@ def load_model(
         source: a `save_pretrained` folder, a .gguf file, or a hub name.
         dtype: of the weights; states and gates are fp32 in any case.
         gguf_file: name of a GGUF file inside `source`.
+
+    Returns:
+        The model, whose linear layers take oneDNN's products where these are faster (`layers/linear.py`).
+
+    Raises:
+        FastWeightsError: there is no such model, it is of no known family, or its weights are not those of its config.
     """
     check_source(str(source))
     path = Path(source)

@@ -173,6 +173,9 @@ def new_memory(model: PreTrainedModel) -> Memory:
     Args:
         model: one whose state has a constant size: fast weights in all layers, and no absolute positions.
 
+    Returns:
+        A memory of no tokens, which can read.
+
     Raises:
         FastWeightsError: the model is not such a one.
     """
@@ -190,6 +193,9 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
     Args:
         model: that made it; its weights and its config must be the same, wherever it was loaded from.
         path: of the file.
+
+    Returns:
+        The memory, as it was saved.
 
     Raises:
         FastWeightsError: there is no such file, it is not whole, or another model made it.
