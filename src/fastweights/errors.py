@@ -1,6 +1,7 @@
 """The one exception that users see (what was given, what is allowed, what to do, in one line), and its checks."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -12,6 +13,19 @@ def reason_of(error: BaseException) -> str:
     """The line of another library's error that says most."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(":") if lines else type(error).__name__
+
+
+def check_name(what: str, given: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not among those that are known.
+
+    Args:
+        what: the setting that it was given for.
+        given: the name.
+        known: all that there are.
+    """
+    known = list(known)
+    if given not in known:
+        raise FastWeightsError(f"{what} {given!r} is unknown; known are {', '.join(known)}")
 
 
 def check_file(path: Path, advice: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.reading.stream import Stream
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ class DynamicEvaluationConfig:
     """Added to the root mean square of rms."""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise FastWeightsError(f"rule {self.rule!r} is unknown; known are {', '.join(RULES)}")
+        check_name("rule", self.rule, RULES)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise FastWeightsError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
         if not 0 <= self.decay <= 1:

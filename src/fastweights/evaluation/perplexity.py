@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.reading.stream import Stream, check_block_size
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ class EvaluationConfig:
     """A stream goes on across the ends of documents, instead of starting anew with each."""
 
     def __post_init__(self) -> None:
-        if self.context not in CONTEXTS:
-            raise FastWeightsError(f"context {self.context!r} is unknown; known are {', '.join(CONTEXTS)}")
+        check_name("context", self.context, CONTEXTS)
         if self.batch_size < 1:
             raise FastWeightsError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < 2:

@@ -37,7 +37,7 @@ from accelerate.utils import align_module_device  # fetches offloaded weights wh
 from torch import nn
 from torch.nn.functional import logsigmoid, relu
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.linear import linear, linear_by_row
 from fastweights.layers.next_token_gradient import NO_LABEL, next_token_gradient
 from fastweights.layers.precision import uncast
@@ -78,8 +78,7 @@ class FastWeightLayerSettings:
     """Share of the fast weights that a step keeps before training."""
 
     def __post_init__(self) -> None:
-        if self.decay not in DECAYS:
-            raise FastWeightsError(f"decay {self.decay!r} is unknown; known are {', '.join(DECAYS)}")
+        check_name("decay", self.decay, DECAYS)
         if self.expansion < 1:
             raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
         if self.segment < 0:

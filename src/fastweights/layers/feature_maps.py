@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import check_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,11 +55,5 @@ def make_feature_map(name: str, head_dim: int) -> FeatureMap:
     Raises:
         FastWeightsError: if there is none; it names those that there are.
     """
-    check_feature_map(name)
+    check_name("feature_map", name, FEATURE_MAPS)
     return FEATURE_MAPS[name](head_dim)
-
-
-def check_feature_map(name: str) -> None:
-    """Refuse a name that is in no row of the table."""
-    if name not in FEATURE_MAPS:
-        raise FastWeightsError(f"feature_map {name!r} is unknown; known are {', '.join(FEATURE_MAPS)}")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import check_name
 from fastweights.layers.precision import Float32Linear
 from fastweights.ops import decay_rule
 
@@ -206,11 +206,5 @@ def make_rule(name: str, shape: RuleShape) -> Rule:
     Raises:
         FastWeightsError: if there is none; it names those that there are.
     """
-    check_rule(name)
+    check_name("rule", name, RULES)
     return RULES[name](shape)
-
-
-def check_rule(name: str) -> None:
-    """Refuse a name that is in no row of the table."""
-    if name not in RULES:
-        raise FastWeightsError(f"rule {name!r} is unknown; known are {', '.join(RULES)}")

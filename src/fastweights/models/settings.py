@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastweights.errors import FastWeightsError
-from fastweights.layers.feature_maps import check_feature_map
-from fastweights.layers.rules import check_rule
+from fastweights.errors import FastWeightsError, check_name
+from fastweights.layers.feature_maps import FEATURE_MAPS
+from fastweights.layers.rules import RULES
 
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
@@ -43,15 +43,14 @@ class ConversionConfig:
     """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
 
     def __post_init__(self) -> None:
-        check_rule(self.rule)
-        check_feature_map(self.feature_map)
+        check_name("rule", self.rule, RULES)
+        check_name("feature_map", self.feature_map, FEATURE_MAPS)
+        check_name("positions", self.positions, POSITIONS)
         if len(self.gate_bias) != 2 or not all(math.isfinite(bias) for bias in self.gate_bias):
             raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
         object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
         if self.window < 0 or self.window == 1:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
-        if self.positions not in POSITIONS:
-            raise FastWeightsError(f"positions {self.positions!r} is unknown; known are {', '.join(POSITIONS)}")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
 

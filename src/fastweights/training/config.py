@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastweights.data import DataConfig
-from fastweights.errors import FastWeightsError, check_seed
+from fastweights.errors import FastWeightsError, check_name, check_seed
 from fastweights.evaluation.perplexity import HeldOutConfig
 from fastweights.layers import FastWeightLayerSettings
 from fastweights.models import ConversionConfig
@@ -159,8 +159,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
-        if self.stage not in (known := ("all", *STAGES)):
-            raise FastWeightsError(f"stage {self.stage!r} is unknown; known are {', '.join(known)}")
+        check_name("stage", self.stage, ("all", *STAGES))
 
 
 @dataclass(frozen=True)
