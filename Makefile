@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test lint format bench docs recipes comparison clean
 
 help:
-	@echo "make demo    convert the embedded transformer, train it, show what it gives (about 7 minutes)"
+	@echo "make demo    convert the embedded transformer, train it, show what it gives (5 to 10 minutes)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
