@@ -50,7 +50,7 @@ def print_methods(name: str, results: list[MethodResult], title: str) -> None:
         "ppl": lambda result: _large(result.evaluation.perplexity),
         "bits/byte": lambda result: f"{result.evaluation.bits_per_byte:.4f}",
         "time": lambda result: f"{result.time_ratio:.2f}x",
-        "peak memory": lambda result: "-" if result.peak_bytes_ratio is None else f"{result.peak_bytes_ratio:.2f}x",
+        "peak mem": lambda result: "-" if result.peak_bytes_ratio is None else f"{result.peak_bytes_ratio:.2f}x",
     }
     if min(result.evaluation.word_perplexity for result in results) < _MEANINGFUL_PERPLEXITY:
         columns["word ppl"] = lambda result: _large(result.evaluation.word_perplexity)
