@@ -137,3 +137,17 @@ def test_what_needs_to_take_tokens_back_is_refused(way):
     arguments = {"assistant_model": make_llama()} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
     with pytest.raises(ValueError, match="stateful"):
         generate(model, ids, **arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "types", [None, ["linear_attention", "full_attention", "hybrid_sliding"]], ids=["hybrid", "mixed"]
+)
+def test_a_padded_prompt_read_in_pieces(base, types):
+    """The first piece of the shorter row is padding alone."""
+    model = convert(base, ConversionConfig(window=8, layer_types=types)).eval()
+    ids = torch.cat((torch.cat((torch.full((1, 8), 256), random_ids(1, 12)), 1), random_ids(1, 20, seed=1)))
+    arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    arguments["attention_mask"] = (ids != 256).long()
+    whole, pieces = (model.generate(ids, **arguments, **more) for more in ({}, {"prefill_chunk_size": 3}))
+    assert whole.tolist() == pieces.tolist()
