@@ -105,6 +105,9 @@ def test_softmax_layers_do_not_go_on_after_several_documents(base):
     model(row, past_key_values=cache)
     with pytest.raises(FastWeightsError, match="cannot go on after that"):
         model(row, position_ids=positions, past_key_values=cache)
+    more = random_ids(1, 3, seed=5)  # what was refused was not read
+    found = model(more, past_key_values=cache).logits
+    assert error(found, model(torch.cat((row, more), 1)).logits[:, -3:]) <= tolerances.FLOAT32
 
 
 def test_softmax_layers_with_windows_of_their_own_refuse_several_documents():

@@ -225,7 +225,8 @@ class FastWeightsCache(DynamicCache):
         config: of the model.
 
     Raises:
-        FastWeightsError: from `over`, if a static cache was given beside layers with softmax attention.
+        FastWeightsError: from `over`, if another model's cache was given, or a static one beside layers with softmax
+            attention.
     """
 
     def __init__(self, config: FastWeightsConfig) -> None:
@@ -348,6 +349,22 @@ class FastWeightsCache(DynamicCache):
         self._several_documents = value
         for layer in self.recurrent:
             layer.several_documents = value
+
+    def note(self, *, past: int, padded: bool, starts: Bool[Tensor, "B T"] | None) -> None:
+        """Remember what was special about tokens, once they are read.
+
+        Args:
+            past: tokens before them.
+            padded: whether padding is among all so far.
+            starts: where documents began among them.
+        """
+        # One that begins where nothing was read is the only one.
+        several = starts is not None and bool(past or starts[:, 1:].any())
+        several = several or (past > 0 and self.several_documents)
+        if padded != self.padded:
+            self.padded = padded
+        if several != self.several_documents:
+            self.several_documents = several
 
     def reset(self) -> None:
         """As new."""

@@ -81,11 +81,6 @@ def read_tokens(
     if starts is not None and position_ids is None:
         position_ids = _positions_within(starts, real)
     position_ids = _after_what_was_read(position_ids, starts, cache, shape)
-    if cache is not None:
-        cache.padded = mask is not None
-        # One that begins where nothing was read is the only one.
-        several = starts is not None and bool(past or starts[:, 1:].any())
-        cache.several_documents = several or (cache.several_documents and past > 0)
     return Reading(mask, position_ids, TokenMarks(real, starts))
 
 

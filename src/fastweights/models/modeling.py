@@ -210,6 +210,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if cache is not None:
+            cache.note(past=past, padded=reading.mask is not None, starts=starts)
         hidden = outputs.last_hidden_state
         if self.fast_weight_layer is not None:
             hidden = self._read_and_learn(hidden, input_ids, real, starts, cache)
