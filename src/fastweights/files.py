@@ -1,0 +1,222 @@
+"""Files and folders that nobody loses: written whole or not at all, never over others unasked, by one run alone.
+
+What is new is written beside its place, flushed to the disk and renamed, so that a process that is killed, or a disk
+that is full, leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastweights.errors import FastWeightsError, check_folder, check_new_file, reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOCK_FILE = ".fastweights.lock"
+_PARTIAL = ".fastweights-partial-"
+# Of a model that is overwritten, what a save of another may leave: weights in other pieces, another kind of tokenizer.
+_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "generation_config.json", "tokenizer*")
+_OF_A_MODEL += (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+_CONFIG = "config.json"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; once the block ends it is flushed to the disk and takes the place of `path`.
+
+    Args:
+        path: of the file, new or old, in a folder that exists.
+
+    Raises:
+        FastWeightsError: it cannot be written; what was at `path` is as it was.
+    """
+    path = Path(path)
+    try:
+        with _beside(path) as partial:
+            yield partial
+            _flush(partial)
+            os.chmod(partial, 0o666 & ~_umask())  # whoever made it may have kept it to himself
+            os.replace(partial, path)
+            _flush(path.parent)
+    except OSError as error:
+        raise FastWeightsError(f"cannot write {path}: {said(error)}; what was there is as it was") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer to a folder, whole or not at all.
+
+    Into a folder that exists, for instance of the run that made the model, files are moved one by one: config.json goes
+    first and comes last, so that a folder in which a kill left half of them is no model.
+
+    Args:
+        folder: new, or one whose model may be replaced; all else in it stays.
+
+    Raises:
+        FastWeightsError: it cannot be written; a model that was there is as it was.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(folder) as partial:
+            partial.mkdir()
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            for file in partial.iterdir():
+                os.chmod(file, 0o666 & ~_umask())
+                _flush(file)
+            _flush(partial)
+            if folder.exists():
+                _move_into(partial, folder)
+            else:
+                os.replace(partial, folder)
+            _flush(folder.parent)
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a full disk
+        if isinstance(error, FastWeightsError):
+            raise
+        raise FastWeightsError(f"cannot save the model to {folder}: {said(error)}") from error
+
+
+def _move_into(partial: Path, folder: Path) -> None:
+    (folder / _CONFIG).unlink(missing_ok=True)
+    _flush(folder)
+    for pattern in _OF_A_MODEL:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                file.unlink()
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == _CONFIG):
+        os.replace(file, folder / file.name)
+    _flush(folder)
+
+
+def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = (), advice: str) -> None:
+    """Refuse to write where something is that nobody asked to overwrite, or that is no plain file.
+
+    Args:
+        path: of the file to write.
+        overwrite: whether a plain file there may be replaced.
+        inputs: files and folders that are read, which are never written over or into.
+        advice: what to do instead.
+
+    Raises:
+        FastWeightsError: says which of these it is.
+    """
+    check_new_file(path, advice)
+    place = path.resolve()
+    for given in inputs:
+        given = given.resolve()
+        if place == given or (given.is_dir() and given in place.parents):
+            raise FastWeightsError(f"output {path} is, or lies in, {given}, which is read: {advice}")
+    if path.exists() and not path.is_file():
+        raise FastWeightsError(f"output {path} is no plain file: {advice}")
+    if path.exists() and not overwrite:
+        raise FastWeightsError(f"output {path} exists: {advice}, or replace it with --overwrite")
+
+
+def check_output_folder(folder: Path, *, overwrite: bool, names: Iterable[str] | None = None) -> None:
+    """Refuse a folder that cannot be written to, or has something in it that nobody asked to overwrite.
+
+    Args:
+        folder: to write to.
+        overwrite: whether what is there may be replaced.
+        names: of the files that would be replaced; by default nothing at all may be there.
+
+    Raises:
+        FastWeightsError: says what is there.
+    """
+    check_folder(folder)
+    if overwrite or not folder.exists():
+        return
+    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
+    found = there if names is None else [name for name in there if name in set(names)]
+    if found:
+        raise FastWeightsError(
+            f"output {folder} has {found[0]} in it{_others(found)}: give another folder, or replace what is there with "
+            "--overwrite"
+        )
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep others from writing to `folder` within the block; a process that ends, however it ends, lets go of it.
+
+    Raises:
+        FastWeightsError: another process writes to it.
+    """
+    from filelock import FileLock, Timeout
+
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FastWeightsError(f"another process is writing to {folder}: wait for it, or give another folder") from None
+    except (OSError, NotImplementedError) as error:
+        raise FastWeightsError(f"{folder} cannot be kept to one process: {said(error)}; give another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def said(error: BaseException) -> str:
+    """What an error of the system or of a library says, in a user's words."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower()
+    if "os error 28" in text or "No space left" in text or os.strerror(errno.ENOSPC) in text:
+        return os.strerror(errno.ENOSPC).lower()
+    return reason_of(error)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder for a file or folder to be; what is left of it afterwards is deleted."""
+    holder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
+    try:
+        yield holder / "new"
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _others(found: list[str]) -> str:
+    return "" if len(found) == 1 else f" and {len(found) - 1} more"

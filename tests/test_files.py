@@ -1,0 +1,123 @@
+import contextlib
+import os
+import stat
+
+import pytest
+
+from fastweights import FastWeightsError, load_model
+from fastweights.embedded import byte_tokenizer
+from fastweights.files import check_output_file, check_output_folder, only_run, save_model, write_text, written_whole
+from tests.conftest import make_gpt2
+
+
+class Killed(BaseException):
+    """As when the process ends there."""
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "book"
+    file.write_text("old")
+    with contextlib.suppress(Killed), written_whole(file) as partial:
+        partial.write_text("half")
+        raise Killed
+    assert file.read_text() == "old"
+    write_text(file, "new")
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["book"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    full = "x" * 2**16
+
+    def write() -> None:
+        with written_whole(tmp_path / "x") as partial:
+            os.symlink("/dev/full", partial)
+            partial.write_text(full)
+
+    with pytest.raises(FastWeightsError, match=r"no space left.*as it was"):
+        write()
+    assert not os.listdir(tmp_path)
+
+
+def test_files_have_the_mode_that_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "x", "text")
+        save_model(make_gpt2(), byte_tokenizer(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x", *(tmp_path / "model").iterdir())}
+    assert modes == {0o640}
+
+
+@pytest.mark.parametrize("killed_at", range(12))
+def test_a_model_killed_at_any_rename_is_old_or_new_or_none(tmp_path, monkeypatch, killed_at):
+    """Never a config with the weights of another."""
+    folder = tmp_path / "model"
+    save_model(make_gpt2(n_layer=1), byte_tokenizer(), folder)
+    calls = 0
+
+    def counted(operation):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls > killed_at:
+                raise Killed
+            return operation(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr("pathlib.Path.unlink", counted(type(folder).unlink))
+        with contextlib.suppress(Killed):
+            save_model(make_gpt2(n_layer=2), byte_tokenizer(), folder)
+    if (folder / "config.json").exists():
+        assert load_model(folder).config.n_layer == (1 if killed_at == 0 else 2)
+    else:
+        with pytest.raises(FastWeightsError):
+            load_model(folder)
+
+
+def test_a_disk_that_is_full_leaves_the_old_model(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save_model(make_gpt2(n_layer=1), byte_tokenizer(), folder)
+    new = make_gpt2(n_layer=2)
+    monkeypatch.setattr(
+        new, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(FastWeightsError, match="no space left"):
+        save_model(new, byte_tokenizer(), folder)
+    assert load_model(folder).config.n_layer == 1
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("x")
+    folder.mkdir()
+    refused = {
+        "exists": (file, False, ()),
+        "folder": (folder, True, ()),
+        "plain file": (os.devnull, True, ()),
+        "is read": (file, True, [file]),
+        "lies in": (folder / "x", True, [folder]),
+    }
+    for words, (path, overwrite, inputs) in refused.items():
+        with pytest.raises(FastWeightsError, match=words):
+            check_output_file(type(file)(path), overwrite=overwrite, inputs=inputs, advice="elsewhere")
+    check_output_file(file, overwrite=True, advice="elsewhere")
+    check_output_folder(folder, overwrite=False)
+    (folder / "results.json").touch()
+    check_output_folder(folder, overwrite=False, names=["evaluation.png"])
+    check_output_folder(folder, overwrite=True)
+    for names in (None, ["results.json"]):
+        with pytest.raises(FastWeightsError, match=r"has results\.json"):
+            check_output_folder(folder, overwrite=False, names=names)
+
+
+def test_one_run_to_a_folder(tmp_path):
+    with only_run(tmp_path), pytest.raises(FastWeightsError, match="another process"), only_run(tmp_path):
+        pass
+    with only_run(tmp_path):
+        check_output_folder(tmp_path, overwrite=False)
