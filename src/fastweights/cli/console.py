@@ -1,0 +1,35 @@
+"""What goes to a terminal: text of models, files and users is shown as it is, never taken for markup or for commands."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+_LAYOUT = "\n\t"
+
+
+def printable(text: str) -> str:
+    r"""Text with its control characters, but for new lines and tabs, spelt out, such as \x1b.
+
+    A terminal takes these for commands: to write over what it shows, to change its title, to fill the clipboard.
+    """
+    return "".join(character if _is_shown(character) else _spelt_out(character) for character in text)
+
+
+def shown(text: str, file: TextIO) -> str:
+    """Text for a file: whole, unless that is a terminal."""
+    return printable(text) if file.isatty() else text
+
+
+def _is_shown(character: str) -> bool:
+    # Cc: control characters; Cf: formats, among them those that turn the direction of text round; Cs: lone surrogates.
+    return (
+        character in _LAYOUT or character in "\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+    )
+
+
+def _spelt_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
