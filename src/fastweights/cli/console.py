@@ -1,4 +1,4 @@
-"""What goes to a terminal: text of models, files and users is shown as it is, never taken for markup or for commands."""
+"""What goes to a terminal: text of models, files and users is shown as it is, never taken for markup or commands."""
 
 from __future__ import annotations
 
