@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format bench docs recipes comparison clean
+.PHONY: help setup demo test lint format bench docs site recipes comparison clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives (5 to 10 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
 	@echo "make docs    write docs/cli.md anew"
+	@echo "make site    build the documentation as a site, in site/"
 	@echo "make recipes train the embedded model to more than 0.95 (pure) and 0.98 (hybrid) retention (an hour or so)"
 	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (hours)"
 
@@ -54,6 +55,10 @@ bench: setup
 docs: setup
 	$(BIN)/python -m fastweights.cli.reference docs/cli.md
 
+site: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[site]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 recipes: setup
 	$(BIN)/fastweights --config recipes/pure.toml train
 	$(BIN)/fastweights --config recipes/hybrid.toml train
@@ -62,4 +67,4 @@ comparison: setup
 	$(BIN)/python -m benchmarks.comparison
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) demo runs site

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import environment, write_csv
-from fastweights.data import DataConfig
-from fastweights.evaluation.perplexity import HeldOutConfig
-from fastweights.models import ConversionConfig
-from fastweights.training import RunConfig, TrainConfig, TransferConfig, train
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import HeldOutConfig
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import RunConfig, TrainConfig, TransferConfig
+from fastweights.training import train
 
 PURE = {"positions": "drop", "gate_bias": (-2.0, 6.0)}
 CONVERSIONS = {

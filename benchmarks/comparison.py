@@ -28,13 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import environment
-from fastweights.data import DataConfig, TokenizedText, load_documents, tokenize
-from fastweights.evaluation.comparison import ComparisonConfig, compare
-from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig, evaluate
-from fastweights.layers import FastWeightLayerSettings
+from fastweights.data import TokenizedText, load_documents, tokenize
+from fastweights.evaluation.comparison import compare
+from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import FastWeightsForCausalLM, load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
+from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig, HeldOutConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import MetaConfig, RunConfig, TrainConfig
+from fastweights.training import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import environment, write_csv
 from fastweights.evaluation.cost import decode_costs
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 
 CONTEXTS = (128, 1024, 4096, 16384, 65536)
 

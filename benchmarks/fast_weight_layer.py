@@ -25,9 +25,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.common import environment, time_side_by_side, write_csv
 from fastweights.evaluation.comparison import without_layer
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.layers import FastWeightLayer, FastWeightLayerSettings
+from fastweights.layers import FastWeightLayer
 from fastweights.layers import fast_weight_layer as module
 from fastweights.models import add_fast_weight_layer
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.training.finetune import next_token_loss
 
 CHUNK = 64

@@ -17,12 +17,15 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import environment, write_csv
-from fastweights.data import DataConfig, load_documents, tokenize
+from fastweights.data import load_documents, tokenize
 from fastweights.embedded import byte_tokenizer
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.evaluation.perplexity import EvaluationConfig, score
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
+from fastweights.evaluation.perplexity import score
+from fastweights.models import add_fast_weight_layer, convert, load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import EvaluationConfig
+from fastweights.settings.text import DataConfig
 
 console = Console()
 

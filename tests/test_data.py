@@ -4,9 +4,11 @@ import json
 import datasets
 import pytest
 
-from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
+from fastweights.data import load_documents, tokenize
 from fastweights.embedded import SPLITS, stdlib_documents
 from fastweights.errors import FastWeightsError
+from fastweights.settings.text import DataConfig
+from fastweights.training.blocks import TokenBlocks
 
 
 def test_splits_of_the_standard_library_share_no_document():

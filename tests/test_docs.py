@@ -29,6 +29,11 @@ def names(path: Path) -> set[str]:
     return found
 
 
+def test_the_site_has_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)) == pages
+
+
 @pytest.mark.parametrize(("file", "name"), REFERENCES, ids=[f"{file}:{name}" for file, name in REFERENCES])
 def test_methods_name_code_that_is_there(file, name):
     path = ROOT / "src" / "fastweights" / file

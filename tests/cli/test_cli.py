@@ -262,7 +262,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, model_folder, text_file, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastweights.cli.commands.convert.run", interrupted)
+    monkeypatch.setattr("fastweights.models.convert", interrupted)
     monkeypatch.setattr("fastweights.training.pipeline._Run.begin", interrupted)
     options = {
         "train": (

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from fastweights.cli.demo import DemoConfig, run_demo
+from fastweights.cli.demo import run_demo
+from fastweights.settings.demo import DemoConfig
 
 
 @pytest.mark.timeout(300)

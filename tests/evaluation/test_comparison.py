@@ -9,12 +9,12 @@ import torch
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.comparison import ComparisonConfig, compare, tune, without_layer
-from fastweights.evaluation.dynamic_evaluation import DynamicEvaluationConfig
+from fastweights.evaluation.comparison import compare, tune, without_layer
 from fastweights.evaluation.gains import _by_power_of_four, earlier_occurrences, gains, places
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.evaluation.perplexity import EvaluationConfig, evaluate
+from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import add_fast_weight_layer
+from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig
 from tests.conftest import make_gpt2
 
 TEXT = "the same few words, the same few words, and the same few words again. " * 5

@@ -1,7 +1,8 @@
 import pytest
 
 from fastweights.evaluation.cost import decode_costs
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama
 
 

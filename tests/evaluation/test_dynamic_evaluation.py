@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation, DynamicEvaluationConfig, gradient_mean_squares
-from fastweights.evaluation.perplexity import EvaluationConfig, evaluate, score
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation, gradient_mean_squares
+from fastweights.evaluation.perplexity import evaluate, score
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import DynamicEvaluationConfig, EvaluationConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 
 TEXT = "the same few words, the same few words, and the same few words again. " * 6

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.perplexity import EvaluationConfig, _spans, evaluate, plain, score
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.evaluation.perplexity import _spans, evaluate, plain, score
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import EvaluationConfig
 from tests.conftest import make_gpt2
 
 

@@ -3,8 +3,9 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers import FastWeightAttention
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
 from fastweights.ops import decay_rule
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama
 
 

@@ -8,13 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, layer_norm, linear, relu
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.fast_weight_layer import (
-    NO_LABEL,
-    FastWeightLayer,
-    FastWeightLayerSettings,
-    FastWeightLayerState,
-    next_token_gradient,
-)
+from fastweights.layers.fast_weight_layer import NO_LABEL, FastWeightLayer, FastWeightLayerState, next_token_gradient
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests import tolerances
 from tests.live_memory import LiveMemory
 

@@ -4,7 +4,8 @@ import torch
 from fastweights.errors import FastWeightsError
 from fastweights.layers import feature_maps as module
 from fastweights.layers.feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_llama, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
 

@@ -8,7 +8,8 @@ import torch
 from fastweights.errors import FastWeightsError
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.rules import RULES, AddRule, RuleShape, TokenMarks, make_rule
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama
 from tests.models.checks import (

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fastweights.layers.precision import Float32Linear
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import MAKERS, random_ids
 from tests.models.test_fast_weight_layer import trained

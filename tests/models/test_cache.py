@@ -3,8 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, state_bytes
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
 from tests.models.checks import check_pieces_equal_one_pass

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, FastWeightsForCausalLM, convert, load_model
+from fastweights.models import FastWeightsForCausalLM, convert, load_model
+from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.teacher import load_teacher
 from tests.conftest import VOCABULARY, make_gpt2, make_llama, random_ids
 

@@ -7,9 +7,10 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models.cache import FastWeightsCache
 from fastweights.models.documents import read_tokens
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama, make_qwen3, random_ids
 from tests.models.test_fast_weight_layer import trained

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, convert
 from fastweights.models import architectures as module
+from fastweights.models import convert
 from fastweights.models.architectures import ARCHITECTURES, SplitProjections
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import FAMILIES, make_gpt_neox, make_qwen3, random_ids
 from tests.models.checks import (
     check_a_padded_batch_generates_what_each_row_does_alone,

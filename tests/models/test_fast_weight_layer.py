@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models.cache import FastWeightsCache, state_bytes
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
 from tests.models.checks import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_llama, random_ids
 from tests.ops.problems import error

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, VOCABULARY, random_ids
 from tests.models.test_fast_weight_layer import trained
 

@@ -3,8 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models.cache import state_bytes
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
     PADDING,

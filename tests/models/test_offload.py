@@ -7,7 +7,8 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from transformers import AutoModel, AutoModelForCausalLM
 
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, make_gpt2, random_ids
 from tests.models.test_fast_weight_layer import trained
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import ConversionConfig, FastWeightsModel, convert
+from fastweights.models import FastWeightsModel, convert
+from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import MAKERS, make_gpt2, make_llama, random_ids
 from tests.models.test_fast_weight_layer import trained

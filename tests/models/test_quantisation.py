@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.precision import Float32Linear
-from fastweights.models import ConversionConfig, convert
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, make_llama, random_ids
 from tests.models.test_fast_weight_layer import trained
 from tests.ops.problems import error

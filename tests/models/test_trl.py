@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 
 from fastweights.embedded import byte_tokenizer
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests.conftest import MAKERS
 
 KINDS = {"pure": ConversionConfig(), "hybrid": ConversionConfig(window=8)}

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
+from fastweights.models import add_fast_weight_layer, convert
 from fastweights.reading.memory import fingerprint, load_memory, new_memory
+from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 
 KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]

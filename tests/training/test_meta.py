@@ -4,14 +4,17 @@ import shutil
 import pytest
 import torch
 
-from fastweights.data import DataConfig, TokenBlocks
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.perplexity import HeldOutConfig
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert, load_model
+from fastweights.models import add_fast_weight_layer, convert, load_model
 from fastweights.reading.stream import Stream
-from fastweights.training import MetaConfig, RunConfig, TrainConfig, train
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import HeldOutConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import MetaConfig, RunConfig, TrainConfig
+from fastweights.training import train
+from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler
 from tests.conftest import make_gpt2, random_ids

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from fastweights.data import TokenBlocks, positions_if_packed
 from fastweights.embedded import byte_tokenizer
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig, add_fast_weight_layer, convert
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
+from fastweights.training.blocks import TokenBlocks, positions_if_packed
 from fastweights.training.finetune import FinetuneTrainer, next_token_loss
 from fastweights.training.meta import MetaTrainer, stream_positions
 from fastweights.training.pretrain_trainer import PretrainTrainer

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastweights.data import DataConfig, TokenBlocks, load_documents, tokenize
+from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.perplexity import HeldOutConfig
-from fastweights.models import ConversionConfig, convert, load_model
+from fastweights.models import convert, load_model
 from fastweights.models.loading import load_tokenizer
-from fastweights.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig, train
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import HeldOutConfig
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.training import train
+from fastweights.training.blocks import TokenBlocks
 from fastweights.training.runs import CHECKPOINT, TRAINER_STATE_FILE, check_stage, clear_stages
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastweights.data import TokenBlocks
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.training.config import FinetuneConfig, RunConfig, StageConfig
+from fastweights.settings.training import FinetuneConfig, RunConfig, StageConfig
+from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import FinetuneTrainer, divergence
 from fastweights.training.runs import last_checkpoint
 from tests.conftest import make_gpt2, random_ids

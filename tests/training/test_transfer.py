@@ -1,9 +1,11 @@
 import torch
 
-from fastweights.data import DataConfig
-from fastweights.evaluation.perplexity import HeldOutConfig
-from fastweights.models import ConversionConfig, convert
-from fastweights.training import TrainConfig, TransferConfig, train
+from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import HeldOutConfig
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import TrainConfig, TransferConfig
+from fastweights.training import train
 from fastweights.training.teacher import record_attention
 from fastweights.training.transfer import calibrate
 from tests.conftest import random_ids

@@ -9,14 +9,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, ArgumentCollection, Parameter
+import wrapt
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
 from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, train
-from fastweights.cli.options import SHOW_ALL, declare_options
+from fastweights.cli.console import printable
+from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
 
 
@@ -75,7 +77,9 @@ def make_app(*, show_all: bool = False) -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, command in COMMANDS.items():
+        take_whole_numbers(command)
         app.command(command, name=name)
+    app.register_install_completion_command(help="Complete commands and options in your shell.")
     app.meta.group_parameters = app.group_parameters
     app.meta.suppress_keyboard_interrupt = False
 
@@ -101,37 +105,46 @@ def make_app(*, show_all: bool = False) -> App:
 _LEFT: dict[str, str] = dict.fromkeys(("train", "pretrain"), "what was saved stays, and --resume goes on from there")
 _LEFT["demo"] = "what was saved stays, and the next demo starts anew"
 
+TRACEBACK = "FASTWEIGHTS_TRACEBACK"
+"""Environment variable that, set to anything, shows where in the code an error comes from."""
+
 
 def main() -> None:
-    """Entry point: an error that a user can mend is one line, without a traceback."""
+    """Entry point: an error is one line, without a traceback."""
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
     try:
         make_app(show_all=SHOW_ALL in os.environ).meta()
-    except FastWeightsError as error:
-        Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
-        sys.exit(1)
     except KeyboardInterrupt:
         command = next((token for token in sys.argv[1:] if token in _LEFT), "")
-        Console(stderr=True, soft_wrap=True).print(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
+        _say(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
         sys.exit(130)
     except BrokenPipeError:  # whoever reads our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        _say(_error_line(error))
+        sys.exit(1)
 
 
 def _error_line(error: Exception) -> Text:
-    return Text("error: ", style="bold red", end="").append(" ".join(str(error).split()), style="not bold default")
+    said = printable(" ".join(str(error).split()))
+    if isinstance(error, OSError) and not isinstance(error, FastWeightsError):
+        said = f"the system refused: {said}"
+    elif not isinstance(error, FastWeightsError | CycloptsError):
+        said = f"{type(error).__name__}: {said} (we had not foreseen this; {TRACEBACK}=1 shows where it comes from)"
+    return Text("error: ", style="bold red", end="").append(said, style="not bold default")
+
+
+def _say(line: str | Text) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def _quiet_libraries() -> None:
     """Warnings and bars of the libraries below are for their callers, not for our users."""
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()
+    for module in ("transformers.utils.logging", "datasets.utils.logging", "huggingface_hub.utils.logging"):
+        wrapt.register_post_import_hook(lambda logging: logging.set_verbosity_error(), module)
+    wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "transformers.utils.logging")
+    wrapt.register_post_import_hook(lambda bars: bars.disable_progress_bars(), "datasets.utils.tqdm")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,17 @@ import torch
 from transformers import set_seed
 
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
-from fastweights.data import DataConfig, load_documents, tokenize
-from fastweights.errors import FastWeightsError, check_folder
-from fastweights.evaluation.comparison import ComparisonConfig, MethodResult, compare
+from fastweights.data import load_documents, tokenize
+from fastweights.errors import check_folder
+from fastweights.evaluation.comparison import MethodResult, compare
 from fastweights.evaluation.cost import DecodeCost, decode_costs
-from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
-from fastweights.models import ConversionConfig, load_model
+from fastweights.models import load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.training.config import FinetuneConfig, MetaConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.demo import DemoConfig
+from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig, HeldOutConfig
+from fastweights.settings.text import DataConfig
+from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training.pipeline import StageResult, train
 
 if TYPE_CHECKING:
@@ -32,31 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-CONTEXTS = (256, 1024, 4096, 16384, 65536)
 PROMPT = 'def read_lines(path):\n    """Read '
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The demo's size; the defaults take about seven minutes on two cores."""
-
-    output: Path = Path("demo")
-    """Folder for models, pictures and results.json."""
-    window: int = 64
-    """Exact window of the hybrid model."""
-    tokens: int = 380_000
-    """Tokens that the pure model is trained on; the hybrid one needs two thirds of it."""
-    held_out_tokens: int = 24576
-    """Tokens of unseen text on which each stage is evaluated."""
-    contexts: tuple[int, ...] = CONTEXTS
-    """Contexts after which a token is timed, in rising order."""
-    meta_steps: int = 300
-    """Steps in which the Fast Weight Layer is trained."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if not self.contexts or self.contexts[0] < 1 or any(a >= b for a, b in pairwise(self.contexts)):
-            raise FastWeightsError(f"contexts are {list(self.contexts)}; give numbers of tokens in rising order")
 
 
 @dataclass(frozen=True)

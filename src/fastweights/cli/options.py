@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
-from fastweights.cli.demo import DemoConfig
-from fastweights.data import DataConfig, HeldOutDataConfig
-from fastweights.evaluation.comparison import ComparisonConfig
-from fastweights.evaluation.dynamic_evaluation import DynamicEvaluationConfig, RmsConfig
-from fastweights.evaluation.perplexity import EvaluationConfig, HeldOutConfig
-from fastweights.layers.fast_weight_layer import FastWeightLayerSettings
-from fastweights.models.conversion import ConversionConfig
-from fastweights.training.config import (
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.demo import DemoConfig
+from fastweights.settings.evaluation import (
+    ComparisonConfig,
+    DynamicEvaluationConfig,
+    EvaluationConfig,
+    HeldOutConfig,
+    RmsConfig,
+)
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.text import DataConfig, HeldOutDataConfig
+from fastweights.settings.training import (
     FinetuneConfig,
     GPT2Shape,
     LongStageConfig,
@@ -25,6 +29,11 @@ from fastweights.training.config import (
     TrainConfig,
     TransferConfig,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cyclopts import Token
 
 SHOW_ALL = "FASTWEIGHTS_ALL_OPTIONS"
 """Environment variable that, set to anything, makes help list every option."""
@@ -72,8 +81,17 @@ def declare_options(*, show_all: bool) -> None:
             config.__annotations__[field.name] = Annotated[hints[field.name], parameter]
 
 
+def take_whole_numbers(command: Callable) -> None:
+    """Have a command refuse 2.5 where an argument of its own is a whole number; cyclopts would round it."""
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        if _is_whole(hint):
+            command.__annotations__[name] = Annotated[hint, Parameter(converter=_whole_numbers)]
+
+
 def _parameter(hint: Any, field: dataclasses.Field, *, show: bool) -> Parameter:
     arguments: dict[str, Any] = {"show": show}
+    if _is_whole(hint):
+        arguments["converter"] = _whole_numbers
     if hint is bool:  # on unless --no-... is given, or off and without such a name
         arguments |= {"negative": None, "negative_bool": "no-"} if field.default is True else {"negative": ()}
     if _takes_several(hint):
@@ -87,3 +105,17 @@ def _takes_several(hint: Any) -> bool:
     return any(
         get_origin(option) is list or (get_origin(option) is tuple and option.__args__[-1] is ...) for option in options
     )
+
+
+def _is_whole(hint: Any) -> bool:
+    return hint in (int, int | None, tuple[int, ...])
+
+
+def _whole_numbers(hint: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
+    numbers = []
+    for token in tokens:
+        try:
+            numbers.append(int(token.value))
+        except ValueError:
+            raise ValueError(f"{token.value!r} is no whole number") from None
+    return tuple(numbers) if get_origin(hint) is tuple else numbers[0]

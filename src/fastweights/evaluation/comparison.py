@@ -9,21 +9,17 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.dynamic_evaluation import (
-    DynamicEvaluation,
-    DynamicEvaluationConfig,
-    RmsConfig,
-    gradient_mean_squares,
-)
+from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation, gradient_mean_squares
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.evaluation.perplexity import CONTEXTS, Evaluation, EvaluationConfig, evaluate, plain, score, summary
+from fastweights.evaluation.perplexity import Evaluation, evaluate, plain, score, summary
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import check_block_size
+from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,44 +30,8 @@ if TYPE_CHECKING:
 
     from fastweights.data import TokenizedText
 
-METHODS = ("static", "fwl", "sgd", "rms")
 _LEARNING_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "rms": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
 _DECAYS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-
-
-@dataclass(frozen=True)
-class ComparisonConfig:
-    """Which methods in which contexts."""
-
-    methods: tuple[Literal["static", "fwl", "sgd", "rms"], ...] | None = None
-    """static: the model without its Fast Weight Layer; fwl: with it; sgd and rms: static with dynamic evaluation. By
-    default static, and fwl where the model has such a layer."""
-    contexts: tuple[Literal["block", "sliding", "stream"], ...] = ("block",)
-    """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
-    document. Dynamic evaluation goes on from block to block, and starts anew with each document of a stream."""
-    sgd: DynamicEvaluationConfig = field(default_factory=DynamicEvaluationConfig)
-    rms: RmsConfig = field(default_factory=RmsConfig)
-    tune_tokens: int = 0
-    """Tokens of validation text on which step size and decay of dynamic evaluation are tuned first; 0 for none."""
-    statistics_blocks: int = 32
-    """Blocks of training text from which rms takes the sizes of gradients."""
-
-    def __post_init__(self) -> None:
-        for name, known in (("methods", METHODS), ("contexts", CONTEXTS)):
-            unknown = sorted(set(getattr(self, name) or ()) - set(known))
-            if unknown:
-                raise FastWeightsError(f"{name} has {', '.join(unknown)}; known are {', '.join(known)}")
-        if self.statistics_blocks < 1:
-            raise FastWeightsError(f"statistics_blocks is {self.statistics_blocks}; it must be at least 1")
-        if not self.contexts or self.methods == ():
-            raise FastWeightsError("methods and contexts need at least one entry each")
-        for rule in ("sgd", "rms"):
-            if (given := getattr(self, rule).rule) != rule:
-                raise FastWeightsError(f"{rule}.rule is {given!r}; it must be {rule!r}, as the method of that name")
-        if "sliding" in self.contexts and {"sgd", "rms"} & set(self.methods or ()):
-            raise FastWeightsError(
-                'sgd and rms read each token once: use the contexts "block" and "stream", not "sliding"'
-            )
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,15 @@ Weight Layers, and works on any causal language model.
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastweights.errors import FastWeightsError, check_name
+from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import Stream
+from fastweights.settings.evaluation import DynamicEvaluationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,49 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PreTrainedModel
-
-RULES = ("sgd", "rms")
-
-
-@dataclass(frozen=True)
-class DynamicEvaluationConfig:
-    """How a model adapts to what it is evaluated on."""
-
-    rule: Literal["sgd", "rms"] = "sgd"
-    """sgd: plain gradient steps; rms: each weight's step divided by the size of its gradients on training text."""
-    learning_rate: float | None = None
-    """Step size; by default 0.003 for sgd and 1e-4 for rms. Tune it on validation text."""
-    decay: float = 0.0
-    """Share of the way back to the trained weights that each step goes."""
-    segment: int = 64
-    """Tokens between two steps."""
-    parameters: str = ".*"
-    """Pattern (of Python's re) that the whole name of a parameter matches if it is to adapt."""
-    epsilon: float = 1e-5
-    """Added to the root mean square of rms."""
-
-    def __post_init__(self) -> None:
-        check_name("rule", self.rule, RULES)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise FastWeightsError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
-        if not 0 <= self.decay <= 1:
-            raise FastWeightsError(f"decay is {self.decay}; allowed are 0 to 1")
-        if self.segment < 1:
-            raise FastWeightsError(f"segment is {self.segment}; it must be at least 1")
-        if not self.epsilon > 0:
-            raise FastWeightsError(f"epsilon is {self.epsilon}; it must be positive")
-
-    @property
-    def step_size(self) -> float:
-        """The learning rate, or its default."""
-        return self.learning_rate or {"sgd": 0.003, "rms": 1e-4}[self.rule]
-
-
-@dataclass(frozen=True)
-class RmsConfig(DynamicEvaluationConfig):
-    """The same, with rms as the default rule."""
-
-    rule: Literal["sgd", "rms"] = "rms"
 
 
 class DynamicEvaluation:

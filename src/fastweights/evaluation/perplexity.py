@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastweights.errors import FastWeightsError, check_name
+from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import Stream, check_block_size
+from fastweights.settings.evaluation import EvaluationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,42 +29,6 @@ if TYPE_CHECKING:
 
     from fastweights.data import TokenizedText
     from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
-
-CONTEXTS = ("block", "sliding", "stream")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How to evaluate."""
-
-    context: Literal["block", "sliding", "stream"] = "block"
-    """block: independent blocks; sliding: a window that moves by `stride`; stream: the state is carried through each
-    document."""
-    stride: int | None = None
-    """Tokens that a sliding window moves by, fewer than a block; by default half of it."""
-    batch_size: int = 4
-    """Windows in a forward pass; a stream is read alone."""
-    max_tokens: int | None = None
-    """Read only the text's first so many tokens."""
-    carry_documents: bool = False
-    """A stream goes on across the ends of documents, instead of starting anew with each."""
-
-    def __post_init__(self) -> None:
-        check_name("context", self.context, CONTEXTS)
-        if self.batch_size < 1:
-            raise FastWeightsError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise FastWeightsError(f"max_tokens is {self.max_tokens}; at least 2 are needed to predict one")
-        if self.stride is not None and self.stride < 1:
-            raise FastWeightsError(f"stride is {self.stride}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class HeldOutConfig(EvaluationConfig):
-    """The same, on a text short enough to be evaluated after each stage of training."""
-
-    max_tokens: int | None = 131072
-    """Read only the text's first so many tokens."""
 
 
 @dataclass(frozen=True)

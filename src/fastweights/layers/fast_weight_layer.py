@@ -28,20 +28,19 @@ Notation: B batch, T time, d width of the model, m = 4 d width of the block, V v
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device  # fetches offloaded weights where their module is not called
 from torch import nn
 from torch.nn.functional import logsigmoid, relu
 
-from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.linear import linear, linear_by_row
 from fastweights.layers.next_token_gradient import NO_LABEL, next_token_gradient
 from fastweights.layers.precision import uncast
 from fastweights.ops import decay_rule
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,48 +48,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-DECAYS = ("none", "scalar", "channel", "input")
 _EPSILON = 1e-5
 # Of W1, b1, W2, b2, γ and c, over W2's: about where training takes them. Offsets add up all steps of a text, whatever
 # it says, and training all but switches their steps off.
 _INITIAL_STEPS = (0.03, 1e-4, 1.0, 1e-4, 3.0, 1e-4)
-
-
-@dataclass(frozen=True)
-class FastWeightLayerSettings:
-    """What a Fast Weight Layer is made of."""
-
-    expansion: int = 4
-    """Width of the block over the width of the model."""
-    updates: bool = True
-    """Take gradient steps while reading; without them the block is an ordinary one, the control of comparisons."""
-    decay: Literal["none", "scalar", "channel", "input"] = "input"
-    """How the fast weights fade: never (the paper), by one learned number for each of the block's three layers, by
-    one for each of their channels, or by one for each layer computed from each token."""
-    segment: int = 128
-    """Steps after which gradients are taken at the weights as they have become; 0 for always at the trained ones."""
-    slow_vocabulary: int = 0
-    """Tokens that share the slow pass's softmax with a position's own label: the first so many of the vocabulary, in
-    most tokenizers the most frequent; 0 for all. A few thousand make a model with a large vocabulary cheaper."""
-    initial_step_size: float = 0.1
-    """Step size of W2 before training; those of the other parameter groups start in proportion to it."""
-    initial_decay: float = 0.999
-    """Share of the fast weights that a step keeps before training."""
-
-    def __post_init__(self) -> None:
-        check_name("decay", self.decay, DECAYS)
-        if self.expansion < 1:
-            raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
-        if self.segment < 0:
-            raise FastWeightsError(f"segment is {self.segment}; allowed are 0 (none) and 1 or more steps")
-        if self.slow_vocabulary < 0:
-            raise FastWeightsError(
-                f"slow_vocabulary is {self.slow_vocabulary}; allowed are 0 (all tokens) and 1 or more of them"
-            )
-        if not self.initial_step_size > 0:
-            raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive")
-        if not 0 < self.initial_decay < 1:
-            raise FastWeightsError(f"initial_decay is {self.initial_decay}; it must lie between 0 and 1")
 
 
 class FastWeights(NamedTuple):

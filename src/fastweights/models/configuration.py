@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.fast_weight_layer import FastWeightLayerSettings
-from fastweights.models.settings import ConversionConfig
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 
 class _OfBase:
@@ -158,3 +158,6 @@ def _refuse_earlier_version(conversion: dict | None, kwargs: dict) -> None:
             "this model was saved by an earlier version of fastweights, whose names of weights are no longer read: "
             "convert and train it again"
         )
+
+
+AutoConfig.register(FastWeightsConfig.model_type, FastWeightsConfig)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import check_known
-from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerSettings
+from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.window import window_attention
 from fastweights.models.architectures import architecture_of, attention_modules
@@ -19,7 +19,8 @@ from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.models.recording import record_calls
-from fastweights.models.settings import ConversionConfig
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

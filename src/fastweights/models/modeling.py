@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -459,3 +459,7 @@ def _check_others(kwargs: dict[str, Any], cu_seq_lens_q: Tensor | None) -> None:
         raise FastWeightsError("bounds of packed documents were given without cu_seq_lens_q: give them under that name")
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
         kwargs.pop(name, None)
+
+
+AutoModel.register(FastWeightsConfig, FastWeightsModel)
+AutoModelForCausalLM.register(FastWeightsConfig, FastWeightsForCausalLM)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from fastweights.data import positions_if_packed
 from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.training.blocks import positions_if_packed
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastweights.models.modeling import FastWeightsForCausalLM
-    from fastweights.training.config import FinetuneConfig
+    from fastweights.settings.training import FinetuneConfig
 
 
 class FinetuneTrainer(StageTrainer):

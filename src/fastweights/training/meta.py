@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-    from fastweights.data import TokenBlocks
     from fastweights.models.modeling import FastWeightsForCausalLM
-    from fastweights.training.config import MetaConfig
+    from fastweights.settings.training import MetaConfig
+    from fastweights.training.blocks import TokenBlocks
 
 LAYER = "model.fast_weight_layer."
 

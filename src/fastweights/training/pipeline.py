@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 import transformers
 
-from fastweights.data import STDLIB, TokenBlocks, TokenizedText, load_documents, tokenize
+from fastweights.data import TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig, FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
+from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
 from fastweights.reading.stream import check_block_size
-from fastweights.training.config import STAGES, TrainConfig
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.text import STDLIB
+from fastweights.settings.training import STAGES, TrainConfig
+from fastweights.training.blocks import TokenBlocks
 from fastweights.training.runs import begin_run, check_stage, is_finished, process_state, tokens_seen
 from fastweights.training.teacher import load_teacher
 

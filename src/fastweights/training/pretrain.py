@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import transformers  # its names one by one below: some are slow to import, and only pretraining needs them
 
-from fastweights.data import TokenBlocks, load_documents, tokenize
+from fastweights.data import load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
+from fastweights.training.blocks import TokenBlocks
 from fastweights.training.runs import begin_run, check_stage, is_finished
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-    from fastweights.training.config import PretrainConfig
+    from fastweights.settings.training import PretrainConfig
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from accelerate import PartialState
 
-    from fastweights.data import TokenBlocks
-    from fastweights.training.config import RunConfig, StageConfig
+    from fastweights.settings.training import RunConfig, StageConfig
+    from fastweights.training.blocks import TokenBlocks
 
 RUN_FILE = "run.json"
 _FINISHED_FILE = "finished"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fastweights.data import TokenBlocks
-    from fastweights.training.config import RunConfig, StageConfig
+    from fastweights.settings.training import RunConfig, StageConfig
+    from fastweights.training.blocks import TokenBlocks
 
 
 class StageTrainer(Trainer):

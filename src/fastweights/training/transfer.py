@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastweights.data import positions_if_packed
+from fastweights.training.blocks import positions_if_packed
 from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
-    from fastweights.training.config import TransferConfig
+    from fastweights.settings.training import TransferConfig
 
 _CALIBRATION_BLOCKS = 4
 # Tokens of these that fix a layer's factors, of which there are one or two a head.

@@ -6,9 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fastweights.errors import check_folder
-from fastweights.models import ConversionConfig
-from fastweights.models import convert as run
-from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
+from fastweights.settings.conversion import ConversionConfig
 
 
 def convert(
@@ -25,6 +23,9 @@ def convert(
     output
         Folder for the converted model.
     """
+    from fastweights.models import convert as run
+    from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
+
     check_folder(output)
     check_apart(source, output)
     model = run(resolve_model(source), config)

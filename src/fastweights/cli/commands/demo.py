@@ -1,7 +1,9 @@
 """`fastweights demo`"""
 
+from __future__ import annotations
+
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -9,15 +11,20 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastweights.cli.demo import PROMPT, DemoConfig, DemoResult, run_demo
 from fastweights.cli.tables import print_methods, print_stages
+from fastweights.settings.demo import DemoConfig
+
+if TYPE_CHECKING:
+    from fastweights.cli.demo import DemoResult
 
 
 def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> None:  # noqa: B008 (frozen)
     """Convert the embedded transformer, train it, and show quality, text, speed, size of the
     state and learning while reading: about seven minutes."""
+    from fastweights.cli.demo import PROMPT, run_demo
+
     console, start = Console(), time.perf_counter()
-    result = run_demo(config, say=lambda line: console.print(f"[bold]{line}[/]"))
+    result = run_demo(config, say=lambda line: console.print(Text(line, style="bold")))
     print_stages(result.stages, "quality on modules that no model has seen; retention = teacher / model perplexity")
     for name, text in result.samples.items():
         console.print(Panel(Text(PROMPT, style="dim") + Text(text, style="none"), title=name, title_align="left"))

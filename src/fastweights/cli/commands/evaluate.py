@@ -5,20 +5,20 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 from cyclopts import Parameter
 from rich.console import Console
 
 from fastweights.cli.tables import print_methods
-from fastweights.data import DataConfig, HeldOutDataConfig, TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError, check_folder
-from fastweights.evaluation.comparison import ComparisonConfig, MethodResult, compare
-from fastweights.evaluation.gains import gains
-from fastweights.evaluation.perplexity import EvaluationConfig, plain
-from fastweights.models import load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
+from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig
+from fastweights.settings.text import DataConfig, HeldOutDataConfig
+
+if TYPE_CHECKING:
+    from fastweights.data import TokenizedText
+    from fastweights.evaluation.comparison import MethodResult
 
 
 def evaluate(
@@ -41,6 +41,9 @@ def evaluate(
     output
         Folder for results.json and pictures: bits per byte and cost, and where each method gains.
     """
+    from fastweights.evaluation.comparison import compare
+    from fastweights.models.loading import load_model, resolve_model
+
     if not models:
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
     if output is not None:
@@ -81,6 +84,9 @@ def evaluate(
 
 
 def _read(config: DataConfig, model: str) -> TokenizedText:
+    from fastweights.data import load_documents, tokenize
+    from fastweights.models.loading import load_tokenizer
+
     return tokenize(load_documents(config), load_tokenizer(model))
 
 
@@ -91,6 +97,8 @@ def _write(
     texts: dict[str, TokenizedText],
 ) -> None:
     from fastweights.cli.plots import plot_comparison, plot_gains
+    from fastweights.evaluation.gains import gains
+    from fastweights.evaluation.perplexity import plain
 
     output.mkdir(parents=True, exist_ok=True)
     written: dict[str, object] = {"models": data, "gains": {}}

@@ -4,11 +4,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fastweights.training.config import PretrainConfig
-from fastweights.training.pretrain import pretrain as run
+from fastweights.settings.training import PretrainConfig
 
 
 def pretrain(config: Annotated[PretrainConfig, Parameter(name="*")] = PretrainConfig()) -> None:  # noqa: B008 (frozen)
     """Train a byte-level GPT-2 from random weights: how the embedded model came to be."""
+    from fastweights.training.pretrain import pretrain as run
+
     folder = run(config)
     print(f"the trained model is in {folder}")

@@ -5,13 +5,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fastweights.cli.tables import print_stages
-from fastweights.training.config import TrainConfig
-from fastweights.training.pipeline import train as run
+from fastweights.settings.training import TrainConfig
 
 
 def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -> None:  # noqa: B008 (frozen)
     """Convert a model and train it: transfer (layers imitate the teacher's attention), then finetune; or, with --stage
     meta, train a Fast Weight Layer on any model."""
+    from fastweights.training.pipeline import train as run
+
     results = run(config)
     print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
     print(f"the trained model and results.json are in {config.output}")

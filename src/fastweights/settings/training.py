@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastweights.data import DataConfig
 from fastweights.errors import FastWeightsError, check_name, check_seed
-from fastweights.evaluation.perplexity import HeldOutConfig
-from fastweights.layers import FastWeightLayerSettings
-from fastweights.models import ConversionConfig
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.evaluation import HeldOutConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.text import DataConfig
 
 STAGES = ("transfer", "finetune", "meta")
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastweights.errors import FastWeightsError, check_name
-from fastweights.layers.feature_maps import FEATURE_MAPS
-from fastweights.layers.rules import RULES
 
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
+_OF_THE_PAPER = ("decay", "identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,8 @@ class ConversionConfig:
     """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
 
     def __post_init__(self) -> None:
-        check_name("rule", self.rule, RULES)
-        check_name("feature_map", self.feature_map, FEATURE_MAPS)
+        if (self.rule, self.feature_map) != _OF_THE_PAPER:
+            self._check_rule_and_feature_map()
         check_name("positions", self.positions, POSITIONS)
         if len(self.gate_bias) != 2 or not all(math.isfinite(bias) for bias in self.gate_bias):
             raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
@@ -53,6 +52,13 @@ class ConversionConfig:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
+
+    def _check_rule_and_feature_map(self) -> None:
+        from fastweights.layers.feature_maps import FEATURE_MAPS
+        from fastweights.layers.rules import RULES
+
+        check_name("rule", self.rule, RULES)
+        check_name("feature_map", self.feature_map, FEATURE_MAPS)
 
     def _check_layer_types(self, layer_types: list[str]) -> None:
         if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):

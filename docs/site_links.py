@@ -1,0 +1,10 @@
+"""For the site: README.md and CONTRIBUTING.md name pages by their places in the repository."""
+
+_PLACES = {"](../docs/": "](", "](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md"}
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """mkdocs calls this with each page, once other files are included in it."""
+    for there, here in _PLACES.items():
+        markdown = markdown.replace(there, here)
+    return markdown

@@ -1,0 +1,59 @@
+from .data import load_documents, tokenize
+from .errors import FastWeightsError
+from .evaluation.dynamic_evaluation import DynamicEvaluation
+from .evaluation.perplexity import Evaluation, evaluate
+from .layers.fast_weight_layer import FastWeightLayer
+from .models.configuration import FastWeightsConfig
+from .models.conversion import add_fast_weight_layer, convert
+from .models.loading import load_model
+from .models.modeling import FastWeightsForCausalLM
+from .reading.memory import Memory, load_memory, new_memory
+from .settings.conversion import ConversionConfig
+from .settings.evaluation import DynamicEvaluationConfig, EvaluationConfig, HeldOutConfig
+from .settings.fast_weight_layer import FastWeightLayerSettings
+from .settings.text import DataConfig
+from .settings.training import (
+    FinetuneConfig,
+    MetaConfig,
+    PretrainConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    TransferConfig,
+)
+from .training.pipeline import train
+from .training.pretrain import pretrain
+
+__version__: str
+__all__ = [
+    "ConversionConfig",
+    "DataConfig",
+    "DynamicEvaluation",
+    "DynamicEvaluationConfig",
+    "Evaluation",
+    "EvaluationConfig",
+    "FastWeightLayer",
+    "FastWeightLayerSettings",
+    "FastWeightsConfig",
+    "FastWeightsError",
+    "FastWeightsForCausalLM",
+    "FinetuneConfig",
+    "HeldOutConfig",
+    "Memory",
+    "MetaConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "StageConfig",
+    "TrainConfig",
+    "TransferConfig",
+    "add_fast_weight_layer",
+    "convert",
+    "evaluate",
+    "load_documents",
+    "load_memory",
+    "load_model",
+    "new_memory",
+    "pretrain",
+    "tokenize",
+    "train",
+]

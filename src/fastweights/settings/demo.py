@@ -1,0 +1,34 @@
+"""The size of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from fastweights.errors import FastWeightsError
+
+CONTEXTS = (256, 1024, 4096, 16384, 65536)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo's size; the defaults take about seven minutes on two cores."""
+
+    output: Path = Path("demo")
+    """Folder for models, pictures and results.json."""
+    window: int = 64
+    """Exact window of the hybrid model."""
+    tokens: int = 380_000
+    """Tokens that the pure model is trained on; the hybrid one needs two thirds of it."""
+    held_out_tokens: int = 24576
+    """Tokens of unseen text on which each stage is evaluated."""
+    contexts: tuple[int, ...] = CONTEXTS
+    """Contexts after which a token is timed, in rising order."""
+    meta_steps: int = 300
+    """Steps in which the Fast Weight Layer is trained."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        if not self.contexts or self.contexts[0] < 1 or any(a >= b for a, b in pairwise(self.contexts)):
+            raise FastWeightsError(f"contexts are {list(self.contexts)}; give numbers of tokens in rising order")
