@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastweights import __version__
 from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, train
-from fastweights.cli.console import printable
+from fastweights.cli.console import note, printable
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
 
@@ -117,7 +117,7 @@ def main() -> None:
         make_app(show_all=SHOW_ALL in os.environ).meta()
     except KeyboardInterrupt:
         command = next((token for token in sys.argv[1:] if token in _LEFT), "")
-        _say(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
+        note(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
         sys.exit(130)
     except BrokenPipeError:  # whoever reads our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,7 +125,7 @@ def main() -> None:
     except Exception as error:
         if TRACEBACK in os.environ:
             raise
-        _say(_error_line(error))
+        Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
 
 
@@ -136,10 +136,6 @@ def _error_line(error: Exception) -> Text:
     elif not isinstance(error, FastWeightsError | CycloptsError):
         said = f"{type(error).__name__}: {said} (we had not foreseen this; {TRACEBACK}=1 shows where it comes from)"
     return Text("error: ", style="bold red", end="").append(said, style="not bold default")
-
-
-def _say(line: str | Text) -> None:
-    Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def _quiet_libraries() -> None:

@@ -5,10 +5,28 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.text import Text
+
 if TYPE_CHECKING:
     from typing import TextIO
 
 _LAYOUT = "\n\t"
+
+
+def say(line: str, style: str = "") -> None:
+    """Print a line that a command was asked for."""
+    Console(soft_wrap=True).print(as_it_is(line, style), highlight=False)
+
+
+def note(line: str, style: str = "") -> None:
+    """Print a line about what is being done, apart from what a command was asked for."""
+    Console(stderr=True, soft_wrap=True).print(as_it_is(line, style), highlight=False)
+
+
+def as_it_is(text: str, style: str = "") -> Text:
+    """Text for rich, in which [v2] is no markup."""
+    return Text(printable(text), style=style)
 
 
 def printable(text: str) -> str:

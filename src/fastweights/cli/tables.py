@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from fastweights.cli.console import as_it_is
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -19,8 +21,8 @@ _MEANINGFUL_PERPLEXITY = 1e4
 
 def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
     """One row per stage of each run."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table = Table(title=as_it_is(title), title_justify="left")
+    table.add_column("model", overflow="fold")  # a name is told from others by its end, too
     table.add_column("after", no_wrap=True)
     for column in ("tokens", "loss", "ppl", "bits/byte", "retention"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -28,7 +30,7 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
         for result in results:
             evaluation = result.evaluation
             table.add_row(
-                name,
+                as_it_is(name),
                 result.stage,
                 f"{result.tokens:,}",
                 f"{evaluation.loss:.3f}",
@@ -42,7 +44,7 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
 def print_methods(name: str, results: list[MethodResult], title: str) -> None:
     """One row per way to read; time and peak memory relative to the first."""
     title = f"{name} on {title}, {results[0].evaluation.tokens:,} tokens"
-    table = Table(title=title, title_justify="left", caption=_tuned(results), caption_justify="left")
+    table = Table(title=as_it_is(title), title_justify="left", caption=_tuned(results), caption_justify="left")
     columns: dict[str, Callable[[MethodResult], str]] = {
         "method": lambda result: result.method,
         "context": lambda result: result.context,

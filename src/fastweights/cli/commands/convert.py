@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastweights.cli.console import say
 from fastweights.errors import check_folder
 from fastweights.settings.conversion import ConversionConfig
 
@@ -32,7 +33,7 @@ def convert(
     model.save_pretrained(output)
     load_tokenizer(source).save_pretrained(output)
     new = sum(model.get_parameter(name).numel() for name in model.new_parameter_names())
-    print(
+    say(
         f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
         f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights train --model {output}"
     )

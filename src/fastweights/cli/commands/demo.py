@@ -9,8 +9,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
+from fastweights.cli.console import as_it_is, say
 from fastweights.cli.tables import print_methods, print_stages
 from fastweights.settings.demo import DemoConfig
 
@@ -24,15 +24,15 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
     from fastweights.cli.demo import PROMPT, run_demo
 
     console, start = Console(), time.perf_counter()
-    result = run_demo(config, say=lambda line: console.print(Text(line, style="bold")))
+    result = run_demo(config, say=lambda line: say(line, "bold"))
     print_stages(result.stages, "quality on modules that no model has seen; retention = teacher / model perplexity")
     for name, text in result.samples.items():
-        console.print(Panel(Text(PROMPT, style="dim") + Text(text, style="none"), title=name, title_align="left"))
+        console.print(Panel(as_it_is(PROMPT, "dim") + as_it_is(text, "none"), title=name, title_align="left"))
     _print_decoding(console, result)
     print_methods("hybrid", result.comparison, "modules that it has not seen, each read from its beginning")
-    console.print(f"done in {time.perf_counter() - start:.0f} s; results and pictures:")
+    say(f"done in {time.perf_counter() - start:.0f} s; results and pictures:")
     for file in result.files:
-        console.print(f"  {file}", highlight=False)
+        say(f"  {file}")
 
 
 def _print_decoding(console: Console, result: DemoResult) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import rich
 from cyclopts import Parameter
-from rich.console import Console
 
+from fastweights.cli.console import note, say
 from fastweights.cli.tables import print_methods
 from fastweights.errors import FastWeightsError, check_folder
 from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig
@@ -56,7 +56,6 @@ def evaluate(
                 "give a folder with train, validation and test files"
             )
         text = replace(text, split="train")  # a file has no other
-    say = Console(stderr=True, soft_wrap=True).print
     results: dict[str, list[MethodResult]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
     held_out = {source: _read(text, source) for source in models}
@@ -69,7 +68,7 @@ def evaluate(
             evaluation=evaluation,
             validation=_read(replace(text, split="validation"), source) if dynamic and comparison.tune_tokens else None,
             training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
-            say=lambda line, source=source: say(f"{source}: {line}", highlight=False),
+            say=lambda line, source=source: note(f"{source}: {line}"),
         )
     data = {source: [row.plain() for row in rows] for source, rows in results.items()}
     if json:
@@ -80,7 +79,7 @@ def evaluate(
     if output is not None:
         _write(output, data, results, held_out)
         if not json:
-            print(f"results.json and the pictures are in {output}")
+            say(f"results.json and the pictures are in {output}")
 
 
 def _read(config: DataConfig, model: str) -> TokenizedText:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastweights.cli.console import say
 from fastweights.settings.training import PretrainConfig
 
 
@@ -12,4 +13,4 @@ def pretrain(config: Annotated[PretrainConfig, Parameter(name="*")] = PretrainCo
     from fastweights.training.pretrain import pretrain as run
 
     folder = run(config)
-    print(f"the trained model is in {folder}")
+    say(f"the trained model is in {folder}")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastweights.cli.console import say
 from fastweights.cli.tables import print_stages
 from fastweights.settings.training import TrainConfig
 
@@ -15,4 +16,4 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
 
     results = run(config)
     print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
-    print(f"the trained model and results.json are in {config.output}")
+    say(f"the trained model and results.json are in {config.output}")
