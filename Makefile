@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format bench docs site recipes comparison clean
+.PHONY: help setup demo test fuzz lint format bench docs site recipes comparison clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives (5 to 10 minutes)"
 	@echo "make test    run the tests"
+	@echo "make fuzz    ten thousand command lines and damaged files: one line of error, no traceback (an hour)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
 	@echo "make docs    write docs/cli.md anew"
@@ -37,6 +38,9 @@ demo: setup
 
 test: setup $(VENV)/.tests-installed
 	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
+
+fuzz: setup
+	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/cli/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -106,7 +106,7 @@ _LEFT: dict[str, str] = dict.fromkeys(("train", "pretrain"), "what was saved sta
 _LEFT["demo"] = "what was saved stays, and the next demo starts anew"
 
 TRACEBACK = "FASTWEIGHTS_TRACEBACK"
-"""Environment variable that, set to anything, shows where in the code an error comes from."""
+"""Environment variable that, set to anything, shows where in the code an error comes from that nobody had foreseen."""
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if TRACEBACK in os.environ:
+        if TRACEBACK in os.environ and not isinstance(error, FastWeightsError | OSError):
             raise
         Console(stderr=True, soft_wrap=True).print(_error_line(error), highlight=False)
         sys.exit(1)
