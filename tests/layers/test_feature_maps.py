@@ -60,6 +60,6 @@ def test_a_map_may_be_wider_than_a_head(monkeypatch):
     monkeypatch.setitem(module.FEATURE_MAPS, "both", Both)
     model = convert(make_llama(), ConversionConfig(feature_map="both", window=8)).eval()
     assert model.fast_attentions()[0].rule.state_shape == (2, 16, 8)
-    cache = model(random_ids(1, 5), use_cache=True).past_key_values
+    cache = model(random_ids(1, 5), use_cache=True).cache
     assert cache.layers[0].state().shape == (1, 2, 16, 8)
     check_pieces_equal_one_pass(model, (7, 8, 25))

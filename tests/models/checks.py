@@ -16,8 +16,8 @@ def check_pieces_equal_one_pass(model, cuts) -> None:
     whole = model(ids).logits
     cache, pieces = None, []
     for start, stop in zip((0, *cuts), (*cuts, 40), strict=True):
-        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids[:, start:stop], cache=cache, use_cache=True)
+        cache = output.cache
         pieces.append(output.logits)
     assert error(torch.cat(pieces, 1), whole) <= tolerances.FLOAT32
     assert cache.get_seq_length() == 40
@@ -51,8 +51,8 @@ def check_padding_gives_each_row_what_it_has_alone(model, where: str):
         new = ids[:, mask.shape[1] :][:, : part.shape[1]].masked_fill(~part, 256)
         mask = torch.cat((mask, part.long()), 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(new, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        cache = output.cache
         got.append(output.logits)
     for row, together in enumerate(torch.cat(got, 1)):
         kept = mask[row].bool()

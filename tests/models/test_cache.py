@@ -17,7 +17,7 @@ def filled(request):
     model = convert(make_gpt2(), ConversionConfig(window=request.param)).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(random_ids(3, 20), past_key_values=cache)
+        model(random_ids(3, 20), cache=cache)
     return model, cache
 
 
@@ -44,7 +44,7 @@ def test_reordered_rows_go_on_as_the_rows_they_are(filled):
     token = random_ids(3, 1, seed=5)
     order = torch.tensor([2, 2, 0])
     cache.reorder_cache(order)
-    after = model(token, past_key_values=cache).logits
+    after = model(token, cache=cache).logits
     expected = model(torch.cat([random_ids(3, 20)[order], token], 1)).logits[:, -1:]
     assert error(after, expected) <= tolerances.FLOAT32
 
@@ -55,13 +55,13 @@ def test_padded_rows_go_on_as_the_rows_they_are(filled):
     ids, mask = random_ids(3, 20), torch.ones(3, 20, dtype=torch.long)
     mask[2, 15:] = 0
     cache = DynamicCache(config=model.config)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 5]))
     token = random_ids(2, 1, seed=5)
     mask = torch.cat((mask[[2, 0]], torch.ones(2, 1, dtype=torch.long)), 1)
-    after = model(token, attention_mask=mask, past_key_values=cache).logits[:, 0]
+    after = model(token, attention_mask=mask, cache=cache).logits[:, 0]
     for row, (of, length) in enumerate(((2, 15), (0, 20))):
         alone = model(torch.cat((ids[of : of + 1, :length], token[row : row + 1]), 1)).logits[0, -1]
         assert error(after[row], alone) <= tolerances.FLOAT32
@@ -74,7 +74,7 @@ def test_repeated_and_selected_rows(filled):
     cache.batch_select_indices(torch.tensor([1, 4]))
     token = random_ids(2, 1, seed=5)
     expected = model(torch.cat([random_ids(3, 20)[[0, 2]], token], 1)).logits[:, -1:]
-    assert error(model(token, past_key_values=cache).logits, expected) <= tolerances.FLOAT32
+    assert error(model(token, cache=cache).logits, expected) <= tolerances.FLOAT32
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_a_reset_cache_is_as_new(filled):
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = random_ids(3, 9, seed=2)
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_a_recurrent_state_is_not_cropped(filled):
@@ -99,15 +99,15 @@ def test_the_cache_of_another_model_is_refused(filled):
     others = [ConversionConfig(window=0 if model.config.settings.window else 8), ConversionConfig(window=5)]
     for config in others:
         with pytest.raises(FastWeightsError, match="the cache is another model's"):
-            convert(make_gpt2(), config)(random_ids(3, 2), past_key_values=cache)
+            convert(make_gpt2(), config)(random_ids(3, 2), cache=cache)
     teacher = make_gpt2()
     with pytest.raises(FastWeightsError, match="DynamicLayer with tokens in it"):
-        model(random_ids(3, 2), past_key_values=teacher(random_ids(3, 5), use_cache=True).past_key_values)
+        model(random_ids(3, 2), cache=teacher(random_ids(3, 5), use_cache=True).cache)
     cache.reset()
     for config in others:  # as new, it may be any model's
         other = convert(make_gpt2(), config).eval()
         expected = other(random_ids(3, 6)).logits
-        assert error(other(random_ids(3, 6), past_key_values=cache).logits, expected) <= tolerances.FLOAT32
+        assert error(other(random_ids(3, 6), cache=cache).logits, expected) <= tolerances.FLOAT32
         cache.reset()
 
 
@@ -115,7 +115,7 @@ def test_a_cache_under_another_name_is_refused(filled):
     model, cache = filled
     softmax = convert(make_gpt2(), ConversionConfig(layer_types=["full_attention"] * 3))
     for one in (model, softmax):
-        with pytest.raises(FastWeightsError, match="a cache was given as past_key_value: give it as past_key_values"):
+        with pytest.raises(FastWeightsError, match="a cache was given as past_key_value: give it as cache"):
             one(random_ids(3, 1), past_key_value=cache)
 
 
@@ -124,7 +124,7 @@ def test_states_and_gradient_checkpointing_do_not_go_together(filled):
     model, cache = filled
     model = model.train()
     model.gradient_checkpointing_enable()
-    for given in ({"past_key_values": cache}, {"use_cache": True}):
+    for given in ({"cache": cache}, {"use_cache": True}):
         with pytest.raises(FastWeightsError, match="gradient checkpointing, which keeps no states"):
             model(random_ids(3, 2), **given)
     model(random_ids(3, 2), use_cache=False)
@@ -133,7 +133,7 @@ def test_states_and_gradient_checkpointing_do_not_go_together(filled):
 @pytest.mark.parametrize("length", [9, 3])
 def test_masks_of_another_length_are_refused(filled, length):
     model, cache = filled
-    for given in ({}, {"past_key_values": cache}):
+    for given in ({}, {"cache": cache}):
         with pytest.raises(FastWeightsError, match=r"attention_mask is of shape .* it must be \(3, 7\)"):
             model(random_ids(3, 7), attention_mask=torch.ones(3, length).long(), **given)
 
@@ -144,8 +144,8 @@ def test_a_mask_of_the_new_tokens_alone(kind):
     types = [kind, "full_attention", "linear_attention"]
     model = convert(make_gpt2(), ConversionConfig(layer_types=types)).eval()
     ids = random_ids(2, 13)
-    cache = model(ids[:, :6], use_cache=True).past_key_values
-    found = model(ids[:, 6:], attention_mask=torch.ones(2, 7).long(), past_key_values=cache).logits
+    cache = model(ids[:, :6], use_cache=True).cache
+    found = model(ids[:, 6:], attention_mask=torch.ones(2, 7).long(), cache=cache).logits
     assert error(found, model(ids).logits[:, 6:]) <= tolerances.FLOAT32
 
 

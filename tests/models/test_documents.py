@@ -86,11 +86,11 @@ def test_the_last_document_goes_on_in_the_next_call(base, kind, block):
         torch.nn.init.normal_(model.fast_weight_layer.output_scale)
     documents, row, positions = packed()
     cache = DynamicCache(config=model.config)
-    model(row, position_ids=positions, past_key_values=cache)
+    model(row, position_ids=positions, cache=cache)
     more = random_ids(1, 5, seed=50)
-    found = model(more, position_ids=torch.arange(6, 11)[None], past_key_values=cache).logits
+    found = model(more, position_ids=torch.arange(6, 11)[None], cache=cache).logits
     assert error(found, model(torch.cat((documents[-1], more), 1)).logits[:, -5:]) <= tolerances.FLOAT32
-    found = model(more, position_ids=torch.arange(5)[None], past_key_values=cache).logits  # and here one begins
+    found = model(more, position_ids=torch.arange(5)[None], cache=cache).logits  # and here one begins
     assert error(found, model(more).logits) <= tolerances.FLOAT32
 
 
@@ -99,15 +99,15 @@ def test_softmax_layers_do_not_go_on_after_several_documents(base):
     model = convert(base, KINDS["mixed"]).eval()
     _, row, positions = packed()
     cache = DynamicCache(config=model.config)
-    model(row, position_ids=positions, past_key_values=cache)
+    model(row, position_ids=positions, cache=cache)
     with pytest.raises(FastWeightsError, match="cannot go on after that"):
-        model(random_ids(1, 1), position_ids=torch.tensor([[6]]), past_key_values=cache)
+        model(random_ids(1, 1), position_ids=torch.tensor([[6]]), cache=cache)
     cache = DynamicCache(config=model.config)
-    model(row, past_key_values=cache)
+    model(row, cache=cache)
     with pytest.raises(FastWeightsError, match="cannot go on after that"):
-        model(row, position_ids=positions, past_key_values=cache)
+        model(row, position_ids=positions, cache=cache)
     more = random_ids(1, 3, seed=5)  # what was refused was not read
-    found = model(more, past_key_values=cache).logits
+    found = model(more, cache=cache).logits
     assert error(found, model(torch.cat((row, more), 1)).logits[:, -3:]) <= tolerances.FLOAT32
 
 
@@ -195,10 +195,10 @@ def test_where_documents_begin(positions, mask, past, expected):
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
 def test_a_document_after_padding_in_a_later_piece(base, kind):
     model = convert(base, KINDS[kind]).eval()
-    cache = model(random_ids(1, 5), use_cache=True).past_key_values
+    cache = model(random_ids(1, 5), use_cache=True).cache
     more, mask = random_ids(1, 7, seed=1), torch.tensor([[1] * 5 + [0, 0] + [1] * 7])
     ids, positions = torch.cat((torch.full((1, 2), 256), more), 1), torch.tensor([[0, 0, *range(7)]])
-    found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, 2:]
+    found = model(ids, attention_mask=mask, position_ids=positions, cache=cache).logits[:, 2:]
     assert error(found, model(more).logits) <= tolerances.FLOAT32
 
 
@@ -223,13 +223,13 @@ def test_what_only_positions_can_say(model):
     """After other tokens, bounds and numbers say nothing of them; after several documents, neither does a length."""
     _, row, positions = packed()
     if "full_attention" not in model.config.layer_types:
-        cache = model(row, use_cache=True).past_key_values
+        cache = model(row, use_cache=True).cache
         for way in ("cu_seq_lens", "seq_idx"):
             with pytest.raises(FastWeightsError, match="give position_ids, which start anew"):
-                model(row, past_key_values=cache, **borders(positions)[way])
-    cache = model(row, use_cache=True, **borders(positions)["cu_seq_lens"]).past_key_values
+                model(row, cache=cache, **borders(positions)[way])
+    cache = model(row, use_cache=True, **borders(positions)["cu_seq_lens"]).cache
     with pytest.raises(FastWeightsError, match="were several documents: give position_ids"):
-        model(row[:, :1], past_key_values=cache)
+        model(row[:, :1], cache=cache)
 
 
 @torch.no_grad()
@@ -237,11 +237,11 @@ def test_rows_that_are_told_to_begin(base):
     """As in training, where the block goes on from piece to piece above a softmax model that starts anew."""
     model = trained(base, "softmax")
     ids, more = random_ids(2, 8), random_ids(2, 8, seed=1)
-    cache, starts = model(ids, use_cache=True).past_key_values, torch.zeros(2, 8, dtype=torch.bool)
+    cache, starts = model(ids, use_cache=True).cache, torch.zeros(2, 8, dtype=torch.bool)
     starts[0, 0] = True
     fresh = FastWeightsCache(model.config)
     fresh.block = cache.block
-    found = model(more, past_key_values=fresh, document_starts=starts).logits
+    found = model(more, cache=fresh, document_starts=starts).logits
     assert error(found[0], model(more[:1]).logits[0]) <= tolerances.FLOAT32
     assert error(found[1], model(more[1:]).logits[0]) > 1e-3  # and the other row has learned
 

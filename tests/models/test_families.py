@@ -150,4 +150,4 @@ def test_a_cache_under_another_name_is_refused(monkeypatch):
     monkeypatch.setitem(module.ARCHITECTURES, "gpt_neox", replace(ARCHITECTURES["gpt_neox"], cache_argument="cache"))
     model = convert(make_gpt_neox())
     with pytest.raises(FastWeightsError, match="was given a cache as layer_past and looks for it in cache"):
-        model(random_ids(1, 5), past_key_values=DynamicCache(config=model.config))
+        model(random_ids(1, 5), cache=DynamicCache(config=model.config))

@@ -108,9 +108,9 @@ def test_a_padded_batch_generates_what_each_row_does_alone(model):
 def test_goes_on_from_a_warm_cache(model):
     ids = random_ids(1, 30)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, :20], cache=cache)
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
-    warm = model.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **arguments)
+    warm = model.generate(ids, cache=cache, attention_mask=torch.ones_like(ids), **arguments)
     assert warm.tolist() == model.generate(ids, attention_mask=torch.ones_like(ids), **arguments).tolist()
 
 
@@ -119,7 +119,7 @@ def test_state_has_a_constant_size():
     model = trained(make_gpt2())
     cache, sizes = FastWeightsCache(model.config), []
     for seed in range(3):
-        model(random_ids(1, 50, seed), past_key_values=cache)
+        model(random_ids(1, 50, seed), cache=cache)
         sizes.append(state_bytes(cache))
     assert cache.block is not None
     assert cache.block.get_seq_length() == 150
@@ -192,5 +192,5 @@ def test_logits_are_right_at_single_precision():
     with torch.no_grad():
         whole = model(ids).logits
         cache = DynamicCache(config=model.config)
-        parts = torch.cat([model(ids[:, i : i + 20], past_key_values=cache).logits for i in (0, 20, 40)], 1)
+        parts = torch.cat([model(ids[:, i : i + 20], cache=cache).logits for i in (0, 20, 40)], 1)
     assert (whole - parts).norm() / whole.norm() < 10 * tolerances.FAST_WEIGHT_LAYER

@@ -52,8 +52,8 @@ def test_all_that_is_returned(model, way):
         assert [step[-1].shape[1] for step in output.hidden_states] == lengths
         assert all(len(step) == 4 for step in output.hidden_states)
     assert outputs[0].sequences.equal(outputs[1].sequences)
-    assert outputs[0].past_key_values.get_seq_length() == 14
-    assert outputs[1].past_key_values is None
+    assert outputs[0].cache.get_seq_length() == 14
+    assert outputs[1].cache is None
 
 
 def test_processors(model):
@@ -92,18 +92,18 @@ def test_going_on_from_what_was_returned(model):
         model,
         output.sequences,
         attention_mask=mask,
-        past_key_values=output.past_key_values,
+        cache=output.cache,
         return_dict_in_generate=True,
     )
     assert on.sequences.equal(whole)
-    assert on.past_key_values.get_seq_length() == 18
+    assert on.cache.get_seq_length() == 18
 
 
 def test_going_on_with_several_new_tokens(model):
     ids = random_ids(2, 20)
     output = generate(model, ids[:, :9], max_new_tokens=1, return_dict_in_generate=True)
-    assert output.past_key_values.get_seq_length() == 9
-    assert generate(model, ids, past_key_values=output.past_key_values).equal(generate(model, ids))
+    assert output.cache.get_seq_length() == 9
+    assert generate(model, ids, cache=output.cache).equal(generate(model, ids))
 
 
 def test_the_last_logits_are_enough(model):

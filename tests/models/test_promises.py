@@ -125,16 +125,16 @@ def test_a_cache_without_a_config(model):
     ids = random_ids(2, 20)
     cache, pieces = DynamicCache(), []
     for start, stop in ((0, 9), (9, 10), (10, 20)):
-        pieces.append(model(ids[:, start:stop], past_key_values=cache).logits)
+        pieces.append(model(ids[:, start:stop], cache=cache).logits)
         assert cache.get_seq_length() == stop
     assert error(torch.cat(pieces, 1), model(ids).logits) <= tolerances.FLOAT32
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
     arguments["attention_mask"] = torch.ones_like(ids)
     expected = model.generate(ids, **arguments)
-    assert model.generate(ids, past_key_values=DynamicCache(), **arguments).equal(expected)
+    assert model.generate(ids, cache=DynamicCache(), **arguments).equal(expected)
     warm = DynamicCache()
-    model(ids[:, :13], past_key_values=warm)
-    assert model.generate(ids, past_key_values=warm, **arguments).equal(expected)
+    model(ids[:, :13], cache=warm)
+    assert model.generate(ids, cache=warm, **arguments).equal(expected)
 
 
 @torch.no_grad()
@@ -168,15 +168,15 @@ def test_attention_maps_of_others_are_refused_in_a_line(family, kind, says):
 @torch.no_grad()
 def test_use_cache_of_the_config(model):
     ids = random_ids(2, 9)
-    assert model(ids).past_key_values is not None
-    assert model.model(ids).past_key_values is not None
+    assert model(ids).cache is not None
+    assert model.model(ids).cache is not None
     model.config.use_cache = False
     for part in (model, model.model):
-        assert part(ids).past_key_values is None
-        assert part(ids, use_cache=True).past_key_values is not None
+        assert part(ids).cache is None
+        assert part(ids, use_cache=True).cache is not None
     model.config.use_cache = True
     for part in (model.train(), model.model):
-        assert part(ids).past_key_values is None
+        assert part(ids).cache is None
 
 
 def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:

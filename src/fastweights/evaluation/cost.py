@@ -91,7 +91,7 @@ def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) 
         while read < context:
             step = min(_PREFILL, context - read)
             tokens = torch.randint(model.config.vocab_size, (1, step), device=model.device)
-            model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=tokens, cache=cache, logits_to_keep=1)
             read += step
         caches[context] = deepcopy(cache)
     return caches
@@ -109,7 +109,7 @@ def _step(model: PreTrainedModel, cache: Cache) -> float:
         arguments["position_ids"] = torch.tensor([[min(cache.get_seq_length(), limit - 1)]], device=model.device)
     _synchronize(model)
     start = time.perf_counter()
-    model(input_ids=token, past_key_values=cache, use_cache=True, **arguments)
+    model(input_ids=token, cache=cache, use_cache=True, **arguments)
     _synchronize(model)
     return time.perf_counter() - start
 

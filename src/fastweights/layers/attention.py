@@ -120,7 +120,7 @@ class FastWeightAttention(KeepsFloat32):
         window: int = 0,
         window_bias: bool = False,
         rotary: bool = True,
-        cache_argument: str = "past_key_values",
+        cache_argument: str = "cache",
     ) -> None:
         super().__init__()
         check_known(attention, projections)

@@ -115,7 +115,7 @@ class Architecture:
     projections: Projections
     positions: str | None = None
     """Learned embedding of absolute positions, which ends at the trained length; None where there is none."""
-    cache_argument: str = "past_key_values"
+    cache_argument: str = "cache"
     """Name under which a layer hands its attention the cache."""
 
 

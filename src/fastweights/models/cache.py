@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 class _Recurrent(LinearAttentionLayer):
     """States, and what they were made of."""
 
-    is_compileable = False
     cumulative_length: int
     """Tokens read, padding included."""
     padded = False
@@ -47,6 +46,11 @@ class _Recurrent(LinearAttentionLayer):
     """Whether they are more than one document, of which softmax over all tokens would see the earlier ones."""
     position_offset = 0
     """Positions before the first token that the cache is said to hold."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: each state is another tensor."""
+        return False
 
     def state(self, state_idx: int = 0) -> Tensor | None:
         """A state; None before the first token."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from fastweights.errors import FastWeightsError
@@ -54,7 +55,6 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
 
@@ -140,13 +140,14 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         """Give the base model others."""
         self.base.set_input_embeddings(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
         position_ids: Int[Tensor, "_ T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T d"] | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
@@ -162,7 +163,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 out, if no earlier one was padding.
             position_ids: by default the number of real tokens before each token. Where they start anew, so does the
                 state: documents packed into one row do not see each other.
-            past_key_values: state to start from; it is updated in place. Without one the state is zero.
+            cache: state to start from; it is updated in place. Without one the state is zero.
             inputs_embeds: instead of tokens.
             use_cache: whether to return the state; by default as the config says, and not when training.
             cu_seq_lens_q: bounds of packed documents, in a single row.
@@ -182,15 +183,15 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         self._check_outputs(kwargs)
         _check_others(kwargs, cu_seq_lens_q)
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if self.training and (use_cache or past_key_values is not None):
-            self._check_checkpointing(past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = FastWeightsCache(self.config)
-        cache = None if past_key_values is None else FastWeightsCache.over(past_key_values, self.config)
-        past = 0 if cache is None else cache.get_seq_length()
+        if self.training and (use_cache or cache is not None):
+            self._check_checkpointing(cache)
+        if use_cache and cache is None:
+            cache = FastWeightsCache(self.config)
+        ours = None if cache is None else FastWeightsCache.over(cache, self.config)
+        past = 0 if ours is None else ours.get_seq_length()
         reading = read_tokens(
             (given.shape[0], given.shape[1]),
-            cache,
+            ours,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seq_lens=cu_seq_lens_q,
@@ -203,21 +204,21 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             kwargs["marks"] = reading.marks
         outputs = self.base(
             input_ids=input_ids,
-            attention_mask=self._softmax_mask(reading, cache, past, given),
+            attention_mask=self._softmax_mask(reading, ours, past, given),
             position_ids=reading.position_ids,
-            past_key_values=cache,
+            cache=ours,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        if cache is not None:
-            cache.note(past=past, padded=reading.mask is not None, starts=starts)
+        if ours is not None:
+            ours.note(past=past, padded=reading.mask is not None, starts=starts)
         hidden = outputs.last_hidden_state
         if self.fast_weight_layer is not None:
-            hidden = self._read_and_learn(hidden, input_ids, real, starts, cache)
+            hidden = self._read_and_learn(hidden, input_ids, real, starts, ours)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -252,7 +253,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
     def _check_checkpointing(self, cache: Cache | None) -> None:
         """transformers' checkpointed layers drop their cache."""
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
-            what = "use_cache" if cache is None else "past_key_values"
+            what = "use_cache" if cache is None else "cache"
             raise FastWeightsError(
                 f"{what} was given while training with gradient checkpointing, which keeps no states: leave it out, or "
                 "call gradient_checkpointing_disable()"
@@ -372,13 +373,14 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """Take another unembedding."""
         self.lm_head = new_embeddings  # type: ignore[assignment]
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Bool[Tensor, "B L"] | Int[Tensor, "B L"] | None = None,
         position_ids: Int[Tensor, "_ T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T d"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
@@ -402,7 +404,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -415,7 +417,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -445,8 +447,8 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
-            model_kwargs["past_key_values"] = FastWeightsCache.over(cache, self.config)
+        if isinstance(cache := model_kwargs.get("cache"), Cache):
+            model_kwargs["cache"] = FastWeightsCache.over(cache, self.config)
         return result
 
 
@@ -454,7 +456,7 @@ def _check_others(kwargs: dict[str, Any], cu_seq_lens_q: Tensor | None) -> None:
     """Refuse what the base model would swallow without a word; take out what it needs no more."""
     for name, value in kwargs.items():
         if isinstance(value, Cache):
-            raise FastWeightsError(f"a cache was given as {name}: give it as past_key_values")
+            raise FastWeightsError(f"a cache was given as {name}: give it as cache")
     if "cu_seqlens" in kwargs or (kwargs.get("cu_seq_lens_k") is not None and cu_seq_lens_q is None):
         raise FastWeightsError("bounds of packed documents were given without cu_seq_lens_q: give them under that name")
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):

@@ -112,7 +112,7 @@ class Memory:
         cache.begin_here()
         inputs = ids[None].to(self.model.device)
         output = self.model.generate(  # type: ignore[operator]
-            inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **arguments
+            inputs, attention_mask=torch.ones_like(inputs), cache=cache, **arguments
         )
         return output[0, len(ids) :] if returned == 1 else output[:, len(ids) :]
 

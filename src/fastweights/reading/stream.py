@@ -53,7 +53,7 @@ class Stream:
         if input_ids.shape[1] > self.context:
             raise FastWeightsError(f"a piece has {input_ids.shape[1]} tokens; allowed are up to {self.context}")
         return self.model(
-            input_ids=input_ids, past_key_values=self.cache_for(input_ids.shape[1]), use_cache=True, **kwargs
+            input_ids=input_ids, cache=self.cache_for(input_ids.shape[1]), use_cache=True, **kwargs
         ).logits
 
     def cache_for(self, length: int) -> Cache:

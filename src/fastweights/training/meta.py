@@ -81,7 +81,7 @@ class MetaTrainer(StageTrainer):
             input_ids=input_ids,
             position_ids=positions,
             document_starts=starts,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         loss = next_token_loss(outputs.logits, inputs["labels"])
