@@ -41,13 +41,13 @@ def test_padding_gives_each_row_what_it_has_alone(model, where):
 def test_a_mask_that_leaves_out_earlier_padding_is_refused(model):
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :3] = 0
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
     more = random_ids(2, 4, seed=1)
     for given in (None, torch.ones(2, 4, dtype=torch.long)):
         with pytest.raises(FastWeightsError, match=r"among the 12 tokens .* of length 16"):
-            model(more, attention_mask=given, past_key_values=cache)
+            model(more, attention_mask=given, cache=cache)
     cache.reset()
-    model(more, attention_mask=torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
+    model(more, attention_mask=torch.ones(2, 4, dtype=torch.long), cache=cache)
 
 
 def test_padded_batch_generates_what_each_row_does_alone(model):
@@ -75,8 +75,8 @@ def test_generation_goes_on_from_a_warm_cache(model):
     arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
     cold = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :17], past_key_values=cache)
-    warm = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
+    model(ids[:, :17], cache=cache)
+    warm = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **arguments)
     assert warm.tolist() == cold.tolist()
 
 
@@ -87,7 +87,7 @@ def test_state_does_not_grow(base, kind):
     cache = DynamicCache(config=model.config)
     sizes = []
     for _ in range(4):
-        model(random_ids(1, 20), past_key_values=cache)
+        model(random_ids(1, 20), cache=cache)
         sizes.append(state_bytes(cache))
     assert sizes[1:] == sizes[:1] * 3
 
@@ -96,10 +96,10 @@ def test_state_does_not_grow(base, kind):
 def test_a_masked_token_leaves_the_state_bit_for_bit(base):
     model = convert(base, KINDS["pure"])
     cache = DynamicCache(config=model.config)
-    model(random_ids(2, 10), past_key_values=cache)
+    model(random_ids(2, 10), cache=cache)
     before = [layer.recurrent_states[0].clone() for layer in cache.layers]
     mask = torch.tensor([[1] * 10 + [0, 0, 0], [1] * 13])
-    model(random_ids(2, 3, seed=3), past_key_values=cache, attention_mask=mask)
+    model(random_ids(2, 3, seed=3), cache=cache, attention_mask=mask)
     for old, layer in zip(before, cache.layers, strict=True):
         assert torch.equal(old[0], layer.recurrent_states[0][0])
         assert not torch.equal(old[1], layer.recurrent_states[0][1])
@@ -120,7 +120,7 @@ def test_bf16_keeps_gates_and_states_in_fp32(base, tmp_path):
     assert {p.dtype for n, p in model.named_parameters() if n in new} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if n not in new} == {torch.bfloat16}
     cache = DynamicCache(config=model.config)
-    logits = model(random_ids(1, 20), past_key_values=cache).logits
+    logits = model(random_ids(1, 20), cache=cache).logits
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
     full = AutoModelForCausalLM.from_pretrained(tmp_path)(random_ids(1, 20)).logits
     assert (logits.float() - full).abs().max() / full.abs().max() < 0.1
@@ -158,9 +158,9 @@ def test_kept_positions_end_with_a_clear_line():
     with pytest.raises(FastWeightsError, match="absolute positions end at 128"):
         model(random_ids(1, 129))
     cache = DynamicCache(config=model.config)
-    model(random_ids(1, 128), past_key_values=cache)
+    model(random_ids(1, 128), cache=cache)
     with pytest.raises(FastWeightsError, match='positions="drop"'):
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), cache=cache)
     with pytest.raises(FastWeightsError, match="absolute positions"):
         model.generate(random_ids(1, 120), max_new_tokens=20, do_sample=False, eos_token_id=None)
 

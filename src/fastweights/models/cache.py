@@ -333,6 +333,15 @@ class FastWeightsCache(DynamicCache):
         return [getattr(layer, "is_sliding", False) and not isinstance(layer, _Recurrent) for layer in self.layers]
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer of ours that has others beside it, by which transformers is to measure its masks.
+
+        Where all are ours, none, as `generate` asks none of these how many tokens it has read.
+        """
+        ours = [isinstance(layer, _Recurrent) for layer in self.layers]
+        return [is_ours and not all(ours) for is_ours in ours]
+
+    @property
     def padded(self) -> bool:
         """Whether padding is among the tokens so far."""
         return self._padded or any(layer.padded for layer in self.recurrent)
