@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -119,13 +121,25 @@ def test_a_cache_under_another_name_is_refused(filled):
             one(random_ids(3, 1), past_key_value=cache)
 
 
-def test_states_and_gradient_checkpointing_do_not_go_together(filled):
+@torch.no_grad()
+def test_past_key_values_is_the_former_name(filled):
+    model, cache = filled
+    ids = random_ids(3, 2)
+    for part, output in ((model, "logits"), (model.model, "last_hidden_state")):
+        expected = part(ids, cache=deepcopy(cache))[output]
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+            found = part(ids, past_key_values=deepcopy(cache))
+        assert found[output].equal(expected)
+        assert found.cache.get_seq_length() == 22
+
+
+def test_states_and_activation_checkpointing_do_not_go_together(filled):
     """transformers' checkpointed layers drop their cache."""
     model, cache = filled
     model = model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     for given in ({"cache": cache}, {"use_cache": True}):
-        with pytest.raises(FastWeightsError, match="gradient checkpointing, which keeps no states"):
+        with pytest.raises(FastWeightsError, match="activation checkpointing, which keeps no states"):
             model(random_ids(3, 2), **given)
     model(random_ids(3, 2), use_cache=False)
 

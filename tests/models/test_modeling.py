@@ -126,13 +126,13 @@ def test_bf16_keeps_gates_and_states_in_fp32(base, tmp_path):
     assert (logits.float() - full).abs().max() / full.abs().max() < 0.1
 
 
-def test_gradient_checkpointing_changes_no_gradient(base):
+def test_activation_checkpointing_changes_no_gradient(base):
     model = convert(base, KINDS["hybrid"]).train()
     ids = random_ids(2, 20)
     model(ids, labels=ids).loss.backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-5, atol=1e-6)

@@ -255,8 +255,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             what = "use_cache" if cache is None else "cache"
             raise FastWeightsError(
-                f"{what} was given while training with gradient checkpointing, which keeps no states: leave it out, or "
-                "call gradient_checkpointing_disable()"
+                f"{what} was given while training with activation checkpointing, which keeps no states: leave it out, "
+                "or call activation_checkpointing_disable()"
             )
 
     def _softmax_mask(
