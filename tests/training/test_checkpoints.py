@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 import torch
-from fastweights.training.config import RunConfig
 from safetensors.torch import load_file
 
 from fastweights.errors import FastWeightsError
+from fastweights.settings.training import RunConfig
 from fastweights.training.checkpoints import (
     FINISHED,
     MANIFEST,
