@@ -34,7 +34,7 @@ $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	touch $@
 
 demo: setup
-	$(BIN)/fastweights demo
+	$(BIN)/fastweights demo --overwrite
 
 test: setup $(VENV)/.tests-installed
 	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest

@@ -71,6 +71,7 @@ def _run(model: str, data: DataConfig, name: str, settings: dict, seed: int, arg
     config = TrainConfig(
         model=model,
         output=arguments.runs / f"{name}-{seed}".replace(" ", "-"),
+        overwrite=True,
         stage="transfer",
         held_out="test",
         convert=ConversionConfig(**settings),

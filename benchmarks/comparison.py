@@ -112,6 +112,7 @@ def train_config(variant: str, seed: int, output: Path, arguments: argparse.Name
         output=output / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}",
         stage="meta",
         resume=arguments.resume,
+        overwrite=not arguments.resume,
         held_out="test",
         data=DataConfig(text=arguments.text, block_size=arguments.block_size),
         fast_weight_layer=settings,

@@ -121,3 +121,20 @@ def test_one_run_to_a_folder(tmp_path):
         pass
     with only_run(tmp_path):
         check_output_folder(tmp_path, overwrite=False)
+
+
+def test_what_a_kill_left_is_cleared_by_the_next_run_alone(tmp_path):
+    left = tmp_path / ".fastweights-partial-x"
+    left.mkdir()
+    (left / "new").touch()
+    check_output_folder(tmp_path, overwrite=False)
+    with only_run(tmp_path):
+        assert not left.exists()
+        with pytest.raises(FastWeightsError), only_run(tmp_path):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.mkdir", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(FastWeightsError, match="no space left"), only_run(tmp_path / "new"):
+        pass

@@ -64,8 +64,23 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+def flush_all(paths: Iterable[Path]) -> None:
+    """See to it that files, and the entries of the folders they lie in, are on the disk."""
+    paths = list(paths)
+    for path in [*paths, *{path.parent for path in paths}]:
+        _flush(path)
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer to a folder, whole or not at all.
+    """Write a model and its tokenizer to a folder, whole or not at all; see `model_written_whole`."""
+    with model_written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def model_written_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside to save a model and its tokenizer in; once the block ends they are moved into `folder`.
 
     Into a folder that exists, for instance of the run that made the model, files are moved one by one: config.json goes
     first and comes last, so that a folder in which a kill left half of them is no model.
@@ -79,10 +94,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder = Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(folder) as partial:
+        # Within a folder that exists, where its next run finds what a kill left of it.
+        with _beside(folder / _CONFIG if folder.exists() else folder) as partial:
             partial.mkdir()
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            yield partial
             for file in partial.iterdir():
                 os.chmod(file, 0o666 & ~_umask())
                 _flush(file)
@@ -148,13 +163,27 @@ def check_output_folder(folder: Path, *, overwrite: bool, names: Iterable[str] |
     check_folder(folder)
     if overwrite or not folder.exists():
         return
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
+    there = things_in(folder)
     found = there if names is None else [name for name in there if name in set(names)]
     if found:
         raise FastWeightsError(
             f"output {folder} has {found[0]} in it{_others(found)}: give another folder, or replace what is there with "
             "--overwrite"
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to, and those that it is to lie in."""
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastWeightsError(f"cannot make the folder {folder}: {said(error)}") from error
+
+
+def things_in(folder: Path) -> list[str]:
+    """Names of what is in a folder, but for what this module itself left there."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith((LOCK_FILE, _PARTIAL)))
 
 
 @contextmanager
@@ -166,8 +195,7 @@ def only_run(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK_FILE, blocking=False)
     try:
         lock.acquire()
@@ -176,6 +204,8 @@ def only_run(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         raise FastWeightsError(f"{folder} cannot be kept to one process: {said(error)}; give another folder") from error
     try:
+        for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
+            shutil.rmtree(left)
         yield
     finally:
         lock.release()
@@ -188,6 +218,8 @@ def said(error: BaseException) -> str:
         return os.strerror(error.errno).lower()
     if "os error 28" in text or "No space left" in text or os.strerror(errno.ENOSPC) in text:
         return os.strerror(errno.ENOSPC).lower()
+    if "inline_container.cc" in text:  # torch.save, which does not say why
+        return "it could not be written to its end, as on a full disk"
     return reason_of(error)
 
 

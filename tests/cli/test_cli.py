@@ -171,8 +171,8 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         ),
         (("convert", "MODEL", "MODEL"), "own folder"),
         (
-            ("train", "--model", "MODEL", "--output", "MODEL", "--data.text", "TEXT", "--data.block-size", "32"),
-            "own folder",
+            ("train", "--model", "MODEL", "--output", "MODEL", "--data.text", "TEXT", "--overwrite"),
+            "which is read: give another folder",
         ),
         (("train", "--model", "MODEL", "--data.text", "binary.txt"), "utf-8"),
         (("train", "--model", "MODEL", "--data.text", "cut.jsonl"), "cut.jsonl"),
@@ -219,6 +219,20 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         ),
         (("convert", "MODEL", "out", "--window", "8", "--layer-types", *["linear_attention"] * 3), "no hybrid_sliding"),
         (("convert", "MODEL", "out", "--gate-bias", "nan", "1"), "finite"),
+        (
+            ("train", "--model", "MODEL", "--output", "texts/out", "--data.text", "texts", "--overwrite"),
+            "lies in, texts",
+        ),
+        (("train", "--output", "used"), "has a run in it: .* with --resume, .* --overwrite"),
+        (("train", "--output", "texts"), "has book.txt in it.*--overwrite"),
+        (("train", "--output", "texts", "--resume"), "no run.json"),
+        (("train", "--output", "used", "--resume"), "run.json cannot be read"),
+        (("train", "--output", "used", "--resume", "--overwrite"), "give one of them"),
+        (("pretrain", "--output", "texts"), "has book.txt in it.*--overwrite"),
+        (("demo", "--output", "texts"), "has book.txt in it.*--overwrite"),
+        (("eval", "MODEL", "--output", "MODEL"), "folder of a model"),
+        (("eval", "MODEL", "--output", "used"), "has results.json in it.*--overwrite"),
+        (("train", "--run.save-minutes", "nan"), "save_minutes is nan"),
         (("demo", "--contexts", "1024", "256"), "rising order"),
         (("eval", "MODEL", "--text", "TEXT"), "block_size is 1024; this model's absolute positions end at 128"),
         (("eval", "MODEL", "--contexts", "all"), "stream"),
@@ -247,6 +261,10 @@ def test_bad_input_gets_one_clear_line(monkeypatch, capsys, model_folder, text_f
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "none.toml").write_text("models = []")
+    for folder, *names in (("texts", "book.txt"), ("used", "run.json", "results.json")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
     known = {"MODEL": str(model_folder), "TEXT": str(text_file)}
@@ -337,3 +355,19 @@ def test_nothing_is_overwritten_by_an_error(monkeypatch, capsys, model_folder, t
     code, _, err = run(monkeypatch, capsys, "convert", model_folder, output)
     assert (code, output.read_text()) == (1, "mine")
     assert "is a file" in err
+
+
+def test_eval_writes_over_results_only_if_told(monkeypatch, capsys, model_folder, text_file, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    command = ("eval", model_folder, "--text", text_file, "--block-size", "64", "--evaluation.max-tokens", "200")
+    command += ("--output", tmp_path)
+    code, _, _ = run(monkeypatch, capsys, *command)
+    assert (code, (tmp_path / "results.json").read_text()) == (1, "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        code, out, err = run(monkeypatch, capsys, *command, "--overwrite")
+        assert (code, (tmp_path / "results.json").read_text()) == (1, "mine")
+        assert "static" in out  # what was found is not lost
+        assert "no space left" in err.splitlines()[-1]
+    code, _, _ = run(monkeypatch, capsys, *command, "--overwrite")
+    assert (code, "static" in (tmp_path / "results.json").read_text()) == (0, True)

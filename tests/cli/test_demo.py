@@ -1,17 +1,24 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from fastweights.cli.demo import run_demo
+from fastweights.errors import FastWeightsError
 from fastweights.settings.demo import DemoConfig
 
 
 @pytest.mark.timeout(300)
 def test_a_small_demo_writes_all_it_promises(tmp_path):
     said = []
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.json").write_text("of another demo")
     config = DemoConfig(
         output=tmp_path / "demo", window=8, tokens=12_288, contexts=(16, 64), held_out_tokens=2048, meta_steps=4
     )
+    with pytest.raises(FastWeightsError, match=r"has results\.json in it"):
+        run_demo(config, said.append)
+    config = replace(config, overwrite=True)
     result = run_demo(config, said.append)
     assert said
     written = json.loads((tmp_path / "demo" / "results.json").read_text())

@@ -11,7 +11,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.evaluation.perplexity import _spans, evaluate, plain, score
 from fastweights.models import add_fast_weight_layer, convert
 from fastweights.settings.conversion import ConversionConfig
-from fastweights.settings.evaluation import EvaluationConfig
+from fastweights.settings.evaluation import CONTEXTS, EvaluationConfig
 from tests.conftest import make_gpt2
 
 
@@ -148,6 +148,17 @@ def test_sliding_equals_block_on_one_window(tokenizer):
         for context in ("block", "sliding")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_progress_goes_up_to_all_of_the_text(tokenizer, context):
+    told = []
+    text = tokenize(["a text of some tokens", "and another one"], tokenizer)
+    config = EvaluationConfig(context=context, batch_size=1)
+    evaluate(make_gpt2(), text, block_size=8, config=config, progress=lambda *numbers: told.append(numbers))
+    assert len(told) > 3
+    assert told == sorted(set(told))
+    assert told[-1] == (len(text.tokens), len(text.tokens))
 
 
 def test_model_keeps_its_mode(tokenizer):

@@ -18,6 +18,7 @@ from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import next_token_loss
 from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler
 from tests.conftest import make_gpt2, random_ids
+from tests.training.test_trainer import told_to_stop
 
 
 def trainer(folder, model, **settings):
@@ -61,7 +62,7 @@ def test_runs_of_blocks_are_read_in_order_and_side_by_side(lanes):
     assert len(set(order)) == len(order)
     for lane in range(lanes):
         for i, block in enumerate(order[lane::lanes]):
-            assert blocks[block]["starts"] == (i % 8 == 0)
+            assert blocks[block]["ends"] == (i % 8 == 7)
             assert i % 8 == 0 or block == order[lane::lanes][i - 1] + 1
     read = set()
     for epoch in range(30):
@@ -84,11 +85,13 @@ def test_fast_weights_go_on_from_step_to_step(tmp_path, kind):
     with torch.no_grad():
         for step in range(6):
             rows = [stage.train_dataset[i] for i in order[2 * step : 2 * step + 2]]
-            if rows[0]["starts"] or step % 2 == 0:  # a checkpoint has been saved
+            if step % 3 == 0:
                 stream = Stream(model, 32)
             ids = torch.stack([row["input_ids"] for row in rows])
             expected.append(next_token_loss(stream.read(ids), ids).item())
     assert losses == pytest.approx(expected, abs=1e-5)
+    # One was due after steps 2 and 4, but within a run; the Trainer saves the last step in any case.
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
 def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path, monkeypatch):
@@ -96,7 +99,7 @@ def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path, monkeypatch):
     compute_loss = MetaTrainer.compute_loss
     for name in steps:
         folder = tmp_path / name
-        stage = trainer(folder, add_fast_weight_layer(make_gpt2()))
+        stage = trainer(folder, add_fast_weight_layer(make_gpt2()), blocks=2)
         if name == "resumed":
             shutil.copytree(tmp_path / "whole" / "checkpoint-2", folder / "checkpoint-2")
 
@@ -109,6 +112,23 @@ def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path, monkeypatch):
         finals.append(stage.model.state_dict())
     assert steps == {"whole": 4, "resumed": 2}
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+
+
+def test_a_run_that_sigterm_stopped_ends_as_one_that_was_not(tmp_path):
+    """The checkpoint waits for the end of a run of blocks: it has no place for fast weights."""
+    finals = {}
+    for name in ("whole", "stopped", "resumed"):
+        folder = tmp_path / ("whole" if name == "whole" else "stopped")
+        stage = trainer(folder, add_fast_weight_layer(make_gpt2()), steps=6, blocks=3)
+        if name == "stopped":
+            told_to_stop(stage, at=0)
+            with pytest.raises(SystemExit):
+                stage.run(resume=False)
+            assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+        else:
+            stage.run(resume=name == "resumed")
+            finals[name] = (folder / "model.safetensors").read_bytes()
+    assert finals["whole"] == finals["resumed"]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "hybrid"])

@@ -1,6 +1,9 @@
 """A run goes on from its own past and from no other's."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,15 +11,18 @@ import torch
 
 from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
+from fastweights.files import LOCK_FILE, only_run, save_model
 from fastweights.models import convert, load_model
 from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import HeldOutConfig
 from fastweights.settings.text import DataConfig
-from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.settings.training import FinetuneConfig, PretrainConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.runs import CHECKPOINT, TRAINER_STATE_FILE, check_stage, clear_stages
+from fastweights.training.checkpoints import CHECKPOINT
+from fastweights.training.pretrain import pretrain
+from fastweights.training.runs import TRAINER_STATE_FILE, check_stage
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def config(tmp_path, model_folder, text_file) -> TrainConfig:
 
 def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
     train(config)
-    other = replace(config, convert=ConversionConfig(window=8))
+    other = replace(config, convert=ConversionConfig(window=8), overwrite=True)
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -43,14 +49,14 @@ def test_a_new_run_in_a_used_folder_starts_anew(config, monkeypatch):
         patch.setattr("fastweights.training.trainer.StageTrainer.run", killed)
         with pytest.raises(KeyboardInterrupt):
             train(other)
-    train(replace(other, resume=True))
+    train(replace(other, resume=True, overwrite=False))
     assert load_model(config.output).config.settings.window == 8
 
 
 def test_a_new_run_touches_nothing_but_its_own_stages(config):
     others = config.output / "other" / "checkpoint-500"
     others.mkdir(parents=True)
-    train(config)
+    train(replace(config, overwrite=True))
     assert others.is_dir()
 
 
@@ -61,20 +67,26 @@ def test_a_run_that_is_refused_leaves_the_one_before_it(config):
         (replace(config, run=RunConfig(report_to="nonsense")), "report_to"),
         (replace(config, finetune=FinetuneConfig(batch_size=10_000)), "a batch takes 10000"),
         (replace(config, evaluation=HeldOutConfig(context="sliding", stride=64)), "stride is 64"),
-        (replace(config, model=str(config.output)), "was given, but|own folder"),
+        (replace(config, model=str(config.output)), "which is read"),
+        (replace(config, data=replace(config.data, text=str(config.output.parent))), "lies in"),
+        (replace(config, teacher=str(config.output / "transfer")), "written to"),
     )
     for other, message in refused:
         with pytest.raises(FastWeightsError, match=message):
-            train(other)
+            train(replace(other, overwrite=True))
     assert set(config.output.rglob("*")) == before
     results = train(replace(config, resume=True, evaluation=HeldOutConfig(max_tokens=64)))
     assert results[-1].evaluation.tokens == 63
 
 
-def test_reports_may_go_everywhere_or_nowhere(config):
+def test_reports_go_where_something_takes_them(config, monkeypatch):
     blocks = TokenBlocks(torch.arange(64), 16)
-    for where in ("none", "all", "tensorboard"):
+    for where in ("none", "all"):
         check_stage(config.transfer, RunConfig(report_to=where), blocks)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    for where, message in (("tensorboard", "requires tensorboard to be installed"), ("odd", "not supported")):
+        with pytest.raises(FastWeightsError, match=message):
+            check_stage(config.transfer, RunConfig(report_to=where), blocks)
 
 
 def test_tokens_are_those_that_were_read(config, text_file):
@@ -95,9 +107,66 @@ def test_a_run_resumes_only_with_its_own_config(config):
         train(replace(config, convert=ConversionConfig(window=8), resume=True))
     assert (config.output / "run.json").read_text() == before
     train(replace(config, run=RunConfig(save_every=3), resume=True))  # how often to save is free
-    (config.output / "run.json").write_text('{"stage": "Tra')  # killed while writing it
-    train(replace(config, run=RunConfig(save_every=3), resume=True))
     assert json.loads((config.output / "run.json").read_text())["config"]["run"]["save_every"] == 3
+
+
+@pytest.mark.parametrize("content", ['{"stage": "Tra', "[]", "", "\udcff", "[" * 10**5])
+def test_a_run_whose_config_is_lost_is_refused(config, content):
+    config.output.mkdir()
+    (config.output / "run.json").write_text(content, errors="surrogateescape")
+    before = (config.output / "run.json").read_bytes()
+    with pytest.raises(FastWeightsError, match=r"run\.json cannot be read.*--overwrite"):
+        train(replace(config, resume=True))
+    assert (config.output / "run.json").read_bytes() == before
+
+
+def test_an_output_that_is_in_use_is_refused_before_anything_is_loaded(config, monkeypatch):
+    monkeypatch.setattr("fastweights.training.pipeline.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    config.output.mkdir()
+    (config.output / "book.txt").write_text("mine")
+    pretrained = PretrainConfig(output=config.output)
+    for run, other in ((train, config), (pretrain, pretrained)):
+        with pytest.raises(FastWeightsError, match=r"has book\.txt in it.*--overwrite"):
+            run(other)
+        with pytest.raises(FastWeightsError, match=r"has book\.txt in it and no run\.json.*--overwrite"):
+            run(replace(other, resume=True))
+    (config.output / "run.json").write_text("{}")
+    with pytest.raises(FastWeightsError, match=r"has a run in it.*--resume.*--overwrite"):
+        train(config)
+
+
+def test_resume_begins_where_nothing_was_begun(config):
+    assert train(replace(config, resume=True))[-1].stage == "finetune"
+
+
+def test_the_model_that_was_converted_is_never_written_over(config, tmp_path, model_folder):
+    base, converted = tmp_path / "base", tmp_path / "converted"
+    shutil.copytree(model_folder, base)
+    save_model(convert(base), load_tokenizer(str(base)), converted)
+    with pytest.raises(FastWeightsError, match="which is read"):
+        train(replace(config, model=str(converted), output=base, overwrite=True))
+    assert {path.name for path in base.iterdir()} == {path.name for path in model_folder.iterdir()}
+
+
+def test_a_folder_takes_one_run_at_a_time(config, model_folder, text_file):
+    """Two real processes: this one writes there, and another would like to."""
+    command = [sys.executable, "-m", "fastweights", "train", "--overwrite", "--output", config.output]
+    command += ["--model", model_folder, "--data.text", text_file, "--data.block-size", "32"]
+    with only_run(config.output):
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "another process is writing" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in config.output.iterdir()} == {LOCK_FILE}
+
+
+def test_a_full_disk_keeps_the_results_before_it(config, monkeypatch):
+    train(config)
+    before = (config.output / "results.json").read_text()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(FastWeightsError, match="no space left"):
+        train(replace(config, resume=True))
+    assert (config.output / "results.json").read_text() == before
 
 
 def test_settings_of_a_conversion_that_is_over_are_refused(config, tmp_path, model_folder):
@@ -113,18 +182,7 @@ def test_a_text_that_has_changed_is_read_anew(config, tmp_path, text_file):
     config = replace(config, data=replace(config.data, text=str(text)), evaluation=HeldOutConfig(max_tokens=None))
     before = train(config)[-1].evaluation.tokens
     text.write_text(text_file.read_text() * 2)
-    assert train(config)[-1].evaluation.tokens == pytest.approx(2 * before, abs=2)
-
-
-def test_only_what_a_run_goes_on_from_is_cleared(tmp_path):
-    kept = [tmp_path / "transfer" / "model.safetensors", tmp_path / "other" / "finished", tmp_path / "checkpoint-1"]
-    gone = [tmp_path / "transfer" / "finished", tmp_path / "transfer" / "checkpoint-2"]
-    for path in (*kept, *gone):
-        path.parent.mkdir(exist_ok=True)
-        path.mkdir() if "checkpoint" in path.name else path.touch()
-    clear_stages(tmp_path, ("transfer", "finetune"))
-    assert all(path.exists() for path in kept)
-    assert not any(path.exists() for path in gone)
+    assert train(replace(config, overwrite=True))[-1].evaluation.tokens == pytest.approx(2 * before, abs=2)
 
 
 def test_files_are_those_of_the_trainer():

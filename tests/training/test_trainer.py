@@ -1,8 +1,11 @@
 import dataclasses
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,10 +15,10 @@ from safetensors.torch import load_file
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.settings.training import FinetuneConfig, RunConfig, StageConfig
+from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TrainConfig
 from fastweights.training.blocks import TokenBlocks
+from fastweights.training.checkpoints import last_checkpoint
 from fastweights.training.finetune import FinetuneTrainer, divergence
-from fastweights.training.runs import last_checkpoint
 from tests.conftest import make_gpt2, random_ids
 
 
@@ -86,19 +89,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-def test_a_checkpoint_cut_off_while_writing_is_passed_over(tmp_path):
-    trainer(tmp_path, steps=4).run(resume=False)
-    assert last_checkpoint(tmp_path).name == "checkpoint-4"
-    weights = tmp_path / "checkpoint-4" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"
-    weights.write_bytes(whole)
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 0.')
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"
-    assert last_checkpoint(tmp_path / "nothing") is None
-
-
 def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
     teacher, student = torch.randn(2, 2, 5, 7)
     assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
@@ -114,6 +104,12 @@ def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
         (lambda: StageConfig(steps=5, warmup_steps=6), "warmup_steps is 6"),
         (lambda: FinetuneConfig(kl_weight=1.5), "kl_weight is 1.5"),
         (lambda: RunConfig(save_every=0), "save_every is 0"),
+        (lambda: RunConfig(save_minutes=math.nan), "save_minutes is nan"),
+        (lambda: RunConfig(max_grad_norm=math.nan), "max_grad_norm is nan"),
+        (lambda: StageConfig(weight_decay=math.nan), "weight_decay is nan"),
+        (lambda: StageConfig(weight_decay=-0.1), "weight_decay is -0.1"),
+        (lambda: MetaConfig(base_learning_rate=math.inf), "base_learning_rate is inf"),
+        (lambda: TrainConfig(resume=True, overwrite=True), "give one of them"),
     ],
 )
 def test_bad_settings(make, expected):
@@ -138,34 +134,93 @@ def losses(folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_a_killed_run_resumes_on_the_same_loss_curve(tmp_path, model_folder, text_file):
-    subprocess.run(command(tmp_path / "whole", model_folder, text_file), check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder, text_file):
+    """That run, not disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(folder, model_folder, text_file), check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, model_folder, text_file, whole, how):
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        command(killed, model_folder, text_file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(killed, model_folder, text_file), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not (killed / "finetune" / "checkpoint-8" / "trainer_state.json").exists():
+    while not (killed / "finetune" / "checkpoint-8" / "manifest.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    _, err = process.communicate()
     assert not (killed / "finetune" / "finished").exists()
+    if how == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "stopped by SIGTERM" in err.splitlines()[-1]
+        assert "--resume goes on" in err.splitlines()[-1]
     subprocess.run(command(killed, model_folder, text_file, "--resume"), check=True, capture_output=True)
-    assert losses(killed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(killed) == losses(whole)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file):
-    one, two = tmp_path / "one", tmp_path / "two"
+def told_to_stop(stage, at):
+    """Has SIGTERM come in the middle of a step."""
+    compute = stage.compute_loss
+
+    def told(*args, **kwargs):
+        if stage.state.global_step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*args, **kwargs)
+
+    stage.compute_loss = told
+
+
+def test_sigterm_ends_the_step_and_saves(tmp_path, caplog):
+    run = RunConfig(save_every=100, log_every=1)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer(tmp_path / "whole", steps=6, run=run).run(resume=False)
+    stage = trainer(tmp_path / "stopped", steps=6, run=run)
+    told_to_stop(stage, at=2)
+    with pytest.raises(SystemExit) as stop:
+        stage.run(resume=False)
+    assert stop.value.code == 143
+    assert last_checkpoint(tmp_path / "stopped").name == "checkpoint-3"
+    assert len(caplog.messages) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    trainer(tmp_path / "stopped", steps=6, run=run).run(resume=True)
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_threads_leave_signals_alone(tmp_path):
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    stage = trainer(tmp_path, steps=2)
+    compute = stage.compute_loss
+
+    def looked(*args, **kwargs):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return compute(*args, **kwargs)
+
+    stage.compute_loss = looked
+    thread = threading.Thread(target=lambda: stage.run(resume=False))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "finished").exists()
+    assert seen == [before, before]
+
+
+def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file, whole):
+    two = tmp_path / "two"
     half = command(two, model_folder, text_file, batch_size=1)[3:]
     # On a machine without GPUs --multi_gpu is accelerate's word for several processes, which then use gloo.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run(command(one, model_folder, text_file), check=True, capture_output=True)
-    subprocess.run([*launch, "-m", "fastweights", *half], check=True, capture_output=True)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
-    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    done = subprocess.run([*launch, "-m", "fastweights", *half], check=True, capture_output=True, text=True)
+    assert done.stdout.count("retention") == 2  # one table, whose title and head say it
+    assert losses(two) == pytest.approx(losses(whole), rel=1e-3)
+    first, second = load_file(whole / "model.safetensors"), load_file(two / "model.safetensors")
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=1e-3)
 

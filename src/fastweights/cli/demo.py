@@ -17,9 +17,9 @@ from transformers import set_seed
 
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
-from fastweights.errors import check_folder
 from fastweights.evaluation.comparison import MethodResult, compare
 from fastweights.evaluation.cost import DecodeCost, decode_costs
+from fastweights.files import check_output_folder, only_run, write_text
 from fastweights.models import load_model
 from fastweights.models.loading import load_tokenizer, resolve_model
 from fastweights.settings.conversion import ConversionConfig
@@ -68,6 +68,7 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         finetune = FinetuneConfig(steps=steps, learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=min(2, steps))
     return TrainConfig(
         output=config.output / name,
+        overwrite=config.overwrite,
         held_out="test",
         convert=convert,
         transfer=transfer,
@@ -83,8 +84,12 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     Args:
         say: called with a line about each part before it begins.
     """
-    check_folder(config.output)
-    config.output.mkdir(parents=True, exist_ok=True)
+    check_output_folder(config.output, overwrite=config.overwrite)
+    with only_run(config.output):
+        return _run_alone(config, say)
+
+
+def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     stages = {}
     for name in ("pure", "hybrid"):
         window = f" and an exact window of {config.window}" if name == "hybrid" else " alone"
@@ -107,7 +112,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
     plot_comparison(compared, files[2])
-    files[3].write_text(json.dumps(results(stages, decode, samples, compared), indent=2) + "\n")
+    write_text(files[3], json.dumps(results(stages, decode, samples, compared), indent=2) + "\n")
     return DemoResult(stages, decode, samples, compared, files)
 
 
@@ -116,6 +121,7 @@ def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodRes
     settings = TrainConfig(
         model=str(config.output / "hybrid"),
         output=config.output / "learning",
+        overwrite=config.overwrite,
         stage="meta",
         held_out="validation",
         meta=MetaConfig(steps=config.meta_steps),

@@ -59,7 +59,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     MetaConfig: _STAGE,
     PretrainConfig: (),
     RmsConfig: _DYNAMIC,
-    RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "log_every", "report_to"),
+    RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "save_minutes", "log_every", "report_to"),
     ShortStageConfig: _STAGE,
     TrainConfig: (),
     TransferConfig: (*_STAGE, "calibrate"),

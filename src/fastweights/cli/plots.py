@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from fastweights.files import written_whole
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -124,4 +126,5 @@ def _label(panel: Axes, x: str, y: str) -> None:
 
 
 def _save(figure, output: Path) -> None:
-    figure.savefig(output, dpi=120)
+    with written_whole(output) as partial:
+        figure.savefig(partial, format="png", dpi=120)

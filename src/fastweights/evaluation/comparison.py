@@ -73,6 +73,7 @@ def compare(
     validation: TokenizedText | None = None,
     training: TokenizedText | None = None,
     say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[MethodResult]:
     """Score `text` by each method in each context; static in blocks, the unit of time and peak memory, comes first.
 
@@ -85,6 +86,7 @@ def compare(
         validation: text to tune dynamic evaluation on, if `config.tune_tokens` says so.
         training: text that rms takes the sizes of gradients from.
         say: called with a line about each part before it begins.
+        progress: called as each part goes with the tokens that are done, and with all that there are.
 
     Raises:
         FastWeightsError: the model has no Fast Weight Layer and fwl was asked for, or a text that a method needs was
@@ -111,9 +113,10 @@ def compare(
                 if config.tune_tokens:
                     say(f"tuning {method} in context {context}")
                     wide = replace(here, max_tokens=config.tune_tokens)
-                    settings = tune(model, _needed(validation, "validation"), settings, block_size, wide, mean_squares)
+                    known = _needed(validation, "validation")
+                    settings = tune(model, known, settings, block_size, wide, mean_squares, progress)
             say(f"{method} in context {context}")
-            results.append(_run(model, text, method, here, block_size, settings, mean_squares, results))
+            results.append(_run(model, text, method, here, block_size, settings, mean_squares, results, progress))
     return results
 
 
@@ -124,6 +127,7 @@ def tune(
     block_size: int,
     evaluation: EvaluationConfig,
     mean_squares: dict[str, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DynamicEvaluationConfig:
     """The step size, then the decay, then the step size again, that give the lowest loss on `text`.
 
@@ -134,6 +138,7 @@ def tune(
         block_size: tokens that are read at once.
         evaluation: context, and how much of the text.
         mean_squares: from `gradient_mean_squares`, for rms.
+        progress: as for `compare`, of each reading of the text anew.
     """
     tried: dict[DynamicEvaluationConfig, float] = {}
 
@@ -141,7 +146,12 @@ def tune(
         if candidate not in tried:
             with DynamicEvaluation(model, candidate, mean_squares) as dynamic_evaluation:
                 tried[candidate] = evaluate(
-                    model, text, block_size=block_size, config=evaluation, dynamic_evaluation=dynamic_evaluation
+                    model,
+                    text,
+                    block_size=block_size,
+                    config=evaluation,
+                    dynamic_evaluation=dynamic_evaluation,
+                    progress=progress,
                 ).loss
         return tried[candidate] if tried[candidate] == tried[candidate] else float("inf")
 
@@ -180,6 +190,7 @@ def _run(
     settings: DynamicEvaluationConfig | None,
     mean_squares: dict[str, Tensor] | None,
     results: list[MethodResult],
+    progress: Callable[[int, int], None] | None,
 ) -> MethodResult:
     losses = torch.full((len(text.tokens[: evaluation.max_tokens]),), float("nan"))
     total, count = 0.0, 0
@@ -188,7 +199,12 @@ def _run(
         dynamic = nullcontext() if settings is None else DynamicEvaluation(model, settings, mean_squares)
         with dynamic as dynamic_evaluation:
             for positions, part in score(
-                model, text, block_size=block_size, config=evaluation, dynamic_evaluation=dynamic_evaluation
+                model,
+                text,
+                block_size=block_size,
+                config=evaluation,
+                dynamic_evaluation=dynamic_evaluation,
+                progress=progress,
             ):
                 losses[positions.cpu()] = part.float().cpu()
                 total, count = total + part.double().sum().item(), count + len(part)

@@ -21,7 +21,7 @@ from fastweights.reading.stream import Stream, check_block_size
 from fastweights.settings.evaluation import EvaluationConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -54,6 +54,7 @@ def evaluate(
     block_size: int = 1024,
     config: EvaluationConfig | None = None,
     dynamic_evaluation: DynamicEvaluation | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """How well a model predicts a text: each token but the first of each document, once.
 
@@ -63,6 +64,7 @@ def evaluate(
         block_size: tokens that it reads at once; the last block may be shorter.
         config: context, batch size and how much of the text; by default all of it in independent blocks.
         dynamic_evaluation: of the model, entered already: its weights go on learning from what was scored.
+        progress: called as it goes with the tokens that are done, and with all that there are.
 
     Returns:
         Loss in nats per token, and the measures that follow from it.
@@ -72,7 +74,14 @@ def evaluate(
             token of it, or the loss is not a number.
     """
     loss, count = 0.0, 0
-    for _, losses in score(model, text, block_size=block_size, config=config, dynamic_evaluation=dynamic_evaluation):
+    for _, losses in score(
+        model,
+        text,
+        block_size=block_size,
+        config=config,
+        dynamic_evaluation=dynamic_evaluation,
+        progress=progress,
+    ):
         loss += losses.double().sum().item()
         count += len(losses)
     return summary(loss, count, text, config)
@@ -113,6 +122,7 @@ def score(
     block_size: int = 1024,
     config: EvaluationConfig | None = None,
     dynamic_evaluation: DynamicEvaluation | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]:
     """(positions, losses in nats) of the text's tokens, a piece at a time; each token but a document's first, once.
 
@@ -123,6 +133,7 @@ def score(
         config: as for `evaluate`.
         dynamic_evaluation: of the model, entered already; its weights go on from one block to the next, and start anew
             where a stream does.
+        progress: as for `evaluate`.
     """
     config = config or EvaluationConfig()
     if block_size < 2:
@@ -148,6 +159,8 @@ def score(
                     "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
                     "computes; give another model"
                 )
+            if progress is not None:
+                progress(int(positions[-1]) + 1, len(tokens))
             counted = ~begins[positions]
             yield positions[counted], losses[counted]
     finally:

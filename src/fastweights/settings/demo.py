@@ -17,6 +17,8 @@ class DemoConfig:
 
     output: Path = Path("demo")
     """Folder for models, pictures and results.json."""
+    overwrite: bool = False
+    """Start anew in a folder that has a demo, or anything else, in it."""
     window: int = 64
     """Exact window of the hybrid model."""
     tokens: int = 380_000

@@ -43,6 +43,8 @@ class StageConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise FastWeightsError(f"{name} is {value}; it must be positive and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise FastWeightsError(f"weight_decay is {self.weight_decay}; it must be 0 or more, and finite")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
 
@@ -97,8 +99,8 @@ class MetaConfig(StageConfig):
         super().__post_init__()
         if self.blocks < 1:
             raise FastWeightsError(f"blocks is {self.blocks}; it must be at least 1")
-        if self.base_learning_rate is not None and not self.base_learning_rate > 0:
-            raise FastWeightsError(f"base_learning_rate is {self.base_learning_rate}; it must be positive")
+        if self.base_learning_rate is not None and not 0 < self.base_learning_rate < math.inf:
+            raise FastWeightsError(f"base_learning_rate is {self.base_learning_rate}; it must be positive and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ class RunConfig:
     """Gradients are scaled down to this norm."""
     save_every: int = 500
     """Steps between checkpoints; the last two are kept."""
+    save_minutes: float = 10.0
+    """Minutes after which there is a checkpoint in any case; 0 for none but those of `save_every`."""
     log_every: int = 10
     """Steps between entries of the loss history."""
     report_to: str = "none"
@@ -124,6 +128,8 @@ class RunConfig:
         for name in ("save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.save_minutes < math.inf:
+            raise FastWeightsError(f"save_minutes is {self.save_minutes}; it must be 0 or more, and finite")
         check_seed(self.seed)
         if not 0 <= self.adam_beta2 < 1:
             raise FastWeightsError(f"adam_beta2 is {self.adam_beta2}; allowed are 0 up to, and without, 1")
@@ -145,7 +151,9 @@ class TrainConfig:
     teacher: str | None = None
     """The model that was converted, where `model` is converted already and does not name it."""
     resume: bool = False
-    """Go on where a killed run of the same config stopped."""
+    """Go on where a killed run of the same config stopped; in an empty folder, begin."""
+    overwrite: bool = False
+    """Start anew in a folder that has a run, or anything else, in it."""
     held_out: str = "validation"
     """Split of the same text to evaluate on; a text without such a split gives up its last twentieth."""
     convert: ConversionConfig = field(default_factory=ConversionConfig)
@@ -159,6 +167,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        _check_either(self)
         check_name("stage", self.stage, ("all", *STAGES))
 
 
@@ -205,7 +214,9 @@ class PretrainConfig:
     output: Path = Path("runs/pretrain")
     """Folder for the trained model and its checkpoints."""
     resume: bool = False
-    """Go on where a killed run of the same config stopped."""
+    """Go on where a killed run of the same config stopped; in an empty folder, begin."""
+    overwrite: bool = False
+    """Start anew in a folder that has a run, or anything else, in it."""
     shape: GPT2Shape = field(default_factory=GPT2Shape)
     data: DataConfig = field(default_factory=DataConfig)
     short_block_size: int = 256
@@ -216,7 +227,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        _check_either(self)
         if not 2 <= self.short_block_size <= self.data.block_size:
             raise FastWeightsError(
                 f"short_block_size is {self.short_block_size}; allowed are 2 to block_size ({self.data.block_size})"
             )
+
+
+def _check_either(config: TrainConfig | PretrainConfig) -> None:
+    if config.resume and config.overwrite:
+        raise FastWeightsError("resume goes on with a run and overwrite starts it anew: give one of them")

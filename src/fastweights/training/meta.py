@@ -33,7 +33,7 @@ LAYER = "model.fast_weight_layer."
 class MetaTrainer(StageTrainer):
     """Trains the Fast Weight Layer, and the model below if `base_learning_rate` says so.
 
-    A checkpoint holds no fast weights: they start anew after each, in a run that goes on as in one that is resumed.
+    A checkpoint holds no fast weights, so that it waits for the end of a run of blocks, with which they start anew.
     """
 
     config: MetaConfig
@@ -70,7 +70,7 @@ class MetaTrainer(StageTrainer):
         input_ids, begins = inputs["input_ids"], inputs["begins_with_a_document"]
         if self.config.base_learning_rate is None:
             self.model.model.base.eval()  # type: ignore[union-attr]  (frozen: it does not drop out either)
-        if self._stream is None or inputs["starts"].any() or begins.all():
+        if self._stream is None or begins.all():
             self._stream = Stream(self.model, self.block_size)  # type: ignore[arg-type]
         self._stream.detach()
         cache = self._stream.cache_for(input_ids.shape[1])
@@ -86,6 +86,8 @@ class MetaTrainer(StageTrainer):
         )
         loss = next_token_loss(outputs.logits, inputs["labels"])
         self.loss_is_scaled_for_ga = False
+        if inputs["ends"].any():
+            self._stream = None
         return (loss, outputs) if return_outputs else loss
 
     def _positions(
@@ -99,9 +101,9 @@ class MetaTrainer(StageTrainer):
         own = torch.arange(read, read + positions.shape[1], device=positions.device)
         return None if bool((positions == own).all()) else positions
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        self._stream = None
+    @property
+    def may_save(self) -> bool:
+        return self._stream is None
 
     def run(self, *, resume: bool) -> None:
         super().run(resume=resume)
@@ -128,7 +130,7 @@ def stream_positions(
 
 
 class BlocksInRuns(Dataset):
-    """Blocks of text that belong together by the run, each of which says whether a run, or a document, starts with it.
+    """Blocks of text that belong together by the run, each of which says if a run ends, or a document starts, with it.
 
     Args:
         blocks: consecutive blocks of one text.
@@ -146,7 +148,7 @@ class BlocksInRuns(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {
             **self.blocks[index],
-            "starts": index % self.run == 0,
+            "ends": index % self.run == self.run - 1,
             "begins_with_a_document": self.blocks.begins_with_a_document(index),
         }
 

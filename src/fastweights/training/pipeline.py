@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,18 @@ import transformers
 from fastweights.data import TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
+from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
-from fastweights.models.loading import check_apart, load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer, name_of, resolve_model
+from fastweights.progress import Progress
 from fastweights.reading.stream import check_block_size
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import STDLIB
-from fastweights.settings.training import STAGES, TrainConfig
+from fastweights.settings.training import TrainConfig
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.runs import begin_run, check_stage, is_finished, process_state, tokens_seen
+from fastweights.training.checkpoints import FINISHED, damage
+from fastweights.training.runs import begin_run, check_stage, check_start, process_state, tokens_seen
 from fastweights.training.teacher import load_teacher
 
 if TYPE_CHECKING:
@@ -60,14 +64,17 @@ def train(config: TrainConfig) -> list[StageResult]:
         Layer first.
 
     Raises:
-        FastWeightsError: a model, a text or a setting is refused, before anything of an earlier run is touched; or the
-            loss or a weight is no longer finite, and the last good checkpoint is kept.
+        FastWeightsError: a model, a text, a setting or the output folder is refused, before anything of an earlier run
+            is touched; or the loss or a weight is no longer finite, or something cannot be written, and the last good
+            checkpoint is kept.
+        SystemExit: the process got SIGTERM while a stage was trained, and a checkpoint was written first.
     """
-    return _train_meta(config) if config.stage == "meta" else _train_conversion(config)
+    with _Run(config) as run:
+        return _train_meta(run) if config.stage == "meta" else _train_conversion(run)
 
 
-def _train_conversion(config: TrainConfig) -> list[StageResult]:
-    run = _Run(config)
+def _train_conversion(run: _Run) -> list[StageResult]:
+    config = run.config
     student, teacher = _load_models(config)
     run.begin(("transfer", "finetune") if config.stage == "all" else (config.stage,), teacher)
     student, teacher = run.place(student), run.place(teacher)
@@ -80,9 +87,9 @@ def _train_conversion(config: TrainConfig) -> list[StageResult]:
     return run.end(student)
 
 
-def _train_meta(config: TrainConfig) -> list[StageResult]:
+def _train_meta(run: _Run) -> list[StageResult]:
+    config = run.config
     _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
-    run = _Run(config)
     base = load_model(resolve_model(config.model))
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
@@ -102,14 +109,27 @@ def _train_meta(config: TrainConfig) -> list[StageResult]:
 
 
 class _Run:
-    """What every road shares: the text, the stages that are trained one after another, and what came of them so far."""
+    """What every road shares: the text, the stages that are trained one after another, and what came of them so far.
+
+    The folder is the run's alone until the `with` block ends.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.tokenizer = load_tokenizer(config.model)
+        self.inputs = [resolve_model(config.model), config.teacher, config.data.text]
         self.process = process_state()
+        if self.process.is_main_process:
+            check_start(config, self.inputs)
+        self.tokenizer = load_tokenizer(config.model)
         self.results: list[StageResult] = []
         self.tokens = 0
+        self._alone = ExitStack()
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._alone.close()
 
     def begin(self, stages: Sequence[str], model: PreTrainedModel) -> None:
         """Load the text and refuse what could not be trained or evaluated; then write down what the run is."""
@@ -120,9 +140,9 @@ class _Run:
         check_stride(config.evaluation, config.data.block_size)
         for stage in stages:
             check_stage(getattr(config, stage), config.run, self.blocks)
-        check_apart(config.model, config.output)
+        inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
-            begin_run(config, config.output, stages=STAGES, resume=config.resume)
+            self._alone.enter_context(begin_run(config, inputs))
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model on this process's device."""
@@ -135,7 +155,7 @@ class _Run:
             models: that the stage's trainer takes: the student, and the teacher where there is one.
         """
         config, folder = self.config, self.config.output / stage
-        if not (config.resume and is_finished(folder)):
+        if not (config.resume and damage(folder, FINISHED) is None):
             settings = getattr(config, stage)
             trainer = _trainer_class(stage)(
                 *models, settings, config.run, folder, self.blocks, self.tokenizer, title=stage
@@ -151,18 +171,20 @@ class _Run:
             changes: of the run's settings for evaluation.
         """
         settings = replace(self.config.evaluation, **changes)
-        evaluation = evaluate(model, self.held_out, block_size=self.config.data.block_size, config=settings)
+        with Progress(f"evaluating {name}", unit="tokens", show=self.process.is_main_process) as progress:
+            evaluation = evaluate(
+                model, self.held_out, block_size=self.config.data.block_size, config=settings, progress=progress
+            )
         first = self.results[0].evaluation if self.results else evaluation
         self.results.append(StageResult(name, self.tokens, evaluation, math.exp(first.loss - evaluation.loss)))
         if self.process.is_main_process:
             text = json.dumps(plain([asdict(result) for result in self.results]), indent=2)
-            (self.config.output / RESULTS_FILE).write_text(text + "\n")
+            write_text(self.config.output / RESULTS_FILE, text + "\n")
 
     def end(self, model: PreTrainedModel) -> list[StageResult]:
         """Save the model in the run's own folder; all results."""
         if self.process.is_main_process:
-            model.save_pretrained(self.config.output)
-            self.tokenizer.save_pretrained(self.config.output)
+            save_model(model, self.tokenizer, self.config.output)
         self.process.wait_for_everyone()
         return self.results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,10 @@ import transformers  # its names one by one below: some are slow to import, and 
 
 from fastweights.data import load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
+from fastweights.files import save_model
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.runs import begin_run, check_stage, is_finished
+from fastweights.training.checkpoints import FINISHED, damage
+from fastweights.training.runs import begin_run, check_stage, check_start, process_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,12 +36,17 @@ def pretrain(config: PretrainConfig) -> Path:
         The folder with the trained model and its tokenizer: `config.output`.
 
     Raises:
-        FastWeightsError: the text or a setting is refused, before anything of an earlier run is touched; or the loss or
-            a weight is no longer finite, and the last good checkpoint is kept.
+        FastWeightsError: the text, a setting or the output folder is refused, before anything of an earlier run is
+            touched; or the loss or a weight is no longer finite, or something cannot be written, and the last good
+            checkpoint is kept.
+        SystemExit: the process got SIGTERM, and a checkpoint was written first.
     """
     # transformers' Trainer is slow to start.
     from fastweights.training.pretrain_trainer import PretrainTrainer
 
+    main = process_state().is_main_process
+    if main:
+        check_start(config, [config.data.text])
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = config.data.block_size
     text = tokenize(load_documents(config.data), tokenizer)
@@ -48,17 +56,17 @@ def pretrain(config: PretrainConfig) -> Path:
     blocks = {name: TokenBlocks(text.tokens, size, text.document_lengths) for name, _, size in stages}
     for name, stage, _ in stages:
         check_stage(stage, config.run, blocks[name])
-    begin_run(config, config.output, stages=("short", "long"), resume=config.resume)
-    for name, stage, _ in stages:
-        folder = config.output / name
-        if config.resume and is_finished(folder):
-            model = transformers.GPT2LMHeadModel.from_pretrained(folder)
-            continue
-        title = f"pretrain, {name} blocks"
-        trainer = PretrainTrainer(model, stage, config.run, folder, blocks[name], tokenizer, title=title)
-        trainer.run(resume=config.resume)
-    model.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+    with begin_run(config, [config.data.text]) if main else nullcontext():
+        for name, stage, _ in stages:
+            folder = config.output / name
+            if config.resume and damage(folder, FINISHED) is None:
+                model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+                continue
+            title = f"pretrain, {name} blocks"
+            trainer = PretrainTrainer(model, stage, config.run, folder, blocks[name], tokenizer, title=title)
+            trainer.run(resume=config.resume)
+        if main:
+            save_model(model, tokenizer, config.output)
     return config.output
 
 

@@ -1,49 +1,36 @@
-"""A progress bar for transformers' Trainer that says loss, speed and time left."""
+"""What transformers' Trainer tells about its progress: loss, speed and time left."""
 
 from __future__ import annotations
 
-import math
+import time
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from fastweights.progress import Progress
 
 
 class ProgressBar(TrainerCallback):
-    """One line that moves on a terminal; in a log file, one line per tenth of the run."""
+    """Shows each step, with the loss and the speed since the last entry of the loss history."""
 
-    def __init__(self, title: str, tokens_per_step: int) -> None:
-        self.title = title
+    def __init__(self, progress: Progress, tokens_per_step: int) -> None:
+        self.progress = progress
         self.tokens_per_step = tokens_per_step
-        self.console = Console(stderr=True)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.progress = Progress(
-            TextColumn(f"{self.title:<24}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (state.is_world_process_zero and self.console.is_terminal),
-        )
-        self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
-        self.progress.start()
+        self.note = ""
+        self.step, self.time = state.global_step, time.perf_counter()
+        self.progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.progress.update(self.task, completed=state.global_step)
+        self.progress(state.global_step, state.max_steps, self.note)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" not in (logs or {}):
             return
-        rate = self.tokens_per_step * (self.progress.tasks[0].speed or math.nan)
-        speed = f", {rate:,.0f} tokens/s" if math.isfinite(rate) else ""
-        note = f"loss {logs['loss']:.4f}{speed}"  # type: ignore[index]
-        self.progress.update(self.task, note=note)
-        tenth = max(1, state.max_steps // 10 // args.logging_steps * args.logging_steps)
-        if self.progress.disable and state.is_world_process_zero and state.global_step % tenth == 0:
-            self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps}, {note}", soft_wrap=True)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.progress.stop()
+        now = time.perf_counter()
+        rate = self.tokens_per_step * (state.global_step - self.step) / (now - self.time)
+        self.step, self.time = state.global_step, now
+        self.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s"  # type: ignore[index]
+        self.progress(state.global_step, state.max_steps, self.note)

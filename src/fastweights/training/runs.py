@@ -1,36 +1,36 @@
 """A run on disk: what it was started with, how far it came, and where it can go on from.
 
 An output folder has run.json (the resolved config and the versions it ran with) and a folder for each stage, with the
-Trainer's checkpoints and, once the stage came to its end, its model and a mark that says so.
+Trainer's checkpoints and, once the stage came to its end, its model and a mark that says so (`checkpoints.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
-from fastweights.errors import FastWeightsError, check_folder
+from fastweights.errors import FastWeightsError, check_folder, reason_of
+from fastweights.files import check_output_folder, only_run, said, things_in, write_text
+from fastweights.training.checkpoints import clear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
     from accelerate import PartialState
 
-    from fastweights.settings.training import RunConfig, StageConfig
+    from fastweights.settings.training import PretrainConfig, RunConfig, StageConfig, TrainConfig
     from fastweights.training.blocks import TokenBlocks
 
 RUN_FILE = "run.json"
-_FINISHED_FILE = "finished"
-# transformers' TRAINER_STATE_NAME and PREFIX_CHECKPOINT_DIR, whose modules are slow to import.
-TRAINER_STATE_FILE = "trainer_state.json"
-CHECKPOINT = "checkpoint"
+TRAINER_STATE_FILE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME, whose module is slow to import
+# Each has a folder of its own in a run's.
+_STAGES = ("transfer", "finetune", "meta", "short", "long")
 
 
 def process_state() -> PartialState:
@@ -45,9 +45,10 @@ def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> Non
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
-        get_reporting_integration_callbacks(run.report_to)
-    except ValueError as error:
-        raise FastWeightsError(f"report_to is {run.report_to!r}: {error}") from error
+        for callback in get_reporting_integration_callbacks(run.report_to):
+            callback()  # says what is not installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise FastWeightsError(f"report_to is {run.report_to!r}: {reason_of(error)}; or report to none") from error
     if len(blocks) < (needed := config.batch_size * process_state().num_processes):
         raise FastWeightsError(
             f"the training text has {len(blocks)} blocks of {blocks.block_size} tokens and a batch takes {needed}: "
@@ -55,61 +56,100 @@ def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> Non
         )
 
 
-def begin_run(config: object, folder: Path, *, stages: Iterable[str], resume: bool) -> None:
-    """Make ready a folder for a run that begins, or for one that goes on, which must have the config it began with.
+def check_start(config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse to write a run where something else is, or over what it reads.
 
     Args:
-        config: the run's, a dataclass.
-        folder: the run's own.
-        stages: that such a run may have, each with a folder of its own in `folder`; those of a run that is not resumed
-            are cleared, so that this run does not go on from them later.
-        resume: whether the run goes on.
+        config: the run's.
+        inputs: models and texts that it reads; those that are no files or folders on this machine do not matter.
 
     Raises:
-        FastWeightsError: `folder` cannot be written to, or the run that is to go on had another config.
+        FastWeightsError: says what is in the way, and what the run may do instead.
     """
+    folder = config.output
     check_folder(folder)
-    if resume:
-        check_same_run(config, folder)
+    check_apart(folder, inputs)
+    if config.resume:
+        check_same_run(config)
+    elif (folder / RUN_FILE).exists() and not config.overwrite:
+        raise FastWeightsError(
+            f"output {folder} has a run in it: go on with that run with --resume, start anew in its place with "
+            "--overwrite, or give another folder"
+        )
     else:
-        clear_stages(folder, stages)
-    write_run(config, folder)
+        check_output_folder(folder, overwrite=config.overwrite)
 
 
-def clear_stages(folder: Path, stages: Iterable[str]) -> None:
-    """Delete checkpoints and finished marks of the stages of an earlier run in `folder`, and nothing else."""
-    for stage in stages:
-        (folder / stage / _FINISHED_FILE).unlink(missing_ok=True)
-        for checkpoint in (folder / stage).glob(f"{CHECKPOINT}-*"):
-            shutil.rmtree(checkpoint)
+def check_apart(folder: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse a run's folder that is, or lies in, what the run reads, and one that would have it written over."""
+    place = folder.resolve()
+    for given in inputs:
+        if not given or not (path := Path(given).resolve()).exists():
+            continue
+        if path == place or path in place.parents:
+            raise FastWeightsError(f"output {folder} is, or lies in, {given}, which is read: give another folder")
+        written = place == path.parent and path.is_file()
+        if written or any(place / stage in (path, *path.parents) for stage in _STAGES):
+            raise FastWeightsError(f"{given} lies in output {folder}, which is written to: give another folder")
 
 
-def write_run(config: object, folder: Path) -> None:
-    """Write the resolved config and the versions it runs with, so that the run can be repeated."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(json.dumps(_described(config), indent=2) + "\n")
+@contextmanager
+def begin_run(config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None]) -> Iterator[None]:
+    """A folder for a run that begins, or goes on, and for it alone until the block ends.
+
+    Whatever is to be refused was refused before. Of an earlier run that is not resumed, checkpoints and finished marks
+    are cleared, so that this run does not go on from them later.
+
+    Args:
+        config: the run's.
+        inputs: as for `check_start`.
+
+    Raises:
+        FastWeightsError: another run writes there, or has begun there since; the folder cannot be written to.
+    """
+    check_start(config, inputs)  # before a lock lies in a folder that is not the run's
+    with only_run(config.output):
+        check_start(config, inputs)
+        if not config.resume:
+            for stage in _STAGES:
+                clear(config.output / stage)
+        write_text(config.output / RUN_FILE, json.dumps(_described(config), indent=2) + "\n")
+        yield
 
 
 # What may change when a run goes on.
-_FREE = ("config.resume", "config.output", "config.run.save_every", "config.run.log_every", "config.run.report_to")
-_FREE += ("config.evaluation.", "versions.")
+_FREE = ("config.resume", "config.overwrite", "config.output", "config.run.save_every", "config.run.save_minutes")
+_FREE += ("config.run.log_every", "config.run.report_to", "config.evaluation.", "versions.")
 
 
-def check_same_run(config: object, folder: Path) -> None:
-    """Refuse to go on with a run that was started in `folder` with another config; none there, or half of one, is fine.
+def check_same_run(config: TrainConfig | PretrainConfig) -> None:
+    """Refuse to go on with a run that was started with another config, or with something that is no run.
 
     Raises:
-        FastWeightsError: names the first setting that differs.
+        FastWeightsError: names the first setting that differs, or what is there.
     """
+    folder = config.output
+    there = things_in(folder) if folder.exists() else []
+    if not there:
+        return  # none was started here
+    if RUN_FILE not in there:
+        raise FastWeightsError(
+            f"output {folder} has {there[0]} in it and no {RUN_FILE}: no run to go on with; give the folder of one, or "
+            "start anew with --overwrite"
+        )
     try:
-        before, after = _flat(json.loads((folder / RUN_FILE).read_text())), _flat(_described(config))
-    except (OSError, ValueError):
-        return  # none was started here, or it was killed before it began
+        before = _flat(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise FastWeightsError(
+            f"{folder / RUN_FILE} cannot be read ({said(error)}), so that nobody knows what run it was: put the file "
+            "back, or start anew with --overwrite"
+        ) from error
+    after = _flat(_described(config))
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name) and not name.startswith(_FREE):
             raise FastWeightsError(
                 f"the run in {folder} was started with {name.removeprefix('config.')} {before.get(name)} and not "
-                f"{after.get(name)}: resume it as it was started, or start anew without --resume"
+                f"{after.get(name)}: resume it as it was started, or start anew with --overwrite"
             )
 
 
@@ -136,37 +176,6 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def mark_finished(stage: Path) -> None:
-    """Say that the stage that trains in this folder came to its end."""
-    (stage / _FINISHED_FILE).touch()
-
-
-def is_finished(stage: Path) -> bool:
-    """Whether the stage that trains in this folder came to its end."""
-    return (stage / _FINISHED_FILE).exists()
-
-
 def tokens_seen(stage: Path) -> int:
     """Tokens that the stage that trained in this folder has read, in all processes."""
-    return json.loads((stage / TRAINER_STATE_FILE).read_text())["num_input_tokens_seen"]
-
-
-def last_checkpoint(stage: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    numbered = [path for path in stage.glob(f"{CHECKPOINT}-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(numbered, key=lambda path: -int(path.name.split("-")[-1])):
-        if _is_whole(path):
-            return path
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state last; a kill within that leaves JSON that ends early."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
+    return json.loads((stage / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["num_input_tokens_seen"]

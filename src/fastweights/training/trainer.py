@@ -1,29 +1,47 @@
-"""transformers' Trainer, and the four things that it lacks here.
+"""transformers' Trainer, and the five things that it lacks here.
 
 A loss or weight that is not finite stops the run and is never saved; parameters that conversion added have their own
-learning rate; a checkpoint that a kill cut off is never resumed from; progress is one line.
+learning rate; a checkpoint that is not whole is never resumed from, nor another deleted for it; SIGTERM ends a run with
+a checkpoint; progress is one line.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from fastweights.errors import FastWeightsError
+from fastweights.files import model_written_whole, said
+from fastweights.progress import Progress
+from fastweights.training.checkpoints import (
+    CHECKPOINT,
+    FINISHED,
+    checkpoint_to_resume,
+    drop_others,
+    last_checkpoint,
+    seal,
+)
 from fastweights.training.progress import ProgressBar
-from fastweights.training.runs import check_stage, last_checkpoint, mark_finished
+from fastweights.training.runs import check_stage
+from fastweights.training.saving import Saving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fastweights.settings.training import RunConfig, StageConfig
     from fastweights.training.blocks import TokenBlocks
+
+logger = logging.getLogger("fastweights")
 
 
 class StageTrainer(Trainer):
@@ -53,8 +71,11 @@ class StageTrainer(Trainer):
         self.output = output
         self.new_parameters = frozenset(new_parameters)
         tokens_per_step = config.tokens_per_step(blocks.block_size) * self.args.world_size
+        self.progress = Progress(title, show=self.is_world_process_zero())
+        self.saving = Saving(self, run.save_minutes)
         self.remove_callback(PrinterCallback)
-        self.add_callback(ProgressBar(title, tokens_per_step))
+        self.add_callback(ProgressBar(self.progress, tokens_per_step))
+        self.add_callback(self.saving)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -90,26 +111,93 @@ class StageTrainer(Trainer):
         for name, parameter in self.model.named_parameters():  # type: ignore[union-attr]
             if not torch.isfinite(parameter).all():
                 raise FastWeightsError(self._stopped(f"{name} is no longer finite"))
-        super()._save_checkpoint(model, trial)
+        folder = self.output / f"{CHECKPOINT}-{self.state.global_step}"
+        with self._writing(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                seal(folder, folder.rglob("*"))
+                drop_others(folder)
+
+    @property
+    def may_save(self) -> bool:
+        """Whether a run that went on from here would be as one that was not cut off."""
+        return True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """Whatever keeps a library from writing, such as a full disk, is one line, and half a checkpoint goes."""
+        try:
+            yield
+        except Exception as error:  # tokenizers raises no other class
+            if folder.name.startswith(CHECKPOINT):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise FastWeightsError(
+                f"cannot write {folder}: {said(error.__cause__ or error)}; {self._kept()}; make room, then go on with "
+                "--resume"
+            ) from error
+
+    def _kept(self) -> str:
+        kept = last_checkpoint(self.output)
+        return f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
 
     def _stopped(self, reason: str) -> str:
-        kept = last_checkpoint(self.output)
-        saved = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
-        return f"training stopped at step {self.state.global_step + 1}: {reason}; {saved}; try a lower learning_rate"
+        step = self.state.global_step + 1
+        return f"training stopped at step {step}: {reason}; {self._kept()}; try a lower learning_rate"
 
     def run(self, *, resume: bool) -> None:
         """Train, then save the model and its tokenizer in the output folder.
 
         Args:
             resume: go on from the last whole checkpoint in the output folder, where there is one.
+
+        Raises:
+            FastWeightsError: the loss or a weight is no longer finite; or something cannot be written, or read back.
+            SystemExit: the process got SIGTERM, and saved a checkpoint.
         """
-        checkpoint = last_checkpoint(self.output) if resume else None
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        self.save_model(str(self.output))
-        self.save_state()
-        if self.is_world_process_zero():
-            mark_finished(self.output)
+        found = [str(checkpoint_to_resume(self.output) or "") if resume and self.is_world_process_zero() else ""]
+        checkpoint = broadcast_object_list(found)[0]
+        with self.saving.until_sigterm(), self.progress:
+            self.train(resume_from_checkpoint=checkpoint or None)
+        if self.saving.told_to_stop.is_set():
+            if self.is_world_process_zero():
+                step = self.state.global_step
+                logger.warning(
+                    "stopped by SIGTERM at step %d; a checkpoint was written, --resume goes on from it", step
+                )
+            raise SystemExit(143)
+        with self._writing(self.output):
+            main = self.is_world_process_zero()
+            with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
+                self.save_model(str(folder))
+            self.save_state()
+            if main:
+                seal(self.output, (file for file in self.output.iterdir() if file.is_file()), FINISHED)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """What torch refuses to load, such as a pickle that would run code, is one line."""
+    try:
+        yield
+    except Exception as error:
+        raise FastWeightsError(
+            f"cannot go on from {checkpoint}: {said(error)}; delete it, to go on from the one before, or start anew "
+            "with --overwrite"
+        ) from error
 
 
 def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArguments:
@@ -129,7 +217,7 @@ def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArg
         seed=run.seed,
         data_seed=run.seed,
         save_steps=run.save_every,
-        save_total_limit=2,
+        save_total_limit=None,  # drop_others knows which of them are whole
         logging_steps=run.log_every,
         logging_nan_inf_filter=False,
         disable_tqdm=True,

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import rich
 from cyclopts import Parameter
 
-from fastweights.cli.console import note, say
+from fastweights.cli.console import printable, say
 from fastweights.cli.tables import print_methods
-from fastweights.errors import FastWeightsError, check_folder
+from fastweights.errors import FastWeightsError
+from fastweights.files import check_output_folder, make_folder, write_text
 from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig
 from fastweights.settings.text import DataConfig, HeldOutDataConfig
 
 if TYPE_CHECKING:
     from fastweights.data import TokenizedText
     from fastweights.evaluation.comparison import MethodResult
+
+_RESULTS = "results.json"
+_PICTURES = ("evaluation", "gains")
 
 
 def evaluate(
@@ -29,6 +33,7 @@ def evaluate(
     comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
     json: bool = False,
     output: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Loss, perplexity, bits per byte, time and peak memory of models on the same text, read in several ways.
 
@@ -40,14 +45,18 @@ def evaluate(
         Print JSON instead of a table.
     output
         Folder for results.json and pictures: bits per byte and cost, and where each method gains.
+    overwrite
+        Replace those that are there, or write beside a model.
     """
     from fastweights.evaluation.comparison import compare
     from fastweights.models.loading import load_model, resolve_model
+    from fastweights.progress import Progress
 
     if not models:
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
+    models = tuple(dict.fromkeys(models))
     if output is not None:
-        check_folder(output)
+        _check_output(output, models, overwrite=overwrite)
     dynamic = set(comparison.methods or ()) & {"sgd", "rms"}
     if Path(text.text).is_file():
         if "rms" in dynamic or (dynamic and comparison.tune_tokens):
@@ -59,17 +68,21 @@ def evaluate(
     results: dict[str, list[MethodResult]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
     held_out = {source: _read(text, source) for source in models}
-    for source in held_out:
-        results[source] = compare(
-            load_model(resolve_model(source)),
-            held_out[source],
-            comparison,
-            block_size=text.block_size,
-            evaluation=evaluation,
-            validation=_read(replace(text, split="validation"), source) if dynamic and comparison.tune_tokens else None,
-            training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
-            say=lambda line, source=source: note(f"{source}: {line}"),
-        )
+    with Progress(unit="tokens") as progress:
+        for source in held_out:
+            results[source] = compare(
+                load_model(resolve_model(source)),
+                held_out[source],
+                comparison,
+                block_size=text.block_size,
+                evaluation=evaluation,
+                validation=_read(replace(text, split="validation"), source)
+                if dynamic and comparison.tune_tokens
+                else None,
+                training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
+                say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
+                progress=progress,
+            )
     data = {source: [row.plain() for row in rows] for source, rows in results.items()}
     if json:
         rich.print_json(data=data)
@@ -89,6 +102,25 @@ def _read(config: DataConfig, model: str) -> TokenizedText:
     return tokenize(load_documents(config), load_tokenizer(model))
 
 
+def _check_output(output: Path, models: tuple[str, ...], *, overwrite: bool) -> None:
+    """Refuse to write over what is there, or into a model, unasked."""
+    from fastweights.models.loading import resolve_model
+
+    marks = [_mark(i, len(models)) for i in range(len(models))]
+    names = [_RESULTS, *(f"{name}{mark}.png" for mark in marks for name in _PICTURES)]
+    check_output_folder(output, overwrite=overwrite, names=names)
+    for source in models:
+        if not overwrite and output.resolve() == Path(resolve_model(source)).resolve():
+            raise FastWeightsError(
+                f"output {output} is the folder of a model: give another folder, or write beside it with --overwrite"
+            )
+
+
+def _mark(i: int, models: int) -> str:
+    """What sets the pictures of one model apart from those of others."""
+    return "" if models == 1 else f"-{i + 1}"
+
+
 def _write(
     output: Path,
     data: dict[str, list[dict[str, object]]],
@@ -99,16 +131,16 @@ def _write(
     from fastweights.evaluation.gains import gains
     from fastweights.evaluation.perplexity import plain
 
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     written: dict[str, object] = {"models": data, "gains": {}}
     for i, (source, rows) in enumerate(results.items()):
-        name = "" if len(results) == 1 else f"-{i + 1}"
-        plot_comparison(rows, output / f"evaluation{name}.png")
+        mark = _mark(i, len(results))
+        plot_comparison(rows, output / f"evaluation{mark}.png")
         if len(rows) > 1:
             found = gains(rows, texts[source])
-            plot_gains(found, [row.method for row in rows[1:]], output / f"gains{name}.png")
+            plot_gains(found, [row.method for row in rows[1:]], output / f"gains{mark}.png")
             written["gains"][source] = {  # type: ignore[index]
                 grouping: {row: [asdict(gain) for gain in points] for row, points in by_row.items()}
                 for grouping, by_row in found.items()
             }
-    (output / "results.json").write_text(json_format.dumps(plain(written), indent=2) + "\n")
+    write_text(output / _RESULTS, json_format.dumps(plain(written), indent=2) + "\n")

@@ -13,7 +13,9 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
     """Convert a model and train it: transfer (layers imitate the teacher's attention), then finetune; or, with --stage
     meta, train a Fast Weight Layer on any model."""
     from fastweights.training.pipeline import train as run
+    from fastweights.training.runs import process_state
 
     results = run(config)
-    print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
-    say(f"the trained model and results.json are in {config.output}")
+    if process_state().is_main_process:
+        print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
+        say(f"the trained model and results.json are in {config.output}")

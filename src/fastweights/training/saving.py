@@ -1,0 +1,69 @@
+"""When there is a checkpoint, beside those after every so many steps: after some minutes, and before SIGTERM's end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastweights.training.trainer import StageTrainer
+
+
+class Saving(TrainerCallback):
+    """Has the Trainer save when it is time, and stop once it was told to and has saved.
+
+    Args:
+        trainer: whose `may_save` says whether training could go on from here as if it had not been cut off.
+        minutes: between checkpoints; 0: there is no such limit.
+    """
+
+    def __init__(self, trainer: StageTrainer, minutes: float) -> None:
+        self.trainer = trainer
+        self.minutes = minutes
+        self.told_to_stop = threading.Event()
+        self._wanted = False
+        self._saved = time.monotonic()
+
+    @contextmanager
+    def until_sigterm(self) -> Iterator[None]:
+        """Within the block, SIGTERM is noted and not obeyed; threads other than the main one have no say in signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: self.told_to_stop.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._saved = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        late = self.minutes > 0 and time.monotonic() - self._saved >= 60 * self.minutes
+        stop, late = self._anywhere(self.told_to_stop.is_set(), late)
+        if stop:
+            self.told_to_stop.set()
+        if state.global_step >= state.max_steps:
+            return  # the Trainer saves and stops by itself
+        self._wanted |= stop or late or control.should_save
+        control.should_save = self._wanted and self.trainer.may_save
+        if control.should_save:
+            self._wanted = False
+            control.should_training_stop = stop
+
+    def _anywhere(self, *flags: bool) -> list[bool]:
+        """Whether each holds in any process, as all must save and stop at the same step."""
+        mine = torch.tensor([flags], device=self.trainer.args.device)
+        return self.trainer.accelerator.gather(mine).any(0).tolist()  # type: ignore[union-attr]
