@@ -1,5 +1,10 @@
+import bz2
 import gzip
 import json
+import lzma
+import os
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -94,6 +99,54 @@ def test_jsonl_and_parquet(tmp_path):
     datasets.Dataset.from_dict({"body": ROWS}).to_parquet(tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         assert load_documents(DataConfig(text=str(tmp_path / name), text_column="body")) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.txt.bz2", "a.txt.xz", "a.jsonl.gz"])
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_text_is_known_by_what_is_in_it(tmp_path, name, given):
+    file, source = tmp_path / name, DataConfig(text=str(tmp_path / name if given == "file" else tmp_path))
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix, open)
+    for text in ("one text", "another "):
+        with opened(file, "wt", encoding="utf-8") as out:
+            out.write(json.dumps({"text": text}) if "jsonl" in name else text)
+        os.utime(file, (1e9, 1e9))
+        assert load_documents(source) == [text]
+
+
+def test_the_cache_of_datasets_is_left_as_it_is(tmp_path, monkeypatch):
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    for module in ("datasets.config", "datasets.builder.config"):
+        monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert load_documents(DataConfig(text=str(tmp_path / "a.txt"))) == ["text"]
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "a.txt", tmp_path / "temporary"}
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_home_that_cannot_be_written_to_stops_no_reading(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "in a file"}))
+    (tmp_path / "home").write_text("no folder")
+    script = f"""
+from fastweights.data import DataConfig, load_documents
+print(load_documents(DataConfig(text={str(tmp_path / "a.jsonl")!r})), len(load_documents(DataConfig())) > 0)
+"""
+    homeless = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    homeless |= {"HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=homeless)
+    assert (done.stdout.strip(), done.returncode) == ("['in a file'] True", 0), done.stderr
+
+
+def test_a_text_that_the_hub_cannot_be_asked_for_is_said_in_one_line(monkeypatch):
+    def fails(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", fails)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("that takes a minute"))
+    with pytest.raises(FastWeightsError, match="no file or folder corpsu, and the Hugging Face hub cannot be reached"):
+        load_documents(DataConfig(text="corpsu"))
 
 
 def test_folder_with_splits(tmp_path):

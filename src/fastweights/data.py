@@ -7,6 +7,8 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 from __future__ import annotations
 
 import gzip
+import os
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +18,20 @@ import torch
 
 from fastweights.embedded.stdlib import stdlib_documents
 from fastweights.errors import FastWeightsError, check_file, reason_of
+from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.settings.text import STDLIB, DataConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pyarrow as pa
     from jaxtyping import Int
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _BUILDERS = {".txt": "text", ".text": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json"}
 _BUILDERS[".parquet"] = "parquet"
+_ROWS = 1000
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
@@ -150,34 +155,27 @@ def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 
 def _load_with_datasets(config: DataConfig) -> list[str]:
-    import datasets
-
-    path = Path(config.text)
-    if path.is_file():
-        loaded = _load_file(path, config)
-    elif path.is_dir():
-        loaded = _load_folder(path, config)
-    elif _looks_like_a_path(config.text):
-        raise FastWeightsError(f"{config.text} does not exist: give an existing file or folder, or {STDLIB!r}")
+    path = config.text
+    if os.path.isfile(path):
+        rows = _rows_of_files(_builder_of_file(Path(path), config), config, data_files=path)
+    elif os.path.isdir(path):
+        rows = _rows_of_files(_builder_of_folder(Path(path)), config, data_dir=path)
+    elif _looks_like_a_path(path):
+        raise FastWeightsError(f"{path} does not exist: give an existing file or folder, or {STDLIB!r}")
     else:
-        loaded = _load_named(config.text, config, name=config.text_config)
-    if config.text_column not in loaded.column_names:
-        columns = ", ".join(loaded.column_names)
-        raise FastWeightsError(f"{config.text} has no column {config.text_column!r}; its columns are {columns}")
-    assert isinstance(loaded, datasets.Dataset)
-    rows = [text or "" for text in loaded[config.text_column]]
-    if other := next((row for row in rows if not isinstance(row, str)), None):
+        rows = _rows_from_hub(config)
+    if other := next((row for row in rows if not isinstance(row, str | None)), None):
         raise FastWeightsError(
             f"column {config.text_column!r} of {config.text} holds {type(other).__name__} and not text, such as "
             f"{str(other)[:40]}: name another with text_column"
         )
-    return rows
+    return [row or "" for row in rows]
 
 
 def _looks_like_a_path(text: str) -> bool:
     """Hub names are `name` or `owner/name`, without a suffix that we read."""
     suffixes = set(Path(text).suffixes)
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or bool(suffixes & (_BUILDERS.keys() | _COMPRESSED))
+    return text.startswith((".", "~")) or not is_hub_name(text) or bool(suffixes & (_BUILDERS.keys() | _COMPRESSED))
 
 
 def _builder_of(path: Path) -> str | None:
@@ -185,7 +183,7 @@ def _builder_of(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _load_file(path: Path, config: DataConfig):
+def _builder_of_file(path: Path, config: DataConfig) -> str:
     builder = _builder_of(path)
     if builder is None:
         allowed = ", ".join(sorted(_BUILDERS))
@@ -194,25 +192,62 @@ def _load_file(path: Path, config: DataConfig):
         raise FastWeightsError(f"{path} is empty: give a file with text in it")
     if config.split != "train":
         raise FastWeightsError(f"{path} is one file and has the split 'train' alone; {config.split!r} was asked for")
-    return _load_named(builder, config, data_files=str(path))
+    return builder
 
 
-def _load_folder(path: Path, config: DataConfig):
+def _builder_of_folder(path: Path) -> str:
     builders = {_builder_of(file) for file in path.rglob("*") if file.is_file()} - {None}
     if len(builders) != 1:
         found = "no file" if not builders else f"files of several formats ({', '.join(sorted(map(str, builders)))})"
         raise FastWeightsError(f"{path} holds {found} that can be read as text; give files of one format")
-    return _load_named(str(builders.pop()), config, data_dir=str(path))
+    return str(builders.pop())
 
 
-def _load_named(builder: str, config: DataConfig, **arguments):
+def _rows_of_files(builder: str, config: DataConfig, **files: str) -> list[Any]:
+    """The column of text, read from the files as they are now.
+
+    The cache of `datasets` tells files apart by name, size and time, and is not everywhere to be written to; here it
+    stays empty, and goes.
+    """
+    by_document = {"sample_by": "document"} if builder == "text" else {}
+    with tempfile.TemporaryDirectory(prefix="fastweights-") as cache:
+        loaded = _load(builder, config, streaming=True, cache_dir=cache, **files, **by_document)
+        try:
+            return [row for table in loaded.with_format("arrow").iter(_ROWS) for row in _column(table, config)]
+        except FastWeightsError:
+            raise
+        except Exception as error:
+            raise _not_read(config, error) from error
+
+
+def _rows_from_hub(config: DataConfig) -> list[Any]:
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode() and (reason := why_not_on_hub(config.text, "dataset")):
+        raise FastWeightsError(
+            f"there is no file or folder {config.text}, and {reason}: give one that exists, {STDLIB!r} or a hub name "
+            "(with HF_HUB_OFFLINE=1 what was downloaded earlier is read)"
+        )
+    return _column(_load(config.text, config, name=config.text_config).with_format("arrow")[:], config)
+
+
+def _column(table: pa.Table, config: DataConfig) -> list[Any]:
+    if config.text_column not in table.column_names:
+        columns = ", ".join(table.column_names)
+        raise FastWeightsError(f"{config.text} has no column {config.text_column!r}; its columns are {columns}")
+    return table[config.text_column].to_pylist()
+
+
+def _load(builder: str, config: DataConfig, **arguments: Any) -> Any:
     """`datasets.load_dataset`, whose many kinds of failure become one line."""
     import datasets
 
-    if builder == "text":
-        arguments["sample_by"] = "document"
     try:
         return datasets.load_dataset(builder, split=config.split, **arguments)
     except Exception as error:
-        reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
-        raise FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}") from error
+        raise _not_read(config, error) from error
+
+
+def _not_read(config: DataConfig, error: Exception) -> FastWeightsError:
+    reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
+    return FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}")

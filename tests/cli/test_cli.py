@@ -159,7 +159,7 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("train", "--model", "./nowhere"), "nowhere does not exist"),
         (("eval", "./nowhere/model"), "model does not exist"),
         (("generate", "some/where/else"), "some/where/else does not exist"),
-        (("generate", "no-such-model"), "cannot load a tokenizer from no-such-model"),
+        (("generate", "no-such-model"), "there is no folder no-such-model, and the Hugging Face hub"),
         (("generate", "MODEL", "--prompt", "\udcff"), "no UTF-8 text"),
         (("generate", "MODEL", "--seed", "-1"), "seed is -1; allowed are 0 to 4294967295"),
         (("train", "--run.seed", "99999999999"), "seed is 99999999999"),

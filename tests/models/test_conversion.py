@@ -122,7 +122,7 @@ def _no_config(folder):
 def test_damaged_checkpoints_get_one_line(tmp_path, damage):
     make_gpt2().save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(FastWeightsError, match=r"cannot load a model|not those of its config") as caught:
+    with pytest.raises(FastWeightsError, match=r"cannot load a model|not those of its config|no config.json") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
 

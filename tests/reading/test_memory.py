@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +13,14 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.models import add_fast_weight_layer, convert
-from fastweights.reading.memory import fingerprint, load_memory, new_memory
+from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert
+from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 
@@ -199,16 +202,139 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     file = new_memory(model).read([random_ids(1, 20)[0]]).save(tmp_path / "x")
     before = file.read_bytes()
 
-    def half(tensors, path, metadata):
+    def full(path, data):
         with open(path, "wb") as out:
-            out.write(b"half")
-        raise OSError("disk full")
+            out.write(data[:100])
+        raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("fastweights.reading.memory.save_file", half)
-    with pytest.raises(FastWeightsError, match=r"cannot save the memory to .*disk full"):
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(FastWeightsError, match=r"cannot write .*no space left"):
         new_memory(model).read([random_ids(1, 50)[0]]).save(file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.fixture(scope="module")
+def small() -> FastWeightsForCausalLM:
+    return make("hybrid + layer", make_gpt2(n_layer=1))
+
+
+@pytest.fixture(scope="module")
+def saved(small, tmp_path_factory) -> bytes:
+    return new_memory(small).read([random_ids(1, 20)[0]]).save(tmp_path_factory.mktemp("memory") / "x").read_bytes()
+
+
+def refusal(model, path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(FastWeightsError) as caught:
+        load_memory(model, path)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def header_of(saved: bytes) -> int:
+    return 8 + int.from_bytes(saved[:8], "little")
+
+
+def test_one_flipped_bit_is_noticed(small, saved, tmp_path):
+    header = header_of(saved)
+    for place in [*range(header), *range(header, len(saved), 397), len(saved) - 1]:
+        damaged = bytearray(saved)
+        damaged[place] ^= 1 << place % 8
+        refusal(small, tmp_path / "x", bytes(damaged))
+
+
+def test_a_file_that_is_cut_off_is_noticed(small, saved, tmp_path):
+    header = header_of(saved)
+    for length in [*range(12), *range(12, header, 7), *range(header, len(saved), 997), len(saved) - 1]:
+        refusal(small, tmp_path / "x", saved[:length])
+    refusal(small, tmp_path / "x", saved + b"\0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        b"garbage, and more of it than eight bytes",
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2**64 - 1).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (10).to_bytes(8, "little") + b"[" * 10,
+        (10**5).to_bytes(8, "little") + b'{"a":' * 20000,
+        (66).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets"'
+        + b":[0,4]}}",
+        (59).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}',
+    ],
+    ids=lambda content: f"{len(content)} bytes",
+)
+def test_what_is_no_memory_is_refused(small, tmp_path, content):
+    assert re.search("no whole memory|no memory file", refusal(small, tmp_path / "x", content))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"0.state0": None}, "has not what its model remembers, such as 0.state0"),
+        ({"0.keys": None}, "has not what its model remembers, such as 0.keys"),
+        ({"7.state0": torch.zeros(1)}, "such as 7.state0"),
+        ({"0.real": torch.ones(1, 7, dtype=torch.bool)}, "such as 0.real"),
+        ({"0.state0": torch.zeros(1, 2, 16, 15)}, "0.state0 in .* shape and type"),
+        ({"0.state0": torch.zeros(1, 2, 16, 16, dtype=torch.float16)}, "0.state0 in .* shape and type"),
+        ({"0.values": torch.zeros(1, 2, 6, 16)}, "0.values in .* shape and type"),
+        ({"0.state0": torch.full((1, 2, 16, 16), math.nan)}, "0.state0 in .* not finite"),
+        ({"0.state0": torch.full((1, 2, 16, 16), -math.inf)}, "0.state0 in .* not finite"),
+        ({"tokens": None}, "does not say what was read"),
+        ({"tokens": "many"}, "does not say what was read"),
+        ({"tokens": "[" * 100_000}, "does not say what was read"),
+        ({"tokens": "20.0"}, "no number of tokens that can be"),
+        ({"tokens": "true"}, "no number of tokens that can be"),
+        ({"tokens": "-1"}, "no number of tokens that can be"),
+        ({"tokens": str(2**64)}, "no number of tokens that can be"),
+        ({"tokens": "1"}, "has not what its model remembers"),
+        ({"tokens": "3"}, "0.keys in .* shape and type"),
+        ({"last_token": "257"}, "a token that its model does not have"),
+        ({"last_token": "-1"}, "a token that its model does not have"),
+        ({"last_token": "null"}, "a token that its model does not have"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_memory_that_its_model_would_not_make_is_refused(small, saved, tmp_path, change, reason):
+    """One whose checksum is right."""
+    (tmp_path / "x").write_bytes(saved)
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del about["checksum"]
+    for name, value in change.items():
+        part: dict = about if name in about else tensors
+        part[name] = value
+        if value is None:
+            del part[name]
+    whole = save(tensors, about | {"checksum": _checksum(tensors, about)})
+    assert re.search(reason, refusal(small, tmp_path / "x", whole))
+
+
+def test_a_memory_of_an_earlier_format_is_refused(small, tmp_path):
+    old = save({"0.state0": torch.zeros(1)}, {"format": "fastweights-memory-3", "tokens": "3"})
+    assert "no memory file of this version" in refusal(small, tmp_path / "x", old)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
+def test_short_texts_are_remembered(model, tmp_path, tokens):
+    ids = random_ids(1, tokens)[0]
+    loaded = load_memory(model, new_memory(model).read([ids]).save(tmp_path / "x"))
+    assert (loaded.tokens, loaded.last_token) == (tokens, int(ids[-1]) if tokens else None)
+    assert loaded.cache.lengths() == new_memory(model).read([ids]).cache.lengths()
+
+
+def test_a_memory_does_not_change_with_its_file(small, saved, tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(saved)
+    loaded = load_memory(small, file)
+    with open(file, "r+b") as out:
+        out.write(b"\0" * len(saved))
+    assert all(state.any() for state in loaded.cache.layers[0].recurrent_states.values())
 
 
 _SAVES = """

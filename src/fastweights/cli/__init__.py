@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastweights import __version__
 from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, train
-from fastweights.cli.console import note, printable
+from fastweights.cli.console import note, printable, use_utf8
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
 
@@ -111,6 +111,7 @@ TRACEBACK = "FASTWEIGHTS_TRACEBACK"
 
 def main() -> None:
     """Entry point: an error is one line, without a traceback."""
+    use_utf8()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
     try:
@@ -144,3 +145,4 @@ def _quiet_libraries() -> None:
         wrapt.register_post_import_hook(lambda logging: logging.set_verbosity_error(), module)
     wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "transformers.utils.logging")
     wrapt.register_post_import_hook(lambda bars: bars.disable_progress_bars(), "datasets.utils.tqdm")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its cache, where the home folder takes none

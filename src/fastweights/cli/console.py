@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -40,6 +43,18 @@ def printable(text: str) -> str:
 def shown(text: str, file: TextIO) -> str:
     """Text for a file: whole, unless that is a terminal."""
     return printable(text) if file.isatty() else text
+
+
+def use_utf8() -> None:
+    """Take names, texts and both standard streams for UTF-8, whatever the locale says.
+
+    What output cannot be encoded is spelt out. For names and arguments Python has to start anew.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
 
 
 def _is_shown(character: str) -> bool:

@@ -34,7 +34,7 @@ def plot_training(folders: dict[str, Path], output: Path) -> None:
     figure, panels = _figure(2, width=10)
     for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
         for name, folder in folders.items():
-            history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
+            history = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             points = [(entry["num_input_tokens_seen"] / 1000, entry["loss"]) for entry in history if "loss" in entry]
             tokens, losses = zip(*points, strict=True) if points else ((), ())
             panel.plot(tokens, losses, color=_COLORS[name], label=name, marker="o", markersize=3)

@@ -16,4 +16,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference())
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")

@@ -50,13 +50,13 @@ def _reset_peak_of_process() -> int | None:
     """Memory in use now, after the allocator has given back what it can; None where the system cannot tell."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")  # proc(5): sets the peak to the memory in use
+        _CLEAR.write_text("5", encoding="utf-8")  # proc(5): sets the peak to the memory in use
         return _of_process("VmRSS")
     except (OSError, AttributeError):
         return None
 
 
 def _of_process(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
     assert match is not None
     return int(match[1]) * 1024

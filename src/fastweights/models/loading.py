@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fastweights.embedded import MODEL_NAME
 from fastweights.errors import FastWeightsError, reason_of
+from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
@@ -20,45 +21,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+_CONFIG = "config.json"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ALLOWED = "give a save_pretrained folder, a .gguf file or a hub name"
 
 
-def resolve_model(source: str) -> str:
-    """The folder or hub name behind a name that a user may give."""
-    if source != EMBEDDED:
-        return source
+def resolve_model(source: str | Path) -> str:
+    """The folder, file or hub name behind a name that a user may give."""
+    if str(source) != EMBEDDED:
+        return str(source)
     folder = Path(str(files("fastweights.embedded"))) / MODEL_NAME
     if not (folder / "model.safetensors").exists():
         raise FastWeightsError("the embedded model is missing from this installation: install fastweights again")
     return str(folder)
 
 
-def check_source(source: str) -> None:
-    """Refuse a name that can only be a folder's or file's, and of none that is there."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".gguf")
-    if looks_local and not Path(source).exists():
-        raise FastWeightsError(f"{source} does not exist: give a save_pretrained folder, a .gguf file or a hub name")
-
-
-def check_apart(source: str, output: Path) -> None:
-    """Refuse to write a model over the one that it is made from."""
-    folder = Path(resolve_model(source))
-    if folder.exists() and folder.resolve() == output.resolve():
+def check_apart(source: str | Path, output: Path) -> None:
+    """Refuse to write a model over, or around, the one that it is made from."""
+    place = Path(resolve_model(source))
+    if not os.path.exists(place):
+        return
+    folder = (place if place.is_dir() else place.parent).resolve()
+    if folder == output.resolve():
         raise FastWeightsError(f"output {output} is the model's own folder, which stays as it is: give another")
+    if output.resolve() in folder.parents:
+        raise FastWeightsError(f"output {output} has the model {source} inside it, which stays as it is: give another")
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model."""
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model.
+
+    Args:
+        source: a `save_pretrained` folder, a .gguf file, a hub name or "embedded".
+
+    Raises:
+        FastWeightsError: there is none, it is damaged, it needs code of its own, or it has tokens that the model lacks.
+    """
     from transformers import AutoTokenizer
 
-    resolved = resolve_model(source)
-    path = Path(resolved)
-    check_source(resolved)
+    name, arguments = _located(source)
     try:
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(resolved)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        # A .gguf file has one list of tokens for both.
+        config = None if "gguf_file" in arguments else AutoConfig.from_pretrained(name, **arguments)
+        last = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:
-        raise FastWeightsError(f"cannot load a tokenizer from {source}: {reason_of(error)}") from error
+        raise _not_loaded("a tokenizer", source, error) from error
+    size = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and last >= size:
+        raise FastWeightsError(
+            f"the tokenizer in {source} has tokens up to {last}, and the model a vocabulary of {size}: give a folder "
+            "whose model and tokenizer belong together"
+        )
+    return tokenizer
 
 
 def load_model(
@@ -66,8 +81,10 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, converted or not, in evaluation mode.
 
+    No code that comes with a model is ever run.
+
     Args:
-        source: a `save_pretrained` folder, a .gguf file, or a hub name.
+        source: a `save_pretrained` folder, a .gguf file, a hub name or "embedded".
         dtype: of the weights; states and gates are fp32 in any case.
         gguf_file: name of a GGUF file inside `source`.
 
@@ -75,37 +92,83 @@ def load_model(
         The model, whose linear layers take oneDNN's products where these are faster (`layers/linear.py`).
 
     Raises:
-        FastWeightsError: there is no such model, it is of no known family, or its weights are not those of its config.
+        FastWeightsError: there is no such model, it is of no known family, or its weights are damaged or not those of
+            its config.
     """
-    check_source(str(source))
-    path = Path(source)
-    if path.suffix == ".gguf":
-        source, gguf_file = path.parent, path.name
-        path = path.parent
-    if path.exists() and not path.is_dir():
-        raise FastWeightsError(f"{source} is no folder: give a save_pretrained folder, a .gguf file or a hub name")
-    arguments = {} if gguf_file is None else {"gguf_file": gguf_file}
+    name, arguments = _located(source, gguf_file)
+    gguf_file = arguments.get("gguf_file")
     try:
-        config = AutoConfig.from_pretrained(str(source), **arguments)
+        config = AutoConfig.from_pretrained(name, **arguments)
         if config.model_type != FastWeightsConfig.model_type:
             architecture_of(config)
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            str(source), dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
+            name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
         )
     except FastWeightsError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise FastWeightsError(f"cannot load a model from {source}: {reason_of(error)}") from error
+    except Exception as error:  # of transformers, of its checks of configs, of safetensors, of torch
+        raise _not_loaded("a model", source, error) from error
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
         raise FastWeightsError(
             f"the weights in {source} are not those of its config: {len(missing)} names do not match, "
             f"such as {missing[0]}; save the model again with save_pretrained"
         )
+    _check_finite(model, source)
     use_onednn(model)
     if gguf_file is not None:
-        model.config.name_or_path = str(Path(source) / gguf_file)
+        model.config.name_or_path = str(Path(name) / gguf_file)
     return model.eval()
+
+
+def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The folder or hub name of a model, and the arguments of transformers' `from_pretrained` that go with it."""
+    name = resolve_model(source)
+    if gguf_file is None and name.endswith(".gguf") and os.path.isfile(name):
+        name, gguf_file = os.path.split(os.path.abspath(name))
+    arguments: dict[str, Any] = {"trust_remote_code": False}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    needed = gguf_file or _CONFIG
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, needed)):
+            raise FastWeightsError(f"there is no {needed} in {source}, so it is no model's folder: {_ALLOWED}")
+        return name, arguments
+    if os.path.exists(name):
+        raise FastWeightsError(f"{source} is no folder: {_ALLOWED}")
+    if name.startswith((".", "~")) or name.endswith(".gguf") or not is_hub_name(name):
+        raise FastWeightsError(f"{source} does not exist: {_ALLOWED}")
+    arguments["local_files_only"] = not _asked_from_hub(name, needed)
+    return name, arguments
+
+
+def _asked_from_hub(name: str, needed: str) -> bool:
+    """Whether the hub has a model; False if it cannot tell, but gave it earlier."""
+    from huggingface_hub import try_to_load_from_cache
+
+    reason = why_not_on_hub(name, "model")
+    if reason is not None and not isinstance(try_to_load_from_cache(name, needed), str):
+        raise FastWeightsError(f"there is no folder {name}, and {reason}: {_ALLOWED}")
+    return reason is None
+
+
+def _not_loaded(what: str, source: str | Path, error: Exception) -> FastWeightsError:
+    if "trust_remote_code" in str(error):
+        return FastWeightsError(
+            f"{source} needs Python code that comes with it, which is never run: give a model of a family that "
+            "transformers itself has"
+        )
+    return FastWeightsError(f"cannot load {what} from {source}: {reason_of(error)}")
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel() or parameter.dtype not in _FLOATS:
+            continue
+        # NaN and infinities show in the extremes, which take one pass and no room.
+        if not torch.stack(parameter.aminmax()).isfinite().all():
+            raise FastWeightsError(f"{name} of the model in {source} is not finite: train it or download it again")
 
 
 def name_of(model: PreTrainedModel) -> str | None:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 
 from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
+from fastweights.files import written_whole
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import Stream, reads_without_end
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-FORMAT = "fastweights-memory-3"
+FORMAT = "fastweights-memory-4"
 _PIECE = 1024
+_MOST_TOKENS = 2**62
 
 
 @dataclass
@@ -129,42 +129,20 @@ class Memory:
             FastWeightsError: the memory is not finite, or there is no writing to that place.
         """
         path = Path(path)
-        tensors = {
-            f"{i}.{name}": tensor.detach().cpu().contiguous()
-            for i, layer in enumerate(self.cache.layers)
-            for name, tensor in layer_tensors(layer).items()
-            if tensor.numel()
-        }
+        check_new_file(path, "save the memory elsewhere")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(self.cache).items()}
+        if bad := _not_finite(tensors):
+            raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
         about = {
             "format": FORMAT,
             "model": fingerprint(self.model),
-            "tokens": str(self.tokens),
+            "tokens": json.dumps(self.tokens),
             "last_token": json.dumps(self.last_token),
-            "lengths": json.dumps(self.cache.lengths()),
         }
-        if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
-            raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
-        check_new_file(path, "save the memory elsewhere")
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=about)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its maker's alone
-            os.replace(temporary, path)
-        except BaseException as error:
-            Path(temporary).unlink(missing_ok=True)
-            if isinstance(error, OSError | SafetensorError):
-                raise FastWeightsError(f"cannot save the memory to {path}: {reason_of(error)}") from error
-            raise
+        whole = save(tensors, about | {"checksum": _checksum(tensors, about)})
+        with written_whole(path) as partial:
+            partial.write_bytes(whole)
         return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def new_memory(model: PreTrainedModel) -> Memory:
@@ -198,7 +176,7 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
         The memory, as it was saved.
 
     Raises:
-        FastWeightsError: there is no such file, it is not whole, or another model made it.
+        FastWeightsError: there is no such file, it is damaged, or another model made it.
     """
     path = Path(path)
     check_file(path, "give a file that `fastweights read MODEL FILE -o MEMORY` made")
@@ -207,33 +185,97 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
-        raise FastWeightsError(f"{path} is no whole memory file ({error}): read the text again") from error
+    except Exception as error:  # of safetensors, of torch, of the system
+        raise FastWeightsError(f"{path} is no whole memory file ({reason_of(error)}): read the text again") from error
     if about.get("format") != FORMAT:
         raise FastWeightsError(f"{path} is no memory file of this version ({FORMAT}): read the text again")
-    if about["model"] != fingerprint(memory.model):
+    checksum = about.pop("checksum", None)
+    if checksum != _checksum(tensors, about):
+        raise FastWeightsError(f"{path} is damaged (its checksum is another): read the text again")
+    if about.get("model") != fingerprint(memory.model):
         raise FastWeightsError(
             f"{path} was made by another model than the one given; a memory is of use to its own model alone: "
             "give that model, or read the text again with this one"
         )
+    memory.tokens, memory.last_token = _place_in_text(path, about, model)
+    _check_tensors(path, tensors, _tensors_after(model, memory.tokens))
     for i, layer in enumerate(memory.cache.layers):
         prefix = f"{i}."
-        own = {name.removeprefix(prefix): x.to(model.device) for name, x in tensors.items() if name.startswith(prefix)}
-        _restore(layer, own)
-    memory.cache.set_lengths(json.loads(about["lengths"]))
-    memory.tokens, memory.last_token = int(about["tokens"]), json.loads(about["last_token"])
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        # A copy: the file's own pages would change with the file.
+        _restore(layer, {name: tensor.to(model.device, copy=True) for name, tensor in own.items()})
+    memory.cache.set_lengths([_tokens_in_cache(memory.tokens)] * len(memory.cache.recurrent))
     return memory
+
+
+def _tensors(cache: FastWeightsCache) -> dict[str, Tensor]:
+    """All that a cache holds, by the number of the layer and the name in it."""
+    return {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in layer_tensors(layer).items()}
+
+
+def _tokens_in_cache(tokens: int) -> int:
+    return max(0, tokens - 1)  # the last is read with what follows it
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _place_in_text(path: Path, about: dict[str, str], model: PreTrainedModel) -> tuple[int, int | None]:
+    """How many tokens were read, and the last of them."""
+    try:
+        tokens, last = json.loads(about["tokens"]), json.loads(about["last_token"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FastWeightsError(f"{path} does not say what was read: read the text again") from error
+    if type(tokens) is not int or not 0 <= tokens < _MOST_TOKENS:
+        raise FastWeightsError(f"{path} is of no number of tokens that can be: read the text again")
+    known = last is None if tokens == 0 else type(last) is int and 0 <= last < model.config.vocab_size
+    if not known:
+        raise FastWeightsError(f"{path} ends with a token that its model does not have: read the text again")
+    return tokens, last
+
+
+def _tensors_after(model: FastWeightsForCausalLM, tokens: int) -> dict[str, Any]:
+    """What the memory of a text of so many tokens is made of: the shape and type of each tensor."""
+    if tokens < 2:
+        return {}
+    cache = new_memory(model).read([torch.zeros(2, dtype=torch.long)]).cache
+    made = {name: ([*tensor.shape], tensor.dtype) for name, tensor in _tensors(cache).items()}
+    for i, layer in enumerate(cache.layers):
+        for name in ("keys", "values"):
+            if f"{i}.{name}" in made:
+                made[f"{i}.{name}"][0][2] = min(_tokens_in_cache(tokens), layer.sliding_window - 1)  # type: ignore[attr-defined]
+    return made
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    if others := sorted(tensors.keys() ^ expected.keys()):
+        raise FastWeightsError(f"{path} has not what its model remembers, such as {others[0]}: read the text again")
+    for name, tensor in tensors.items():
+        if ([*tensor.shape], tensor.dtype) != expected[name]:
+            raise FastWeightsError(f"{name} in {path} is not of the shape and type of its model: read the text again")
+    if bad := _not_finite(tensors):
+        raise FastWeightsError(f"{bad} in {path} is not finite: read the text again")
+
+
+def _checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    _add(digest, tensors)
+    return digest.hexdigest()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """What tells a model from another: its config, and all its weights."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat.numpy().tobytes())
+    _add(digest, model.state_dict())
     digest.update(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _lasting(config: dict) -> dict:

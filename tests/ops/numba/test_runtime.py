@@ -129,3 +129,46 @@ def test_a_version_of_sources_changes_with_the_rules_folder_and_with_that_of_all
             (folder / "x.py").write_text(text)
             versions.add(runtime.sources_version(rule))
     assert len(versions) == 4
+
+
+_KERNELS = """
+from numba import int64, njit
+
+
+@njit(int64(int64), cache=True)
+def kernel(n):
+    return n + 1
+"""
+
+
+@pytest.fixture
+def nowhere_to_write(tmp_path, monkeypatch) -> Path:
+    """A rule whose folder, like the home folder, takes no files."""
+    import numba
+
+    folder = tmp_path / "ops" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "cpu_kernels.py").write_text(_KERNELS)
+    for name in ("__pycache__", "home"):
+        place = folder / name
+        place.write_text("no folder")
+    monkeypatch.setattr("fastweights.ops.__path__", [str(tmp_path / "ops")])
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(folder / "home"))
+    yield folder
+    sys.modules.pop("fastweights.ops.tiny.cpu_kernels", None)
+    runtime.load_kernels.cache_clear()
+
+
+def test_kernels_compile_where_nothing_can_be_written(nowhere_to_write, capsys):
+    kernels = runtime.load_kernels("tiny")
+    assert kernels.kernel(1) == 2
+    assert kernels.kernel.stats.cache_path.startswith(runtime._private_folder().name)
+    assert "set NUMBA_CACHE_DIR" in capsys.readouterr().err
+
+
+def test_a_folder_that_the_user_names_is_used(nowhere_to_write, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "named"))
+    assert runtime.load_kernels("tiny").kernel.stats.cache_path.startswith(str(tmp_path / "named"))
+    assert "NUMBA_CACHE_DIR" not in capsys.readouterr().err

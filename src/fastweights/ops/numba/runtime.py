@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,11 +42,25 @@ _SHARES_PER_THREAD = 4
 def load_kernels(rule: str) -> ModuleType:
     """`ops/<rule>/cpu_kernels.py`; compiles its kernels (once, then cached on disk) when first called."""
     try:
-        import numba.core  # noqa: F401
+        import numba.core
     except ImportError as error:
         raise ImportError("backend='cpu' needs numba, which is not installed: pip install numba") from error
+    name = f"..{rule}.cpu_kernels"
     with announced():
-        return importlib.import_module(f"..{rule}.cpu_kernels", __package__)
+        try:
+            return importlib.import_module(name, __package__)
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and "no locator available" not in str(error):
+                raise
+            _say("fastweights: no place to keep compiled kernels in: set NUMBA_CACHE_DIR to a folder, to compile once")
+            numba.config.CACHE_DIR = _private_folder().name
+            return importlib.import_module(name, __package__)
+
+
+@cache
+def _private_folder() -> tempfile.TemporaryDirectory:
+    """Of this process, and gone with it."""
+    return tempfile.TemporaryDirectory(prefix="fastweights-kernels-")
 
 
 def sources_version(folder: Path) -> int:
@@ -137,7 +152,7 @@ def _openmp() -> ctypes.CDLL | None:
 def _forked() -> bool:
     """Whether this process is a copy of another, whose threads it does not have (Linux's PF_FORKNOEXEC)."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return bool(int(fields[6]) & 0x40)
     except (OSError, IndexError, ValueError):
         return False
