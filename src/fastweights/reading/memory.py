@@ -198,7 +198,7 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
             "give that model, or read the text again with this one"
         )
     memory.tokens, memory.last_token = _place_in_text(path, about, model)
-    _check_tensors(path, tensors, _tensors_after(model, memory.tokens))
+    _check_tensors(path, tensors, _tensors_after(memory.model, memory.tokens))
     for i, layer in enumerate(memory.cache.layers):
         prefix = f"{i}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -275,7 +275,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _add(digest: hashlib._Hash, tensors: dict[str, Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _lasting(config: dict) -> dict:

@@ -53,7 +53,7 @@ def load_kernels(rule: str) -> ModuleType:
             if isinstance(error, RuntimeError) and "no locator available" not in str(error):
                 raise
             _say("fastweights: no place to keep compiled kernels in: set NUMBA_CACHE_DIR to a folder, to compile once")
-            numba.config.CACHE_DIR = _private_folder().name
+            numba.config.CACHE_DIR = _private_folder().name  # type: ignore[attr-defined]
             return importlib.import_module(name, __package__)
 
 
