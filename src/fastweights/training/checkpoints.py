@@ -99,7 +99,7 @@ def drop_others(newest: Path) -> None:
             if _number(path) < number and kept < _KEPT and (path / MANIFEST).exists():
                 kept += 1
             else:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def clear(stage: Path) -> None:
