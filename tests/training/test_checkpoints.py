@@ -80,7 +80,7 @@ def test_a_run_that_falls_back_ends_as_one_that_was_not_disturbed(trained, stage
 def test_without_a_whole_checkpoint_there_is_one_line(stage, caplog):
     for checkpoint in stage.iterdir():
         cut(checkpoint / "optimizer.pt")
-    with pytest.raises(FastWeightsError, match=r"checkpoint-6.*optimizer.pt is not what was written.*--overwrite"):
+    with pytest.raises(FastWeightsError, match=r"checkpoint-6.*'optimizer.pt' is not what was written.*--overwrite"):
         trainer(stage, steps=6).run(resume=True)
     # What never was whole takes nothing away.
     for checkpoint in stage.iterdir():
@@ -95,14 +95,14 @@ def test_a_finished_stage_whose_model_is_damaged_is_saved_again(trained, tmp_pat
     shutil.copytree(trained, folder)
     assert damage(folder, FINISHED) is None
     cut(folder / "model.safetensors")
-    assert damage(folder, FINISHED) == "model.safetensors is not what was written"
+    assert damage(folder, FINISHED) == "'model.safetensors' is not what was written"
     trainer(folder, steps=6).run(resume=True)
     assert damage(folder, FINISHED) is None
     assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     cut(folder / "model.safetensors")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(FastWeightsError, match=r"damaged: model.safetensors.*no whole checkpoint"):
+    with pytest.raises(FastWeightsError, match=r"damaged: 'model.safetensors'.*no whole checkpoint"):
         checkpoint_to_resume(folder)
 
 
@@ -137,7 +137,7 @@ def test_a_pickle_that_would_run_code_is_one_line(stage):
 
     checkpoint = stage / "checkpoint-4"
     shutil.rmtree(stage / "checkpoint-6")
-    for harm in (lambda file: torch.save(Harm(), file), lambda file: file.write_bytes(pickle.dumps(Harm()))):
+    for harm in (lambda file: torch.save(Harm(), file), lambda file: file.write_bytes(pickle.dumps(Harm(), 2))):
         for name in ("optimizer.pt", "rng_state.pth"):
             whole = (checkpoint / name).read_bytes()
             harm(checkpoint / name)

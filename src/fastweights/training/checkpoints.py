@@ -52,9 +52,9 @@ def damage(folder: Path, name: str = MANIFEST) -> str | None:
     try:
         for file, was in json.loads((folder / name).read_text(encoding="utf-8")).items():
             if not (folder / file).is_file():
-                return f"{file} is missing"
+                return f"{file!r} is missing"
             if (folder / file).stat().st_size != was["bytes"] or _sha256(folder / file) != was["sha256"]:
-                return f"{file} is not what was written"
+                return f"{file!r} is not what was written"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{name} cannot be read"
     return None
@@ -99,7 +99,7 @@ def drop_others(newest: Path) -> None:
             if _number(path) < number and kept < _KEPT and (path / MANIFEST).exists():
                 kept += 1
             else:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def clear(stage: Path) -> None:

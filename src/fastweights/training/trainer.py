@@ -142,7 +142,7 @@ class StageTrainer(Trainer):
         try:
             yield
         except Exception as error:  # tokenizers raises no other class
-            if folder.name.startswith(CHECKPOINT):
+            if folder != self.output:
                 shutil.rmtree(folder, ignore_errors=True)
             raise FastWeightsError(
                 f"cannot write {folder}: {said(error.__cause__ or error)}; {self._kept()}; make room, then go on with "
