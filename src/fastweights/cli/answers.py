@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fastweights.reading.memory import Memory
 
-_SIZE = 2**16
+_SIZE = 2**13
 _TAIL = 64
 
 

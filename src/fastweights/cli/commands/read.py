@@ -32,7 +32,7 @@ _SIZE = 2**13
 
 def read(
     model: str,
-    files: tuple[Path, ...],
+    files: Annotated[tuple[Path, ...], Parameter(allow_leading_hyphen=True)],
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"))],
     memory: Path | None = None,
