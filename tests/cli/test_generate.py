@@ -76,8 +76,8 @@ def test_a_long_prompt_takes_no_more_memory_at_once(monkeypatch, capsys, endless
     assert code == 0
     assert out.startswith("some words " * 1000)
     assert longest[0] == 1024
-    code, _, err = run(monkeypatch, capsys, "generate", model_folder, "--prompt-file", tmp_path / "long.txt", *FEW)
-    assert code == 1
+    code, out, err = run(monkeypatch, capsys, "generate", model_folder, "--prompt-file", tmp_path / "long.txt", *FEW)
+    assert (code, out) == (1, "")
     assert "the prompt has 11000 tokens" in err
 
 

@@ -12,7 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastweights.cli.progress import ReadingBar
 from fastweights.errors import FastWeightsError
-from fastweights.reading.generation import Continuation, FiniteLogits, go_on, read_prompt
+from fastweights.reading.generation import CONTEXT, Continuation, FiniteLogits, go_on, read_prompt
 from fastweights.reading.memory import new_memory
 from fastweights.reading.stream import last_position, reads_without_end
 from fastweights.reading.text import first_tokens, tokens_in_pieces
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fastweights.reading.memory import Memory
 
 _SIZE = 2**13
-_TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Speaker:
             self._check_room(len(ids))
             self.write(prompt)
             cache = read_prompt(self.model, ids, progress=lambda read: bar.show(size * read // len(ids)))
-        return partial(go_on, self.model, ids, cache), ids[-_TAIL:].tolist(), len(ids)
+        return partial(go_on, self.model, ids, cache), ids[-CONTEXT:].tolist(), len(ids)
 
     def _read_in_pieces(self, prompt: str, bar: ReadingBar) -> tuple[Callable[..., Tensor], list[int], int]:
         self.write(prompt)
@@ -116,7 +115,7 @@ class Speaker:
         tail, done = [] if memory.last_token is None else [memory.last_token], 0
         for ids, size in self._pieces(prompt):
             memory.read([ids])
-            tail, done = [*tail, *ids[-_TAIL:].tolist()][-_TAIL:], done + size
+            tail, done = [*tail, *ids[-CONTEXT:].tolist()][-CONTEXT:], done + size
             bar.show(done)
         return memory.generate, tail, 1
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONTEXT = 64
+CONTEXT = 64
+"""Tokens before a text that matter to how its own are decoded."""
 _BYTES_OF_A_CHARACTER = 4
 
 
@@ -107,7 +108,7 @@ class Continuation(BaseStreamer, StoppingCriteria):
         """What was told."""
         self.stopped = False
         """Whether a stop text came."""
-        self._ids = list(before[-_CONTEXT:])
+        self._ids = list(before[-CONTEXT:])
         self._told = len(self._ids)
         self._held = ""
         self._prompt_is_next = True

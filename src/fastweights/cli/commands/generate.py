@@ -88,16 +88,17 @@ def generate(
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens}
-    speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else _write)
+    line = _Line()
+    speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else line.write)
     for text in prompts:
         set_seed(seed)
         try:
             answer = speaker.answer(text)
-        finally:
-            if not json:
-                print(flush=True)  # an error is told on a line of its own
-        if json:
-            print(json_format.dumps({"prompt": text, **asdict(answer)}), flush=True)
+        except BaseException:
+            line.end()
+            raise
+        print(json_format.dumps({"prompt": text, **asdict(answer)}) if json else "", flush=True)
+        line.begun = False
 
 
 def _check(asked: dict[str, Any], max_new_tokens: int, beams: int, stop: tuple[str, ...]) -> None:
@@ -161,8 +162,18 @@ def _settings(own: GenerationConfig, asked: dict[str, Any], beams: int) -> dict[
     return {**found, "do_sample": not greedy, "num_beams": beams}
 
 
-def _write(text: str) -> None:
-    print(shown(text, sys.stdout), end="", flush=True)
+class _Line:
+    """What is printed bit by bit; if it is broken off, whatever is said of that stands on a line of its own."""
+
+    begun = False
+
+    def write(self, text: str) -> None:
+        print(shown(text, sys.stdout), end="", flush=True)
+        self.begun = self.begun or bool(text)
+
+    def end(self) -> None:
+        if self.begun:
+            print(flush=True)
 
 
 def _ignore(text: str) -> None:
