@@ -6,10 +6,8 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 
 from __future__ import annotations
 
-import gzip
 import os
 import tempfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastweights.embedded.stdlib import stdlib_documents
-from fastweights.errors import FastWeightsError, check_file, reason_of
+from fastweights.errors import FastWeightsError, reason_of
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.settings.text import STDLIB, DataConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import pyarrow as pa
     from jaxtyping import Int
     from torch import Tensor
@@ -89,7 +85,7 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
         The tokens in one run, and the length in tokens, bytes and words of each document.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in _ids(documents, tokenizer)]
+    documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in token_ids(documents, tokenizer)]
     return TokenizedText(
         tokens=torch.cat(documents_ids),
         document_lengths=[len(document) for document in documents_ids],
@@ -98,52 +94,8 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
     )
 
 
-def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, *, size: int = 2**16) -> Iterator[tuple[Tensor, int]]:
-    """(token ids, bytes) of a text file, a piece at a time, so that a file of any length takes constant memory.
-
-    Pieces end before a space or the end of a line, where tokenizers part words, so tokens are those of the whole text
-    for byte-level ones; those that put a mark before every text put one before every piece.
-
-    Args:
-        path: UTF-8 text, plain or .gz.
-        tokenizer: the model's.
-        size: characters of a piece, about.
-
-    Raises:
-        FastWeightsError: the file does not exist, may not be read, is no whole UTF-8 text, or is empty.
-    """
-    check_file(path, "give an existing text file")
-    rest, found = "", False
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        while True:
-            try:
-                more = file.read(size)
-            except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-                raise FastWeightsError(
-                    f"{path} is not whole UTF-8 text ({error}): give a file, plain or .gz"
-                ) from error
-            text = rest + more
-            cut = _last_word_start(text) if more else len(text)
-            text, rest = text[:cut], text[cut:]
-            if text:
-                found = True
-                yield torch.tensor(_ids([text], tokenizer)[0], dtype=torch.long), len(text.encode())
-            if not more:
-                break
-    if not found:
-        raise FastWeightsError(f"{path} is empty: give a file with text in it")
-
-
-def _last_word_start(text: str) -> int:
-    """Where the last space between two words, or end of a line after one, stands; nowhere: the end of the text."""
-    for place in range(len(text) - 2, 0, -1):
-        before, after = text[place - 1], text[place + 1]
-        if text[place] in " \n" and not before.isspace() and (text[place] == "\n" or not after.isspace()):
-            return place
-    return len(text)
-
-
-def _ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each document, without special tokens."""
     if tokenizer.is_fast:
         # Without the offsets that transformers asks for, this is several times faster.
         backend: Any = tokenizer.backend_tokenizer

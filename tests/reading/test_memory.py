@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import math
 import re
 import signal
@@ -16,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from fastweights.data import token_pieces
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert
 from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_memory
+from fastweights.reading.text import token_pieces
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 
@@ -98,7 +97,7 @@ def test_reading_takes_constant_memory(tmp_path, tokenizer):
         file = tmp_path / "text.txt"
         file.write_text("some words of a text, over and over. " * n)
         with PeakMemory(model.device) as peak:
-            new_memory(model).read(ids for ids, _ in token_pieces(file, tokenizer))
+            new_memory(model).read(piece.ids for piece in token_pieces(file, tokenizer))
         peaks.append(peak.bytes)
     if None in peaks:
         pytest.skip("this system does not tell the peak of a process's memory")
@@ -176,12 +175,36 @@ def test_reading_that_was_interrupted_left_what_was_read(monkeypatch):
 
 def test_a_memory_that_is_not_finite_is_not_saved(tmp_path):
     model = make("pure")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[7] = math.nan
     memory = new_memory(model).read([torch.tensor([5, 7, 5])])
+    memory.cache.layers[0].state()[0, 0, 0] = math.nan
     with pytest.raises(FastWeightsError, match="not finite, and nothing was saved"):
         memory.save(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_reading_stops_where_the_model_predicts_nothing():
+    model = make("pure", make_llama())
+    model.get_input_embeddings().weight[7] = math.nan
+    memory = new_memory(model).read([torch.tensor([5, 6])])
+    with pytest.raises(FastWeightsError, match="logits are not finite"):
+        memory.read([torch.tensor([5, 7, 5])])
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    model = make("hybrid + layer")
+    memory, prompt = new_memory(model).read([random_ids(1, 30)[0]]), random_ids(1, 50, seed=2)[0]
+    at_once = memory.generate(prompt, **ARGUMENTS)
+    monkeypatch.setattr("fastweights.reading.generation.PIECE", 8)
+    longest, forward = [], model.forward
+
+    def counted(*args, **kwargs):
+        longest.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    assert memory.generate(prompt, **ARGUMENTS).tolist() == at_once.tolist()
+    assert max(longest) == 8
 
 
 def test_places_that_cannot_be_written_or_read_are_refused(tmp_path, monkeypatch):
@@ -362,39 +385,3 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert load_memory(model, file).tokens == 50
-
-
-@pytest.mark.parametrize("size", [1, 7, 64, 100000])
-def test_a_file_is_read_in_pieces_without_changing_a_byte(tmp_path, tokenizer, size):
-    text = "".join(f"Zeile {i},  zwei Leerzeichen\n\tund 'ümläuts' – {i * 7919}.\n" for i in range(40))
-    file = tmp_path / "text.txt"
-    file.write_text(text, encoding="utf-8")
-    pieces = list(token_pieces(file, tokenizer, size=size))
-    assert tokenizer.decode(torch.cat([ids for ids, _ in pieces])) == text
-    assert sum(n for _, n in pieces) == len(text.encode())
-    assert len(pieces) > 1 or size > len(text)
-
-
-def test_pieces_of_subwords_are_the_tokens_of_the_whole(tmp_path, shared_data):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
-    text = "It's a fine day;  we'll see   what 12345 brings.\n\n  Indented lines, too.\n" * 30
-    file = tmp_path / "text.txt"
-    file.write_text(text)
-    whole = tokenizer(text)["input_ids"]
-    assert torch.cat([ids for ids, _ in token_pieces(file, tokenizer, size=50)]).tolist() == whole
-
-
-def test_bad_texts(tmp_path, tokenizer):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xff")
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text " * 1000)[:30])
-    for name, message in (
-        ("none.txt", "does not exist"),
-        ("empty.txt", "is empty"),
-        ("binary.txt", "not whole UTF-8"),
-        ("cut.gz", "not whole"),
-    ):
-        with pytest.raises(FastWeightsError, match=message):
-            list(token_pieces(tmp_path / name, tokenizer))

@@ -176,15 +176,18 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
-        LinearAttentionAndSlidingWindowAttentionLayer.batch_repeat_interleave(self, repeats)
-        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
-        self.real = None if self.real is None else self.real.repeat_interleave(repeats, dim=0)
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These rows alone."""
-        LinearAttentionAndSlidingWindowAttentionLayer.batch_select_indices(self, indices)
-        self.change_states(lambda state: state[indices, ...])
-        self.real = None if self.real is None else self.real[indices]
+        self._change_rows(lambda tensor: tensor[indices, ...])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        # transformers leaves out the keys of a layer that is said to hold no tokens.
+        self.change_states(change)
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+        self.real = None if self.real is None else change(self.real)
 
 
 class PendingPosition(NamedTuple):

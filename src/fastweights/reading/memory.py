@@ -21,7 +21,8 @@ from fastweights.errors import FastWeightsError, check_file, check_new_file, rea
 from fastweights.files import written_whole
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
-from fastweights.reading.stream import Stream, reads_without_end
+from fastweights.reading.generation import go_on, read_prompt
+from fastweights.reading.stream import PIECE, Stream, check_logits, reads_without_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "fastweights-memory-4"
-_PIECE = 1024
 _MOST_TOKENS = 2**62
 
 
@@ -65,10 +65,13 @@ class Memory:
 
         Returns:
             This memory, which is changed in place.
+
+        Raises:
+            FastWeightsError: the model's logits are not finite; the memory is of no use from there on.
         """
-        stream = Stream(self.model, _PIECE, self.cache)
+        stream = Stream(self.model, PIECE, self.cache)
         for piece in pieces:
-            for part in piece.split(_PIECE):
+            for part in piece.split(PIECE):
                 if len(part):
                     self._read(stream, part)
                     if progress is not None:
@@ -80,15 +83,16 @@ class Memory:
         before = part.new_tensor([] if self.last_token is None else [self.last_token])
         ready = torch.cat((before, part[:-1]))
         if len(ready):
-            stream.read(ready[None].to(self.model.device), logits_to_keep=1)
+            check_logits(stream.read(ready[None].to(self.model.device), logits_to_keep=1))
         self.last_token, self.tokens = int(part[-1]), self.tokens + len(part)
 
-    @torch.no_grad()
-    def generate(self, prompt: Int[Tensor, " n"] | None = None, **arguments) -> Int[Tensor, " m"]:
+    def generate(
+        self, prompt: Int[Tensor, " n"] | None = None, **arguments
+    ) -> Int[Tensor, " m"] | Int[Tensor, "rows m"]:
         """What the model goes on with; the memory stays as it is.
 
         Args:
-            prompt: token ids that come after the text that was read.
+            prompt: token ids that come after the text that was read; they are read in pieces.
             **arguments: of transformers' `generate`.
 
         Returns:
@@ -102,19 +106,8 @@ class Memory:
         if not len(ids):
             raise FastWeightsError("there is nothing to go on from: the memory is empty, and so is the prompt")
         cache = copy.deepcopy(self.cache)
-        settings = arguments.get("generation_config") or self.model.generation_config
-        beams, returned = (
-            arguments.get(name) or getattr(settings, name, None) or 1 for name in ("num_beams", "num_return_sequences")
-        )
-        rows = max(beams, returned)
-        if rows > 1:
-            cache.batch_repeat_interleave(rows)
         cache.begin_here()
-        inputs = ids[None].to(self.model.device)
-        output = self.model.generate(  # type: ignore[operator]
-            inputs, attention_mask=torch.ones_like(inputs), cache=cache, **arguments
-        )
-        return output[0, len(ids) :] if returned == 1 else output[:, len(ids) :]
+        return go_on(self.model, ids, read_prompt(self.model, ids, cache), **arguments)
 
     def save(self, path: str | Path) -> Path:
         """Write the memory, or leave what is at `path` as it was: a file cut off half way never takes its place.

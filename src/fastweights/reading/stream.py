@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
 
+PIECE = 1024
+"""Tokens that are read at once of a text that has more."""
+
 
 class Stream:
     """Where a model is in a text.
@@ -95,4 +98,13 @@ def check_block_size(model: PreTrainedModel, block_size: int) -> None:
     if limit is not None and block_size > limit:
         raise FastWeightsError(
             f"block_size is {block_size}; this model's absolute positions end at {limit}: give a block_size up to that"
+        )
+
+
+def check_logits(logits: Float[Tensor, "*shape V"]) -> None:
+    """Refuse logits that predict nothing: some are NaN or infinite, or none is possible."""
+    if not logits.amax(-1).isfinite().all():
+        raise FastWeightsError(
+            "the model's logits are not finite: its weights are damaged, or its dtype is too small for them; give a "
+            "model that predicts"
         )

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import io
+import json as json_format
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from cyclopts import Parameter
-from transformers import PreTrainedModel, TextStreamer, set_seed
 
+from fastweights.cli.console import shown
 from fastweights.errors import FastWeightsError, check_seed
-from fastweights.models import load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.reading.memory import load_memory
-from fastweights.reading.stream import last_position
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Iterator
+
+    from transformers import GenerationConfig
+
+EMBEDDED_START = "def "
+"""Prompt of the embedded model where none is given: it knows Python alone."""
+_SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
 def generate(
     model: str = "embedded",
     *,
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    prompt_file: tuple[Path, ...] = (),
+    lines: bool = False,
     max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    top_k: int = 50,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True)] = (),
     beams: int = 1,
     seed: int = 0,
     memory: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Go on with a text; a converted model does so at constant time and memory per token.
 
@@ -39,86 +48,133 @@ def generate(
     model
         A folder, a .gguf file, a hub name or "embedded".
     prompt
-        Text to go on with; "-" reads standard input.
+        Text to go on with; "-" reads standard input. Without one, the model begins.
+    prompt_file
+        File that is a prompt, plain, .gz, .bz2 or .xz; may be given several times.
+    lines
+        Each line of the prompt, or of the files, is a prompt of its own; they are answered one after another.
     max_new_tokens
         Tokens to generate at most.
     temperature
-        0 takes the likeliest token; higher values sample.
+        0 takes the likeliest token, higher values sample; by default as the model says, else 0.8, with beams 0.
     top_k
-        Tokens to sample from.
+        Tokens to sample from; by default as the model's generation_config says, else 50.
+    top_p
+        Sample from the likeliest tokens that together have this probability; by default as the model says, else 0.95.
+    repetition_penalty
+        Makes tokens that were generated less likely; by default as the model says, else 1.1, or 1 at temperature 0.
+    stop
+        Text before which to end; may be given several times.
     beams
         Beams of a beam search, 1 for none.
     seed
-        Seed of sampling.
+        Seed of sampling, of each prompt.
     memory
         File that `fastweights read` made: go on from the text that was read.
+    json
+        Print a line of JSON for each prompt: prompt, text, tokens, seconds, and why it stops ("end", "length", "stop").
     """
-    if max_new_tokens < 1 or beams < 1 or top_k < 1 or not 0 <= temperature < float("inf"):
-        raise FastWeightsError(
-            f"max_new_tokens is {max_new_tokens}, beams {beams}, top_k {top_k}, temperature {temperature}; "
-            "allowed are at least 1, 1, 1 and 0"
-        )
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    _check(asked, max_new_tokens, beams, stop)
     check_seed(seed)
-    prompt = _given(prompt)
+    prompts = _prompts(model, prompt, prompt_file, lines, memory)
+
+    from transformers import set_seed
+
+    from fastweights.cli.answers import Speaker
+    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.reading.memory import load_memory
+
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
-    set_seed(seed)
-    arguments = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "temperature": temperature or None,
-        "top_k": top_k if temperature > 0 else None,
-        "num_beams": beams,
-        "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if beams == 1 else None,
-    }
-    try:
-        output = _go_on(loaded, tokenizer, prompt, memory, arguments)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
+    remembered = None if memory is None else load_memory(loaded, memory)
+    settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens}
+    line = _Line()
+    speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else line.write)
+    for text in prompts:
+        set_seed(seed)
+        try:
+            answer = speaker.answer(text)
+        except BaseException:
+            line.end()
             raise
+        print(json_format.dumps({"prompt": text, **asdict(answer)}) if json else "", flush=True)
+        line.begun = False
+
+
+def _check(asked: dict[str, Any], max_new_tokens: int, beams: int, stop: tuple[str, ...]) -> None:
+    temperature, top_k, top_p, penalty = (1 if value is None else value for value in asked.values())
+    allowed = max_new_tokens >= 1 and beams >= 1 and top_k >= 1 and 0 <= temperature < float("inf")
+    if not (allowed and 0 < top_p <= 1 and 0 < penalty < float("inf")):
+        given = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         raise FastWeightsError(
-            f"no token can be drawn at temperature {temperature}: the model's logits are not finite, or divided by so "
-            "low a temperature they are not; take 0 for the likeliest token, or give a model that predicts"
-        ) from error
-    if beams > 1:
-        print(tokenizer.decode(output, skip_special_tokens=True))
-
-
-def _given(prompt: str) -> str:
-    try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()
-    except UnicodeError as error:
-        raise FastWeightsError(f"the prompt is no UTF-8 text ({error}): give text") from error
-    return prompt
-
-
-def _go_on(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    memory: Path | None,
-    arguments: dict[str, Any],
-) -> Tensor:
-    """Print the prompt, and what comes after it if it streams; its token ids."""
-    if memory is not None:
-        remembered = load_memory(model, memory)
-        print(prompt, end="", flush=True)
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"] if prompt else None
-        return remembered.generate(None if ids is None else ids[0].long(), **arguments)  # type: ignore[index,union-attr]
-    inputs = tokenizer(prompt or str(tokenizer.bos_token or ""), return_tensors="pt")
-    length = inputs["input_ids"].shape[1]  # type: ignore[union-attr]
-    if length == 0:
-        raise FastWeightsError("the prompt is empty and this model has no token to begin with: give --prompt TEXT")
-    _check_room(model, length, arguments["max_new_tokens"])
-    print(prompt, end="", flush=True)
-    with torch.no_grad():
-        return model.generate(**inputs, **arguments)[0, length:]  # type: ignore[operator]
-
-
-def _check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
-    limit = last_position(model)
-    if limit is not None and prompt + new > limit + 1:  # the last token is not read
-        raise FastWeightsError(
-            f"the prompt has {prompt} tokens, max_new_tokens is {new}, and this model's absolute positions end at "
-            f"{limit}: take fewer, or a model that was converted with --positions drop"
+            f"max_new_tokens is {max_new_tokens}, beams {beams}{given and f', {given}'}; allowed are at least 1, 1, "
+            "temperature from 0, top_k from 1, top_p above 0 and up to 1, repetition_penalty above 0"
         )
+    if "" in stop:
+        raise FastWeightsError("a stop text is empty: give one of a character or more")
+    sampling = [name for name in ("top_k", "top_p") if asked[name] is not None]
+    if sampling and (asked["temperature"] == 0 or (beams > 1 and asked["temperature"] is None)):
+        raise FastWeightsError(
+            f"{sampling[0]} says what to sample from, and at temperature 0, which beams have by default, nothing is: "
+            "leave it out, or give a temperature above 0"
+        )
+
+
+def _prompts(
+    model: str, prompt: str | None, files: tuple[Path, ...], lines: bool, memory: Path | None
+) -> Iterator[str]:
+    """The prompts one by one; what can be said of them at once is."""
+    from fastweights.reading.text import STANDARD_INPUT, check_text, text_lines, whole_text
+
+    if prompt is not None and files:
+        raise FastWeightsError("a prompt and a prompt_file are given: give one of the two")
+    if prompt is None and not files:
+        if lines:
+            raise FastWeightsError('lines are asked for, and no prompts given: give prompt_file, or "-" as the prompt')
+        return iter([EMBEDDED_START if model == "embedded" and memory is None else ""])
+    if prompt is not None and prompt != "-":
+        try:
+            prompt.encode()
+        except UnicodeError as error:
+            raise FastWeightsError(f"the prompt is no UTF-8 text ({error}): give text") from error
+        return iter([line.removesuffix("\n") for line in io.StringIO(prompt)] if lines else [prompt])
+    files = files or (STANDARD_INPUT,)
+    for file in files:
+        check_text(file)
+    if lines:
+        return (line for file in files for line in text_lines(file))
+    return map(whole_text, files)
+
+
+def _settings(own: GenerationConfig, asked: dict[str, Any], beams: int) -> dict[str, Any]:
+    """For transformers' `generate`: what was asked for, else what the model's makers say, else what reads well."""
+    greedy = asked["temperature"] == 0 or (beams > 1 and asked["temperature"] is None)
+    if greedy:
+        usual = dict.fromkeys(_SAMPLING) | {"repetition_penalty": 1.0}
+        asked = asked | {"temperature": None}
+    elif own.do_sample:
+        said = {name: getattr(own, name) for name in _SAMPLING}
+        usual = said | {"temperature": own.temperature or 1.0, "repetition_penalty": 1.0}
+    else:
+        usual = dict(_SAMPLING)
+    usual["repetition_penalty"] = own.repetition_penalty or usual["repetition_penalty"]
+    found = {name: usual[name] if value is None else value for name, value in asked.items()}
+    return {**found, "do_sample": not greedy, "num_beams": beams}
+
+
+class _Line:
+    """What is printed bit by bit; if it is broken off, whatever is said of that stands on a line of its own."""
+
+    begun = False
+
+    def write(self, text: str) -> None:
+        print(shown(text, sys.stdout), end="", flush=True)
+        self.begun = self.begun or bool(text)
+
+    def end(self) -> None:
+        if self.begun:
+            print(flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass

@@ -2,69 +2,172 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
+import threading
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fastweights.data import token_pieces
-from fastweights.errors import check_file, check_new_file
-from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.models import load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
-from fastweights.reading.memory import load_memory, new_memory
+from fastweights.cli.console import shown
+from fastweights.cli.progress import ReadingBar
+from fastweights.errors import FastWeightsError
+from fastweights.files import check_output_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from fastweights.reading.memory import Memory
+
+_SIZE = 2**13
+"""Characters of a piece: a stop waits for no more than one of them."""
 
 
 def read(
     model: str,
-    file: Path,
+    files: Annotated[tuple[Path, ...], Parameter(allow_leading_hyphen=True)],
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"))],
     memory: Path | None = None,
+    skip: int = 0,
+    save_minutes: float = 5.0,
+    overwrite: bool = False,
 ) -> None:
-    """Read a text of any length at constant memory, and save what the model remembers of it.
+    """Read texts of any length at constant memory, and save what the model remembers of them.
+
+    Stopped with Ctrl-C or by SIGTERM, it saves what was read, and says how to go on.
 
     Parameters
     ----------
     model
         A converted model: a folder or a hub name.
-    file
-        UTF-8 text, plain or .gz.
+    files
+        UTF-8 texts, plain, .gz, .bz2 or .xz, each a document; "-" for standard input.
     output
-        Memory file to write: of one size, some MB, whatever the length of the text.
+        Memory file to write: of one size, some MB, whatever the length of the texts.
     memory
         Memory to go on from, by the same model.
+    skip
+        Characters of the first text to leave out, which `memory` has read.
+    save_minutes
+        Minutes after which what was read so far is saved.
+    overwrite
+        Replace what is at `output`, which may be `memory`.
     """
-    check_file(file, "give an existing text file")
-    check_new_file(output, "save the memory elsewhere")
-    loaded, tokenizer = load_model(resolve_model(model)), load_tokenizer(model)
+    from fastweights.evaluation.peak_memory import PeakMemory
+    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.reading.memory import load_memory, new_memory
+    from fastweights.reading.text import check_text
+
+    if skip < 0 or not save_minutes > 0:
+        raise FastWeightsError(f"skip is {skip}, save_minutes {save_minutes}; allowed are at least 0, and above 0")
+    for file in files:
+        check_text(file)
+    source = resolve_model(model)
+    inputs = [path for path in (*files, Path(source)) if path.exists()]
+    check_output_file(output, overwrite=overwrite, inputs=inputs, advice="save the memory elsewhere")
+    loaded, tokenizer = load_model(source), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    before = remembered.tokens
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        total = None if file.suffix == ".gz" else file.stat().st_size
-        task = bar.add_task(f"reading {file.name}", total=total)
-
-        def pieces():
-            for ids, size in token_pieces(file, tokenizer):
-                for part in ids.split(4096):
-                    yield part
-                    bar.advance(task, size * len(part) / max(1, len(ids)))
-
-        with PeakMemory(loaded.device) as peak:
-            start = time.perf_counter()
-            remembered.read(pieces())
+    before, start, saved = remembered.tokens, time.perf_counter(), time.monotonic()
+    place, stops = _Place(0, skip), _Stops()
+    try:
+        with stops, PeakMemory(loaded.device) as peak:
+            for _ in _read_all(remembered, files, tokenizer, place, stops):
+                if time.monotonic() - saved > 60 * save_minutes:
+                    remembered.save(output)
+                    saved = time.monotonic()
             seconds = time.perf_counter() - start
-    remembered.save(output)
+            remembered.save(output)
+    except _Stopped:
+        remembered.save(output)
+        rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), "--memory", str(output)]
+        command = shlex.join(["fastweights", "read", *rest, "-o", str(output), "--overwrite"])
+        line = (
+            f"stopped: {output} remembers {files[place.file]} up to character {place.characters}; go on with {command}"
+        )
+        print(shown(line, sys.stderr), file=sys.stderr)
+        sys.exit(128 + stops.number)
     tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
     taken = "" if peak.bytes is None else f", peak memory {peak.bytes / 1e6:.0f} MB"
-    print(f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB")
+    line = f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB"
+    print(shown(line, sys.stdout))
+
+
+@dataclass
+class _Place:
+    """Where to go on."""
+
+    file: int
+    characters: int
+
+
+class _Stopped(BaseException):
+    """Somebody wants the reading to stop, and no piece is half read."""
+
+
+class _Stops:
+    """Within it Ctrl-C and SIGTERM raise `_Stopped`, but never in the middle of a piece, unless they come again."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Of the signal that came; 0 before."""
+        self._in_a_piece = False
+
+    def __enter__(self) -> None:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot be told of signals
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        self._old = {number: signal.signal(number, self._note) for number in numbers}
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        if not self._in_a_piece:
+            raise _Stopped
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Wait for the end of this block."""
+        self._in_a_piece = True
+        try:
+            yield
+        finally:
+            self._in_a_piece = False
+        if self.number:
+            raise _Stopped
+
+
+def _read_all(
+    memory: Memory, files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, place: _Place, stops: _Stops
+) -> Iterator[None]:
+    """Read from a place on, which moves; between two pieces there is time for other things."""
+    import torch
+
+    from fastweights.reading.text import STANDARD_INPUT, token_pieces
+
+    sizes = [0 if file == STANDARD_INPUT else file.stat().st_size for file in files]
+    total = None if STANDARD_INPUT in files else sum(sizes)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for index, file in enumerate(files):
+        with ReadingBar(f"reading {file.name}", total) as bar:
+            for piece in token_pieces(file, tokenizer, size=_SIZE, skip=place.characters):
+                with stops.after():
+                    memory.read([piece.ids])
+                    place.characters = piece.characters
+                bar.show(sum(sizes[:index]) + piece.bytes)
+                yield
+        if index + 1 < len(files):
+            with stops.after():
+                memory.read([torch.tensor(end, dtype=torch.long)])
+                place.file, place.characters = index + 1, 0

@@ -1,0 +1,238 @@
+"""`fastweights generate`: what it prints, its prompts, its defaults, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import string
+import sys
+
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+
+from fastweights.cli.commands.generate import _settings
+from fastweights.embedded import byte_tokenizer
+from fastweights.models import convert, load_model
+from fastweights.settings.conversion import ConversionConfig
+from tests.cli.test_cli import run
+from tests.conftest import make_llama
+
+FEW = ("--max-new-tokens", 6, "--temperature", 0)
+
+
+@pytest.fixture(scope="module")
+def endless_folder(tmp_path_factory):
+    """A model that reads without end."""
+    folder = tmp_path_factory.mktemp("endless")
+    convert(make_llama(), ConversionConfig(window=8, positions="drop")).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def standard_input(monkeypatch, content: bytes | None) -> None:
+    monkeypatch.setattr(sys, "stdin", None if content is None else io.TextIOWrapper(io.BytesIO(content)))
+
+
+def answers(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_sentencepiece_model_goes_on_with_a_space(monkeypatch, capsys, shared_data, tmp_path):
+    """Alone, after a memory, and where the prompt itself ends in odd ways."""
+    source = shared_data / "models" / "stories15M"
+    code, out, _ = run(monkeypatch, capsys, "generate", source, "--prompt", "Once upon a", *FEW)
+    assert (code, out) == (0, "Once upon a time, there was a little\n")
+    for prompt in ("  Once\n", "One day,\n\n  a <unk>"):
+        _, out, _ = run(monkeypatch, capsys, "generate", source, "--prompt", prompt, *FEW)
+        assert out.startswith(prompt)
+
+    converted, memory, text = tmp_path / "converted", tmp_path / "x.memory", tmp_path / "text.txt"
+    run(monkeypatch, capsys, "convert", source, converted, "--positions", "drop")
+    text.write_text("Once upon a time, there")
+    run(monkeypatch, capsys, "read", converted, text, "-o", memory)
+    whole = "Once upon a time, there was a girl."
+    _, expected, _ = run(monkeypatch, capsys, "generate", converted, "--prompt", whole, *FEW)
+    _, found, _ = run(monkeypatch, capsys, "generate", converted, "--memory", memory, "--prompt", whole[23:], *FEW)
+    assert whole[:23] + found == expected
+    _, found, _ = run(monkeypatch, capsys, "generate", converted, "--memory", memory, *FEW)
+    assert found.startswith(" ")
+
+
+def test_a_long_prompt_takes_no_more_memory_at_once(monkeypatch, capsys, endless_folder, model_folder, tmp_path):
+    """It is read in pieces; that these give what one call gives is tested beside them (tests/reading)."""
+    longest = [0]
+    call = PreTrainedModel.__call__
+
+    def counted(self, *args, **kwargs):
+        if kwargs.get("input_ids") is not None:
+            longest[0] = max(longest[0], kwargs["input_ids"].shape[1])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "__call__", counted)
+    (tmp_path / "long.txt").write_text("some words " * 1000)
+    code, out, _ = run(monkeypatch, capsys, "generate", endless_folder, "--prompt-file", tmp_path / "long.txt", *FEW)
+    assert code == 0
+    assert out.startswith("some words " * 1000)
+    assert longest[0] == 1024
+    code, out, err = run(monkeypatch, capsys, "generate", model_folder, "--prompt-file", tmp_path / "long.txt", *FEW)
+    assert (code, out) == (1, "")
+    assert "the prompt has 11000 tokens" in err
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_models_of_both_kinds_say_what_transformers_says(monkeypatch, capsys, endless_folder, model_folder, beams):
+    for folder in (endless_folder, model_folder):
+        model, ids = load_model(folder), byte_tokenizer()("def f", return_tensors="pt")["input_ids"]
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, num_beams=beams
+        )
+        arguments = ("--prompt", "def f", "--json", "--beams", beams, *FEW)
+        code, out, _ = run(monkeypatch, capsys, "generate", folder, *arguments)
+        assert code == 0
+        (answer,) = answers(out)
+        assert answer["text"] == byte_tokenizer().decode(whole[0, 5:], skip_special_tokens=True)
+
+
+def test_bare_generate_says_something(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "generate")
+    assert code == 0
+    assert out.startswith("def ")
+    assert len(set(out)) > 10
+    assert len(set(out.split())) > 5
+
+
+def test_prompts(monkeypatch, capsys, model_folder, tmp_path):
+    """Files, lines, standard input; each prompt is answered as if it were alone."""
+    few = ("--max-new-tokens", 4, "--json")
+    alone = {}
+    for prompt in ("one", "two", "three\n"):
+        _, out, _ = run(monkeypatch, capsys, "generate", model_folder, "--prompt", prompt, *few)
+        alone[prompt] = answers(out)[0]["text"]
+        (tmp_path / prompt.strip()).write_text(prompt)
+    files = ("--prompt-file", tmp_path / "three", "--prompt-file", tmp_path / "one")
+    _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *files, *few)
+    assert [(answer["prompt"], answer["text"]) for answer in answers(out)] == [
+        ("three\n", alone["three\n"]),
+        ("one", alone["one"]),
+    ]
+    for arguments, given in ((("--prompt", "one\ntwo"), None), (("--prompt", "-"), b"one\r\ntwo\r\n")):
+        standard_input(monkeypatch, given)
+        _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *arguments, "--lines", *few)
+        assert [(answer["prompt"], answer["text"]) for answer in answers(out)] == [
+            ("one", alone["one"]),
+            ("two", alone["two"]),
+        ]
+
+
+def test_why_it_stops(monkeypatch, capsys, model_folder):
+    greedy = ("--prompt", "a", "--temperature", 0, "--json")
+    _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *greedy, "--max-new-tokens", 9)
+    (whole,) = answers(out)
+    assert (whole["tokens"], whole["stop"]) == (9, "length")
+    assert whole["seconds"] > 0
+    assert len(whole["text"]) > 4
+    stop = whole["text"][2:4]
+    before = whole["text"][: whole["text"].index(stop)]
+    for beams in (1, 2):
+        arguments = (*greedy, "--max-new-tokens", 9, "--stop", "never", "--stop", stop, "--beams", beams)
+        _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *arguments)
+        (answer,) = answers(out)
+        assert stop not in answer["text"]
+        if beams == 1:
+            assert (answer["text"], answer["stop"]) == (before, "stop")
+            assert answer["tokens"] < 9
+
+
+def test_it_stops_at_the_end(monkeypatch, capsys, tmp_path):
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = [5, 0]  # the likeliest of equals is the first
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    _, out, _ = run(monkeypatch, capsys, "generate", tmp_path, "--prompt", "a", "--temperature", 0, "--json")
+    (answer,) = answers(out)
+    assert (answer["tokens"], answer["stop"]) == (1, "end")
+
+
+def test_settings_are_the_users_then_the_models_then_ours():
+    nothing = dict.fromkeys(("temperature", "top_k", "top_p", "repetition_penalty"))
+    ours = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+    assert _settings(GenerationConfig(), nothing, 1) == ours | {"do_sample": True, "num_beams": 1}
+    theirs = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    found = _settings(theirs, nothing | {"top_k": 5}, 1)
+    assert found.items() >= {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0}.items()
+    greedy = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "do_sample": False}
+    assert _settings(theirs, nothing | {"temperature": 0.0}, 1).items() >= greedy.items()
+    assert _settings(GenerationConfig(), nothing, 2).items() >= greedy.items()
+    assert _settings(GenerationConfig(), nothing | {"temperature": 1.0}, 2)["do_sample"]
+    assert _settings(GenerationConfig(repetition_penalty=1.3), nothing, 1)["repetition_penalty"] == 1.3
+
+
+def test_a_repetition_penalty_is_for_what_was_generated(monkeypatch, capsys, endless_folder, model_folder):
+    for folder in (endless_folder, model_folder):
+        model, ids = load_model(folder), byte_tokenizer()(string.printable, return_tensors="pt")["input_ids"]
+        few = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+        penalty = RepetitionPenaltyLogitsProcessor(9.0, prompt_ignore_length=100)
+        of_new, of_all = (
+            byte_tokenizer().decode(model.generate(ids, **few, **more)[0, 100:])
+            for more in ({"logits_processor": [penalty]}, {"repetition_penalty": 9.0})
+        )
+        arguments = ("--prompt", string.printable, "--max-new-tokens", 8, "--temperature", 0, "--json")
+        _, out, _ = run(monkeypatch, capsys, "generate", folder, *arguments, "--repetition-penalty", 9)
+        assert answers(out)[0]["text"] == of_new != of_all
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_predicts_nothing_is_one_line(monkeypatch, capsys, tmp_path, temperature):
+    model = make_llama()
+    model.model.norm.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    arguments = ("--prompt", "a", "--temperature", temperature)
+    code, out, err = run(monkeypatch, capsys, "generate", tmp_path, *arguments)
+    assert (code, out) == (1, "a\n")
+    assert err.count("\n") == 1
+    assert "not finite" in err
+
+
+def test_a_terminal_is_told_nothing_by_a_text(monkeypatch, capsys, model_folder):
+    prompt = ("--prompt", "\x1b[31m", "--max-new-tokens", "1")
+    _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *prompt)
+    assert out.startswith("\x1b[31m")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, out, _ = run(monkeypatch, capsys, "generate", model_folder, *prompt)
+    assert out.startswith(r"\x1b[31m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--prompt", "a", "--prompt-file", "b"), "give one of the two"),
+        (("--lines",), "no prompts given"),
+        (("--stop", ""), "a stop text is empty"),
+        (("--temperature", "0", "--top-p", "0.5"), "top_p says what to sample from"),
+        (("--beams", "2", "--top-k", "5"), "top_k says what to sample from"),
+        (("--top-p", "0"), "top_p 0.0"),
+        (("--repetition-penalty", "inf"), "repetition_penalty inf"),
+        (("--prompt-file", "nowhere"), "nowhere does not exist"),
+        (("--prompt", "-"), "standard input is closed"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(monkeypatch, capsys, arguments, expected):
+    standard_input(monkeypatch, None)
+    code, out, err = run(monkeypatch, capsys, "generate", *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_an_empty_standard_input_is_one_line(monkeypatch, capsys, model_folder):
+    for more in ((), ("--lines",)):
+        standard_input(monkeypatch, b"")
+        code, _, err = run(monkeypatch, capsys, "generate", model_folder, "--prompt", "-", *more)
+        assert code == 1
+        assert "standard input is empty" in err
