@@ -1,6 +1,6 @@
 import pytest
 
-from fastweights.progress import Progress
+from fastweights.progress import BYTES, Progress
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
         progress(500, 2000, "loss [a]")
     err = capsys.readouterr().err
     assert "reading [v2]/x" in err
-    assert " 500/2000" in err
+    assert "500 of 2,000" in err
     assert "loss [a]" in err
 
 
@@ -41,3 +41,27 @@ def test_nothing_where_others_show_it(capsys, clock):
         clock[0] = 100.0
         progress(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_may_be_quick_shows_nothing_at_first(capsys, clock):
+    with Progress("reading", unit=BYTES, quick=True) as progress:
+        for second in range(16):
+            clock[0] = float(second)
+            progress(second * 100_000, 5_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"reading: {done} of 5.0 MB" for done in ("0.2", "0.7", "1.2", "1.5")]
+    with Progress("reading", unit=BYTES, quick=True) as progress:
+        progress(100, None)
+    assert capsys.readouterr().err == ""
+
+
+def test_nor_does_a_bar(capsys, clock, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with Progress("reading [v2]", unit=BYTES, quick=True) as progress:
+        progress(1, None)
+        assert capsys.readouterr().err == ""
+        clock[0] = 3.0
+        progress(2_000_000, None)
+    err = capsys.readouterr().err
+    assert "reading [v2]" in err
+    assert "2.0 MB" in err

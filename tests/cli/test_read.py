@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from fastweights.cli import progress
+from fastweights import progress
 from fastweights.data import tokenize
 from fastweights.embedded import byte_tokenizer
 from fastweights.models import convert, load_model

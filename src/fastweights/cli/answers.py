@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from fastweights.cli.progress import ReadingBar
 from fastweights.errors import FastWeightsError
+from fastweights.progress import BYTES, Progress
 from fastweights.reading.generation import CONTEXT, Continuation, FiniteLogits, go_on, read_prompt
 from fastweights.reading.memory import new_memory
 from fastweights.reading.stream import last_position, reads_without_end
@@ -64,6 +64,7 @@ class Speaker:
         """
         start = time.perf_counter()
         generate, tail, given = self._read(prompt)
+        self.write(prompt)  # not before, as what reading says of itself would stand in the same line
         told = Continuation(self.tokenizer, tail, stop=self.stop, write=self.write)
         # Of what was generated alone: a memory does not know the tokens before.
         penalty = RepetitionPenaltyLogitsProcessor(self.settings["repetition_penalty"], prompt_ignore_length=given)
@@ -95,9 +96,9 @@ class Speaker:
     def _read(self, prompt: str) -> tuple[Callable[..., Tensor], list[int], int]:
         """What goes on from the prompt; its last tokens; how many of its tokens `generate` is given."""
         size = len(prompt.encode())
-        with ReadingBar("reading the prompt", size) as bar:
+        with Progress("reading the prompt", unit=BYTES, quick=True) as progress:
             if reads_without_end(self.model):
-                return self._read_in_pieces(prompt, bar)
+                return self._read_in_pieces(prompt, size, progress)
             pieces = [ids for ids, _ in self._pieces(prompt)]
             if not pieces:
                 raise FastWeightsError(
@@ -105,18 +106,18 @@ class Speaker:
                 )
             ids = torch.cat(pieces)
             self._check_room(len(ids))
-            self.write(prompt)
-            cache = read_prompt(self.model, ids, progress=lambda read: bar.show(size * read // len(ids)))
+            cache = read_prompt(self.model, ids, progress=lambda read: progress(size * read // len(ids), size))
         return partial(go_on, self.model, ids, cache), ids[-CONTEXT:].tolist(), len(ids)
 
-    def _read_in_pieces(self, prompt: str, bar: ReadingBar) -> tuple[Callable[..., Tensor], list[int], int]:
-        self.write(prompt)
+    def _read_in_pieces(
+        self, prompt: str, total: int, progress: Progress
+    ) -> tuple[Callable[..., Tensor], list[int], int]:
         memory = new_memory(self.model) if self.memory is None else self.memory.fork()
         tail, done = [] if memory.last_token is None else [memory.last_token], 0
         for ids, size in self._pieces(prompt):
             memory.read([ids])
             tail, done = [*tail, *ids[-CONTEXT:].tolist()][-CONTEXT:], done + size
-            bar.show(done)
+            progress(done, total)
         return memory.generate, tail, 1
 
     def _pieces(self, prompt: str) -> Iterator[tuple[Int[Tensor, " n"], int]]:

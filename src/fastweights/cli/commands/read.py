@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fastweights.cli.console import shown
-from fastweights.cli.progress import ReadingBar
+from fastweights.cli.console import printable, shown
 from fastweights.errors import FastWeightsError
 from fastweights.files import check_output_file
+from fastweights.progress import BYTES, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,12 +160,12 @@ def _read_all(
     total = None if STANDARD_INPUT in files else sum(sizes)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, file in enumerate(files):
-        with ReadingBar(f"reading {file.name}", total) as bar:
+        with Progress(printable(f"reading {file.name}"), unit=BYTES, quick=True) as progress:
             for piece in token_pieces(file, tokenizer, size=_SIZE, skip=place.characters):
                 with stops.after():
                     memory.read([piece.ids])
                     place.characters = piece.characters
-                bar.show(sum(sizes[:index]) + piece.bytes)
+                progress(sum(sizes[:index]) + piece.bytes, total)
                 yield
         if index + 1 < len(files):
             with stops.after():
