@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fastweights.cli.console import printable
+from fastweights.cli.console import note, printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -52,7 +51,7 @@ class ReadingBar:
         elif now - self._last_line >= _BETWEEN_LINES or self._last_line == self._start:
             self._last_line = now
             of = "" if self.total is None else f" of {self.total / 1e6:.1f}"
-            print(f"{self.what}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
+            note(f"{self.what}: {done / 1e6:.1f}{of} MB")
 
     def _move(self, done: int) -> None:
         if self._bar is None:
