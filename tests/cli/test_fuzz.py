@@ -103,14 +103,14 @@ def things(tmp_path_factory) -> Path:
         byte_tokenizer().save_pretrained(folder / model)
     (folder / "TEXT").with_suffix(".txt").write_text("One bottle of beer on the wall.\n" * 20)
     (folder / "LINES").with_suffix(".jsonl").write_text('{"text": "One bottle of beer on the wall."}\n' * 20)
-    assert call(["read", "PURE", "TEXT", "-o", "MEMORY"], folder, b"")[0] == 0
+    assert call(["read", "PURE", "TEXT", "-o", "MEMORY"], folder, b"", 200)[0] == 0
     train = ["train", *BASES["train"][1]]
-    assert call([*train[:-1], "--run.save-every", "1"], folder, b"")[0] == 0
+    assert call([*train[:-1], "--run.save-every", "1"], folder, b"", 200)[0] == 0
     shutil.rmtree(folder / "RUN" / "finetune")
     return folder
 
 
-def call(arguments: list[str], folder: Path, standard_input: bytes) -> tuple[int, str]:
+def call(arguments: list[str], folder: Path, standard_input: bytes, seconds: int = SECONDS) -> tuple[int, str]:
     """Exit code and standard error of the command line, with names of PLACES standing for what the folder has."""
     names = {name: str(next(iter(folder.glob(f"{name}.*")), folder / name)) for name in PLACES}
     before = sys.argv, sys.stdin, os.getcwd(), os.environ.get(TRACEBACK)
@@ -120,7 +120,7 @@ def call(arguments: list[str], folder: Path, standard_input: bytes) -> tuple[int
     os.environ[TRACEBACK] = "1"
     os.chdir(folder)
     old = signal.signal(signal.SIGALRM, _let_go)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             main()

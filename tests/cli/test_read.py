@@ -137,6 +137,7 @@ def test_it_saves_on_the_way(monkeypatch, capsys, folder, texts, tmp_path):
 
 @torch.no_grad()
 def test_a_model_that_ceases_to_predict_keeps_the_last_good_save(monkeypatch, capsys, texts, tmp_path):
+    monkeypatch.setattr("fastweights.models.loading._check_finite", lambda *_: None)
     model = convert(make_llama(), ConversionConfig(positions="drop"))
     model.get_input_embeddings().weight[ord("Z")] = math.nan
     model.save_pretrained(tmp_path / "model")

@@ -103,7 +103,7 @@ def make_app(*, show_all: bool = False) -> App:
 
 # What a command that is interrupted leaves behind.
 _LEFT: dict[str, str] = dict.fromkeys(("train", "pretrain"), "what was saved stays, and --resume goes on from there")
-_LEFT["demo"] = "what was saved stays, and the next demo starts anew"
+_LEFT["demo"] = "what was saved stays, and the next demo starts anew with --overwrite"
 
 TRACEBACK = "FASTWEIGHTS_TRACEBACK"
 """Environment variable that, set to anything, shows where in the code an error comes from that nobody had foreseen."""
@@ -115,7 +115,7 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
     try:
-        make_app(show_all=SHOW_ALL in os.environ).meta()
+        make_app(show_all=SHOW_ALL in os.environ).meta(sys.argv[1:])
     except KeyboardInterrupt:
         command = next((token for token in sys.argv[1:] if token in _LEFT), "")
         note(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fastweights.cli.console import printable, shown
+from fastweights.cli.console import note, printable, say
 from fastweights.errors import FastWeightsError
 from fastweights.files import check_output_file
 from fastweights.progress import BYTES, Progress
@@ -92,12 +92,12 @@ def read(
         line = (
             f"stopped: {output} remembers {files[place.file]} up to character {place.characters}; go on with {command}"
         )
-        print(shown(line, sys.stderr), file=sys.stderr)
+        note(line)
         sys.exit(128 + stops.number)
     tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
     taken = "" if peak.bytes is None else f", peak memory {peak.bytes / 1e6:.0f} MB"
     line = f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB"
-    print(shown(line, sys.stdout))
+    say(line)
 
 
 @dataclass

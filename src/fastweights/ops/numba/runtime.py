@@ -86,7 +86,7 @@ def announced() -> Iterator[None]:
         def on_start(self, event) -> None:
             if not self.started:
                 self.started = time.perf_counter()
-                _say("fastweights: compiling CPU kernels (once, cached on disk) ...")
+                _say("fastweights: compiling CPU kernels (kept on disk for the next time) ...")
 
         def on_end(self, event) -> None:
             pass
