@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fastweights.embedded import byte_tokenizer
+from fastweights.ops.numba.runtime import load_kernels
 from tests.annotations import check_annotations
 
 check_annotations()
@@ -99,6 +100,12 @@ MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
 """The two families on which everything is tested."""
 FAMILIES = {**MAKERS, "qwen3": make_qwen3, "gpt_neox": make_gpt_neox}
 """All of them, for what differs between families (tests/models/test_families.py)."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """Otherwise the first test that uses them says that they are being compiled."""
+    load_kernels("decay_rule")
 
 
 @pytest.fixture(params=sorted(MAKERS))

@@ -152,6 +152,16 @@ def test_a_model_that_ceases_to_predict_keeps_the_last_good_save(monkeypatch, ca
     assert 0 < load_memory(load_model(tmp_path / "model"), tmp_path / "m").tokens < len(documents[0]) + 1
 
 
+def test_what_comes_before_an_error_is_kept(monkeypatch, capsys, folder, tmp_path):
+    text = "".join(f"{i} bottles of beer.\n" for i in range(3000))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(text.encode())[:-100])
+    code, _, err = run(monkeypatch, capsys, "read", folder, tmp_path / "cut.txt.gz", "-o", tmp_path / "m")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "remembers what came before" in err
+    assert 8000 < load_memory(load_model(folder), tmp_path / "m").tokens < len(text)
+
+
 def test_nothing_is_overwritten_unasked(monkeypatch, capsys, folder, texts, tmp_path):
     files, _ = texts
     first = files[0].read_text()

@@ -31,7 +31,7 @@ def test_compiling_is_announced_once(capsys):
         njit("int64(int64)")(lambda x: x + 1)
         njit("int64(int64)")(lambda x: x + 2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "fastweights: compiling CPU kernels (once, cached on disk) ..."
+    assert lines[0] == "fastweights: compiling CPU kernels (kept on disk for the next time) ..."
     assert lines[1].startswith("fastweights: done in ")
     assert len(lines) == 2
 

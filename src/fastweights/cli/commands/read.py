@@ -94,10 +94,23 @@ def read(
         )
         note(line)
         sys.exit(128 + stops.number)
+    except FastWeightsError as error:
+        if remembered.tokens > before and _saved(remembered, output):
+            raise FastWeightsError(f"{error}; {output} remembers what came before") from error
+        raise
     tokens, size = remembered.tokens - before, output.stat().st_size / 1e6
     taken = "" if peak.bytes is None else f", peak memory {peak.bytes / 1e6:.0f} MB"
     line = f"read {tokens:,} tokens, {tokens / seconds:,.0f} a second{taken}; {output} has {size:.1f} MB"
     say(line)
+
+
+def _saved(memory: Memory, output: Path) -> bool:
+    """Save what was read before an error, unless the error is in it."""
+    try:
+        memory.save(output)
+    except FastWeightsError:
+        return False
+    return True
 
 
 @dataclass

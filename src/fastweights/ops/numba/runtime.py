@@ -40,7 +40,7 @@ _SHARES_PER_THREAD = 4
 
 @cache
 def load_kernels(rule: str) -> ModuleType:
-    """`ops/<rule>/cpu_kernels.py`; compiles its kernels (once, then cached on disk) when first called."""
+    """`ops/<rule>/cpu_kernels.py`; its kernels are compiled (once, where they can be kept) when first called."""
     try:
         import numba.core
     except ImportError as error:
