@@ -194,7 +194,7 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("train", "--model", "MODEL", "--data.text", "TEXT", "--held-out", "train"), "trained on"),
         (("train", "--model", "MODEL", "--data.text", "TEXT", "--held-out", "nosuch"), "nosuch"),
         (("train", "--model", "MODEL", "--teacher", "embedded"), "its own teacher"),
-        (("train", "--model", "MODEL", "--stage", "meta", "--convert.window", "8"), "converts nothing"),
+        (("train", "--model", "MODEL", "--stage", "meta", "--convert.window", "8"), "has no use for it"),
         (
             (
                 "train",
@@ -324,9 +324,10 @@ def test_one_nested_option_leaves_the_other_defaults(monkeypatch):
     arguments = parsed("eval", "embedded", "--block-size", 64, "--rms.segment", 16)
     assert arguments["text"].split == "test"
     assert arguments["comparison"].rms.rule == "rms"
-    config = parsed("train", "--evaluation.stride", 64, "--finetune.steps", 7, "--meta.steps", 7)["config"]
+    config = parsed("train", "--evaluation.stride", 64, "--finetune.steps", 7)["config"]
     assert config.evaluation.max_tokens == 131072
-    assert (config.finetune.learning_rate, config.meta.batch_size) == (3e-4, 1)
+    assert config.finetune.learning_rate == 3e-4
+    assert parsed("train", "--stage", "meta", "--meta.steps", 7)["config"].meta.batch_size == 1
     config = parsed("pretrain", "--short.steps", 100, "--long.batch-size", 2)["config"]
     assert (config.short.batch_size, config.short.schedule) == (8, "constant_with_warmup")
     assert (config.long.steps, config.long.learning_rate) == (300, 2e-3)

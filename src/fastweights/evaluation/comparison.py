@@ -19,7 +19,7 @@ from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.evaluation.perplexity import Evaluation, evaluate, plain, score, summary
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import check_block_size
-from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig
+from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig, RmsConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,6 +95,7 @@ def compare(
     evaluation = evaluation or EvaluationConfig()
     if evaluation.context != EvaluationConfig.context:
         raise FastWeightsError(f"context {evaluation.context!r} belongs into contexts when methods are compared")
+    _check_used(config, evaluation)
     evaluation = replace(evaluation, batch_size=1)  # dynamic evaluation and streams read alone
     methods = config.methods or (("static", "fwl") if _layer(model) else ("static",))
     if "fwl" in methods and not _layer(model):
@@ -118,6 +119,30 @@ def compare(
             say(f"{method} in context {context}")
             results.append(_run(model, text, method, here, block_size, settings, mean_squares, results, progress))
     return results
+
+
+def _check_used(config: ComparisonConfig, evaluation: EvaluationConfig) -> None:
+    """Refuse settings that would do nothing."""
+    methods, contexts, usual = config.methods or (), config.contexts, EvaluationConfig()
+    dynamic = "sgd" in methods or "rms" in methods
+    useless = {
+        "batch_size": (evaluation.batch_size != usual.batch_size, "methods that are compared read one row at a time"),
+        "stride": (evaluation.stride is not None and "sliding" not in contexts, "sliding is not among the contexts"),
+        "carry_documents": (
+            evaluation.carry_documents and "stream" not in contexts,
+            "stream is not among the contexts",
+        ),
+        "tune_tokens": (config.tune_tokens and not dynamic, "neither sgd nor rms is among the methods"),
+        "sgd": (config.sgd != DynamicEvaluationConfig() and "sgd" not in methods, "sgd is not among the methods"),
+        "rms": (config.rms != RmsConfig() and "rms" not in methods, "rms is not among the methods"),
+        "statistics_blocks": (
+            config.statistics_blocks != ComparisonConfig().statistics_blocks and "rms" not in methods,
+            "rms is not among the methods",
+        ),
+    }
+    for name, (given, reason) in useless.items():
+        if given:
+            raise FastWeightsError(f"{name} was given, but {reason}: leave it out")
 
 
 def tune(

@@ -60,6 +60,9 @@ class Rule(nn.Module):
         shape: sizes of the layer.
     """
 
+    gated = False
+    """Whether it has gates, which settings may speak of."""
+
     def __init__(self, shape: RuleShape) -> None:
         super().__init__()
         self.shape = shape
@@ -166,6 +169,8 @@ class DecayRule(Rule):
     Args:
         shape: sizes of the layer.
     """
+
+    gated = True
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)

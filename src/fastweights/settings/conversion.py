@@ -59,6 +59,8 @@ class ConversionConfig:
 
         check_name("rule", self.rule, RULES)
         check_name("feature_map", self.feature_map, FEATURE_MAPS)
+        if not RULES[self.rule].gated and not (self.value_gate and self.gate_bias == ConversionConfig.gate_bias):
+            raise FastWeightsError(f"rule {self.rule} has no gates: leave value_gate and gate_bias out")
 
     def _check_layer_types(self, layer_types: list[str]) -> None:
         if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):

@@ -34,3 +34,6 @@ class DemoConfig:
         object.__setattr__(self, "output", Path(self.output))
         if not self.contexts or self.contexts[0] < 1 or any(a >= b for a, b in pairwise(self.contexts)):
             raise FastWeightsError(f"contexts are {list(self.contexts)}; give numbers of tokens in rising order")
+        for name, least in (("window", 2), ("tokens", 1), ("held_out_tokens", 12), ("meta_steps", 1)):
+            if (given := getattr(self, name)) < least:
+                raise FastWeightsError(f"{name} is {given}; it must be at least {least}")

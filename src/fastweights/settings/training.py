@@ -1,7 +1,7 @@
 """What training can be told: a stage, a run of stages, the whole road."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -169,6 +169,18 @@ class TrainConfig:
         object.__setattr__(self, "output", Path(self.output))
         _check_either(self)
         check_name("stage", self.stage, ("all", *STAGES))
+        unused = [name for name in STAGES if name not in self.stages]
+        unused += ["convert", "teacher"] if self.stage == "meta" else ["fast_weight_layer"]
+        defaults = {field.name: field for field in fields(self)}
+        for name in unused:
+            default = defaults[name].default_factory() if name != "teacher" else None  # type: ignore[misc]
+            if getattr(self, name) != default:
+                raise FastWeightsError(f"{name} was given, but stage {self.stage} has no use for it: leave it out")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that are trained, one after another."""
+        return STAGES[:2] if self.stage == "all" else (self.stage,)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> list[StageResult]:
 def _train_conversion(run: _Run) -> list[StageResult]:
     config = run.config
     student, teacher = _load_models(config)
-    run.begin(("transfer", "finetune") if config.stage == "all" else (config.stage,), teacher)
+    run.begin(config.stages, teacher)
     student, teacher = run.place(student), run.place(teacher)
     run.evaluate("teacher", teacher)
     if config.stage != "finetune":
@@ -89,7 +89,6 @@ def _train_conversion(run: _Run) -> list[StageResult]:
 
 def _train_meta(run: _Run) -> list[StageResult]:
     config = run.config
-    _refuse(config.convert, ConversionConfig(), "convert", "stage meta converts nothing: convert the model first")
     base = load_model(resolve_model(config.model))
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
@@ -97,7 +96,7 @@ def _train_meta(run: _Run) -> list[StageResult]:
         known = "the model has a Fast Weight Layer already, which keeps its settings"
         _refuse(config.fast_weight_layer, FastWeightLayerSettings(), "fast_weight_layer", known)
     model = base if has_layer else add_fast_weight_layer(base, config.fast_weight_layer)
-    run.begin(("meta",), base)
+    run.begin(config.stages, base)
     del base
     model = run.place(model)
     if not has_layer:
