@@ -7,6 +7,7 @@ from fastweights.evaluation.comparison import compare
 from fastweights.settings.demo import DemoConfig
 from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, RmsConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.training import GPT2Shape
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,14 @@ def test_of_methods_and_contexts_that_are_not_compared(comparison, evaluation):
 def test_of_gates_that_a_rule_has_not(settings):
     with pytest.raises(FastWeightsError, match="has no gates"):
         ConversionConfig(rule="add", **settings)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"heads": 0}, {"layers": 0}, {"hidden_size": 0}, {"heads": -1}, {"hidden_size": 9, "heads": 3}]
+)
+def test_a_transformer_that_cannot_be(sizes):
+    with pytest.raises(FastWeightsError, match="it must be"):
+        GPT2Shape(**sizes)
 
 
 @pytest.mark.parametrize("settings", [{"window": 1}, {"meta_steps": 0}, {"tokens": 0}, {"held_out_tokens": 1}])

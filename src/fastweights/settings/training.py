@@ -195,8 +195,13 @@ class GPT2Shape:
     """Attention heads per block."""
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.heads:
-            raise FastWeightsError(f"hidden_size {self.hidden_size} is not a multiple of heads ({self.heads})")
+        for name in ("hidden_size", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.heads or self.hidden_size % 2:
+            raise FastWeightsError(
+                f"hidden_size is {self.hidden_size}; it must be even and a multiple of heads ({self.heads})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
