@@ -88,6 +88,18 @@ def test_text_file_is_one_document(tmp_path):
     assert load_documents(DataConfig(text=str(tmp_path / "a.txt"))) == ["one\n\ntwo\n"]
 
 
+@pytest.mark.parametrize("name", ["notes[1].txt", "a*.txt", "b?.txt", "one::two.txt"])
+def test_names_are_no_patterns(tmp_path, name):
+    for other in ("notes1.txt", "ab.txt", "bb.txt"):
+        (tmp_path / other).write_text("another text")
+    (tmp_path / name).write_text("this text")
+    assert load_documents(DataConfig(text=str(tmp_path / name))) == ["this text"]
+    for folder in ("notes1", name):
+        (tmp_path / "folders" / folder / "more").mkdir(parents=True)
+        (tmp_path / "folders" / folder / "more" / "a.txt").write_text(folder)
+    assert load_documents(DataConfig(text=str(tmp_path / "folders" / name))) == [name]
+
+
 def test_compressed_text(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
         file.write("packed\n")

@@ -92,6 +92,43 @@ def test_a_disk_that_is_full_leaves_the_old_model(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_tokenizer_may_have_a_folder_of_templates(tmp_path):
+    tokenizer, folder = byte_tokenizer(), tmp_path / "model"
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}  # type: ignore[assignment]
+    for layers in (1, 2):
+        save_model(make_gpt2(n_layer=layers), tokenizer, folder)
+        assert stat.S_IMODE((folder / "additional_chat_templates").stat().st_mode) & stat.S_IXUSR
+        assert load_model(folder).config.num_hidden_layers == layers
+    save_model(make_gpt2(), byte_tokenizer(), folder)
+    assert not (folder / "additional_chat_templates").exists()
+
+
+def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save_model(make_gpt2(n_layer=1), byte_tokenizer(), folder)
+    replace, calls = os.replace, []
+
+    def fails_once(source, target):
+        calls.append(target)
+        if len(calls) == 7:
+            raise OSError(5, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(FastWeightsError, match="cannot save the model"):
+        save_model(make_gpt2(n_layer=2), byte_tokenizer(), folder)
+    assert load_model(folder).config.num_hidden_layers == 1
+
+
+def test_what_is_not_the_model_stays_where_a_model_is_replaced(tmp_path):
+    mine = ("book.safetensors", "tokenizer-notes.md", "vocab.csv", "model-of-the-world.txt")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    for layers in (1, 2):
+        save_model(make_gpt2(n_layer=layers), byte_tokenizer(), tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+
+
 def test_nothing_is_overwritten_unasked(tmp_path):
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("x")

@@ -7,6 +7,7 @@ compressed), a folder of such files, or the name of a dataset on the Hugging Fac
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,9 @@ def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def _load_with_datasets(config: DataConfig) -> list[str]:
     path = config.text
     if os.path.isfile(path):
-        rows = _rows_of_files(_builder_of_file(Path(path), config), config, data_files=path)
+        rows = _rows_of_files(_builder_of_file(Path(path), config), config, "data_files")
     elif os.path.isdir(path):
-        rows = _rows_of_files(_builder_of_folder(Path(path)), config, data_dir=path)
+        rows = _rows_of_files(_builder_of_folder(Path(path)), config, "data_dir")
     elif _looks_like_a_path(path):
         raise FastWeightsError(f"{path} does not exist: give an existing file or folder, or {STDLIB!r}")
     else:
@@ -155,7 +156,7 @@ def _builder_of_folder(path: Path) -> str:
     return str(builders.pop())
 
 
-def _rows_of_files(builder: str, config: DataConfig, **files: str) -> list[Any]:
+def _rows_of_files(builder: str, config: DataConfig, argument: str) -> list[Any]:
     """The column of text, read from the files as they are now.
 
     The cache of `datasets` tells files apart by name, size and time, and is not everywhere to be written to; here it
@@ -163,13 +164,25 @@ def _rows_of_files(builder: str, config: DataConfig, **files: str) -> list[Any]:
     """
     by_document = {"sample_by": "document"} if builder == "text" else {}
     with tempfile.TemporaryDirectory(prefix="fastweights-") as cache:
-        loaded = _load(builder, config, streaming=True, cache_dir=cache, **files, **by_document)
+        linked = _linked(Path(config.text), Path(cache))
+        loaded = _load(builder, config, streaming=True, cache_dir=cache, **{argument: linked}, **by_document)
         try:
             return [row for table in loaded.with_format("arrow").iter(_ROWS) for row in _column(table, config)]
         except FastWeightsError:
             raise
         except Exception as error:
             raise _not_read(config, error) from error
+
+
+def _linked(path: Path, folder: Path) -> str:
+    """A name for a file or folder that is no pattern: `datasets` takes notes[1].txt for notes1.txt, a::b for a URL."""
+    path, link = path.resolve(), folder / "text"
+    if path.is_dir():
+        shutil.copytree(path, link, copy_function=os.symlink, ignore_dangling_symlinks=True)
+    else:
+        link = link.with_suffix("".join(path.suffixes[-2:]))
+        link.symlink_to(path)
+    return str(link)
 
 
 def _rows_from_hub(config: DataConfig) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -24,15 +25,10 @@ if TYPE_CHECKING:
 LOCK_FILE = ".fastweights.lock"
 _PARTIAL = ".fastweights-partial-"
 # Of a model that is overwritten, what a save of another may leave: weights in other pieces, another kind of tokenizer.
-_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "generation_config.json", "tokenizer*")
-_OF_A_MODEL += (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-)
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_OF_A_MODEL = {"generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
+_OF_A_MODEL |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
+_OF_A_MODEL |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates"}
 _CONFIG = "config.json"
 
 
@@ -98,9 +94,9 @@ def model_written_whole(folder: Path) -> Iterator[Path]:
         with _beside(folder / _CONFIG if folder.exists() else folder) as partial:
             partial.mkdir()
             yield partial
-            for file in partial.iterdir():
-                os.chmod(file, 0o666 & ~_umask())
-                _flush(file)
+            for path in partial.rglob("*"):
+                os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+                _flush(path)
             _flush(partial)
             if folder.exists():
                 _move_into(partial, folder)
@@ -114,15 +110,23 @@ def model_written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _move_into(partial: Path, folder: Path) -> None:
-    (folder / _CONFIG).unlink(missing_ok=True)
-    _flush(folder)
-    for pattern in _OF_A_MODEL:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                file.unlink()
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == _CONFIG):
-        os.replace(file, folder / file.name)
-    _flush(folder)
+    """Move a saved model into a folder, out of which another goes first; that comes back if something is in the way."""
+    new, aside = {path.name for path in partial.iterdir()}, partial.parent / "old"
+    aside.mkdir()
+    old = [path for path in folder.iterdir() if path.name in new | _OF_A_MODEL or _WEIGHTS.fullmatch(path.name)]
+    moved: list[tuple[Path, Path]] = []
+    try:
+        moves = [(path, aside / path.name) for path in sorted(old, key=lambda path: path.name != _CONFIG)]
+        moves += [(partial / name, folder / name) for name in sorted(new, key=lambda name: name == _CONFIG)]
+        for source, target in moves:
+            os.replace(source, target)
+            moved.append((source, target))
+            if _CONFIG in (source.name, target.name):
+                _flush(folder)
+    except BaseException:
+        for source, target in reversed(moved):
+            os.replace(target, source)
+        raise
 
 
 def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = (), advice: str) -> None:
