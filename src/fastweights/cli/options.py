@@ -51,7 +51,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     DynamicEvaluationConfig: _DYNAMIC,
     EvaluationConfig: _EVALUATION,
     FastWeightLayerSettings: (),
-    FinetuneConfig: _STAGE,
+    FinetuneConfig: (*_STAGE, "calibrate"),
     GPT2Shape: (),
     HeldOutConfig: _EVALUATION,
     HeldOutDataConfig: _DATA,

@@ -23,6 +23,7 @@ from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import STDLIB
 from fastweights.settings.training import TrainConfig
 from fastweights.training.blocks import TokenBlocks
+from fastweights.training.calibration import calibrate, is_fresh
 from fastweights.training.checkpoints import FINISHED, damage
 from fastweights.training.runs import begin_run, check_stage, check_start, process_state, tokens_seen
 from fastweights.training.teacher import load_teacher
@@ -79,7 +80,10 @@ def _train_conversion(run: _Run) -> list[StageResult]:
     run.begin(config.stages, teacher)
     student, teacher = run.place(student), run.place(teacher)
     run.evaluate("teacher", teacher)
-    if config.stage != "finetune":
+    fresh = is_fresh(student)
+    if fresh and getattr(config, run.stages[0]).calibrate:
+        calibrate(student, teacher, run.blocks)
+    if fresh or config.stage != "finetune":
         run.evaluate("converted", student)
     for stage in run.stages:
         student = run.train(stage, student, teacher)
