@@ -6,9 +6,10 @@ import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import transformers
+from transformers import PreTrainedModel
 
 from fastweights.data import TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -31,11 +32,12 @@ from fastweights.training.teacher import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from fastweights.training.trainer import StageTrainer
 
 RESULTS_FILE = "results.json"
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _Run:
         if self.process.is_main_process:
             self._alone.enter_context(begin_run(config, inputs))
 
-    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+    def place(self, model: _Model) -> _Model:
         """The model on this process's device."""
         return model.to(self.process.device)  # type: ignore[arg-type]
 
