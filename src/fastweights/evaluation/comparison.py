@@ -108,7 +108,7 @@ def compare(
         raise FastWeightsError("this model has no Fast Weight Layer: leave fwl out, or train one with --stage meta")
     mean_squares = _mean_squares(model, training, config, block_size, say) if "rms" in methods else None
     if teacher is not None:
-        methods = (*methods, *PARTS)
+        methods = (*methods, *parts(model, teacher))
         check_block_size(teacher, block_size)
     runs = [("static", "block"), *((method, context) for context in config.contexts for method in methods)]
     check_block_size(model, block_size)
@@ -211,7 +211,6 @@ def reading_as(
         if method not in PARTS:
             yield reader
             return
-        assert isinstance(model, FastWeightsForCausalLM)
         assert teacher is not None
         with parts(model, teacher)[method] as part:
             yield part

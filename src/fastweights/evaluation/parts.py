@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.perplexity import Evaluation, evaluate
@@ -29,7 +29,7 @@ PARTS = ("window alone", "fast weights alone", "untrained window", "teacher")
 """Of a hybrid model, in the order of tables."""
 
 
-def is_hybrid(model: PreTrainedModel) -> bool:
+def is_hybrid(model: PreTrainedModel) -> TypeGuard[FastWeightsForCausalLM]:
     """Whether a model has both fast weights and a window, and so has parts."""
     return isinstance(model, FastWeightsForCausalLM) and any(layer.window for layer in model.fast_attentions())
 
@@ -82,9 +82,7 @@ def untrained_window(model: FastWeightsForCausalLM, teacher: PreTrainedModel) ->
         yield window
 
 
-def parts(
-    model: FastWeightsForCausalLM, teacher: PreTrainedModel
-) -> dict[str, AbstractContextManager[PreTrainedModel]]:
+def parts(model: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, AbstractContextManager[PreTrainedModel]]:
     """A context manager for each of `PARTS`, which gives the model to read with; enter one at a time.
 
     Args:
@@ -106,7 +104,7 @@ def parts(
 
 
 def evaluate_parts(
-    model: FastWeightsForCausalLM,
+    model: PreTrainedModel,
     teacher: PreTrainedModel,
     text: TokenizedText,
     *,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastweights.errors import FastWeightsError, check_name
+from fastweights.errors import FastWeightsError, check_name, check_seed
 
 CONTEXTS = ("block", "sliding", "stream")
 DYNAMIC_RULES = ("sgd", "rms")
@@ -121,3 +121,22 @@ class ComparisonConfig:
             raise FastWeightsError(
                 'sgd and rms read each token once: use the contexts "block" and "stream", not "sliding"'
             )
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """How to test what a model recalls."""
+
+    distances: tuple[int, ...] = (64, 256, 1024, 4096)
+    """Tokens from a value to the place where it is asked for."""
+    repeats: int = 2
+    """Documents for each of the ten values."""
+    seed: int = 0
+    """Seed of the lines in between."""
+
+    def __post_init__(self) -> None:
+        if not self.distances or min(self.distances) < 1:
+            raise FastWeightsError(f"distances are {list(self.distances)}; give one or more, each at least 1")
+        if self.repeats < 1:
+            raise FastWeightsError(f"repeats is {self.repeats}; it must be at least 1")
+        check_seed(self.seed)
