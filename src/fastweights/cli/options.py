@@ -14,6 +14,7 @@ from fastweights.settings.evaluation import (
     DynamicEvaluationConfig,
     EvaluationConfig,
     HeldOutConfig,
+    RecallConfig,
     RmsConfig,
 )
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
@@ -53,11 +54,12 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     FastWeightLayerSettings: (),
     FinetuneConfig: (*_STAGE, "calibrate"),
     GPT2Shape: (),
-    HeldOutConfig: _EVALUATION,
+    HeldOutConfig: (*_EVALUATION, "parts_tokens"),
     HeldOutDataConfig: _DATA,
     LongStageConfig: _STAGE,
     MetaConfig: _STAGE,
     PretrainConfig: (),
+    RecallConfig: ("repeats", "seed"),
     RmsConfig: _DYNAMIC,
     RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "save_minutes", "log_every", "report_to"),
     ShortStageConfig: _STAGE,

@@ -45,6 +45,13 @@ class HeldOutConfig(EvaluationConfig):
 
     max_tokens: int | None = 131072
     """Read only the text's first so many tokens."""
+    parts_tokens: int = 16384
+    """Of these, the tokens on which the parts of a hybrid model are evaluated after the last stage; 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts_tokens < 0 or self.parts_tokens == 1:
+            raise FastWeightsError(f"parts_tokens is {self.parts_tokens}; allowed are 0 (none) and 2 or more")
 
 
 @dataclass(frozen=True)
