@@ -122,6 +122,9 @@ def evaluate_parts(
         config: as for `evaluate`.
         progress: as for `evaluate`, of each part anew.
 
+    Returns:
+        What the text cost each of them, by name.
+
     Raises:
         FastWeightsError: the model has no parts, or as `evaluate` does.
     """
