@@ -25,7 +25,6 @@ from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import STDLIB
 from fastweights.settings.training import TrainConfig
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.calibration import calibrate, is_fresh
 from fastweights.training.checkpoints import FINISHED, damage
 from fastweights.training.runs import begin_run, check_stage, check_start, process_state, tokens_seen
 from fastweights.training.teacher import load_teacher
@@ -80,6 +79,8 @@ def train(config: TrainConfig) -> list[StageResult]:
 
 
 def _train_conversion(run: _Run) -> list[StageResult]:
+    from fastweights.training.calibration import calibrate, is_fresh  # slow to import, like the stages' trainers
+
     config = run.config
     student, teacher = _load_models(config)
     run.begin(config.stages, teacher)
