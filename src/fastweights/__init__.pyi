@@ -1,7 +1,9 @@
 from .data import load_documents, tokenize
 from .errors import FastWeightsError
 from .evaluation.dynamic_evaluation import DynamicEvaluation
+from .evaluation.parts import evaluate_parts, without_fast_weights, without_window
 from .evaluation.perplexity import Evaluation, evaluate
+from .evaluation.recall import Recall, recall
 from .layers.fast_weight_layer import FastWeightLayer
 from .models.configuration import FastWeightsConfig
 from .models.conversion import add_fast_weight_layer, convert
@@ -9,7 +11,7 @@ from .models.loading import load_model
 from .models.modeling import FastWeightsForCausalLM
 from .reading.memory import Memory, load_memory, new_memory
 from .settings.conversion import ConversionConfig
-from .settings.evaluation import DynamicEvaluationConfig, EvaluationConfig, HeldOutConfig
+from .settings.evaluation import DynamicEvaluationConfig, EvaluationConfig, HeldOutConfig, RecallConfig
 from .settings.fast_weight_layer import FastWeightLayerSettings
 from .settings.text import DataConfig
 from .settings.training import (
@@ -42,6 +44,8 @@ __all__ = [
     "Memory",
     "MetaConfig",
     "PretrainConfig",
+    "Recall",
+    "RecallConfig",
     "RunConfig",
     "StageConfig",
     "TrainConfig",
@@ -49,11 +53,15 @@ __all__ = [
     "add_fast_weight_layer",
     "convert",
     "evaluate",
+    "evaluate_parts",
     "load_documents",
     "load_memory",
     "load_model",
     "new_memory",
     "pretrain",
+    "recall",
     "tokenize",
     "train",
+    "without_fast_weights",
+    "without_window",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastweights.cli import Recipe, main, make_app
+from fastweights.evaluation.parts import PARTS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "demo")
@@ -89,7 +90,10 @@ def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):
     results = {row["stage"]: row for row in json.loads((trained / "results.json").read_text())}
     assert results["finetune"]["tokens"] == 12 * 4 * 32
     assert results["teacher"]["retention"] == 1.0
-    assert results["transfer"]["retention"] > results["converted"]["retention"]
+    assert results["converted"]["retention"] > 0.9
+    assert list(results["finetune"]["parts"]) == ["all", *PARTS]
+    assert results["transfer"]["parts"] is None
+    assert all(part in out for part in PARTS)
 
     arguments = (
         "--text",
@@ -109,6 +113,30 @@ def test_the_road(monkeypatch, capsys, model_folder, text_file, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "generate", trained, "--prompt", "99 bottles", "--max-new-tokens", "8")
     assert code == 0
     assert out.startswith("99 bottles")
+
+
+def test_eval_tells_parts_positions_and_recall(monkeypatch, capsys, model_folder, text_file, tmp_path):
+    converted = tmp_path / "converted"
+    run(monkeypatch, capsys, "convert", model_folder, converted, "--window", "8")
+    what = ("--text", text_file, "--block-size", "64", "--evaluation.max-tokens", "400", "--contexts", "stream")
+    what += ("--parts", "--recall", "--recall-test.distances", "40", "64", "--recall-test.repeats", "1")
+    code, out, _ = run(monkeypatch, capsys, "eval", converted, *what, "--output", tmp_path / "out")
+    assert code == 0
+    for table in ("bits/byte", "0 to 128", "40"):
+        assert table in out
+    assert out.count("fast weights alone") == 3  # methods, positions, recall
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["models"][str(converted)]
+    assert [row["method"] for row in written] == ["static", "static", *PARTS]
+    losses = {row["method"]: row["evaluation"]["loss"] for row in written}
+    assert losses["window alone"] == losses["untrained window"]  # nothing was trained
+    assert len(set(losses.values())) == 4
+    for row in written:
+        assert [place["stop"] for place in row["by_position"]] == [128, 1024]
+        assert [(recall["distance"], recall["documents"]) for recall in row["recall"]] == [(40, 10), (64, 10)]
+    code, out, _ = run(monkeypatch, capsys, "eval", converted, *what, "--json", "--teacher", model_folder)
+    again = json.loads(out)[str(converted)]
+    assert [row["by_position"] for row in again] == [row["by_position"] for row in written]
+    assert [row["recall"] for row in again] == [row["recall"] for row in written]
 
 
 def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tmp_path):
@@ -247,6 +275,11 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("--config", "none.toml", "eval"), "models is empty"),
         (("eval", "MODEL", "--methods", "rms", "--rms.rule", "sgd"), "rms.rule is 'sgd'"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--evaluation.context", "stream"), "contexts"),
+        (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--parts"), "no layers with both fast weights and"),
+        (("eval", "MODEL", "--teacher", "embedded"), "give --parts, too"),
+        (("eval", "MODEL", "--recall-test.repeats", "3"), "give --recall, too"),
+        (("eval", "MODEL", "--recall", "--recall-test.distances", "0"), "distances are"),
+        (("train", "--evaluation.parts-tokens", "1"), "parts_tokens is 1"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
         (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
         (("generate", "MODEL", "--prompt", "text"), "absolute positions end at 128"),

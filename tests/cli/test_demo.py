@@ -5,6 +5,7 @@ import pytest
 
 from fastweights.cli.demo import run_demo
 from fastweights.errors import FastWeightsError
+from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
 
 
@@ -26,12 +27,13 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
     for name in ("pure", "hybrid"):
         losses = written["loss"][name]
         assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
-        assert losses["transfer"] < losses["converted"]
+        assert losses["finetune"] < losses["converted"]
         assert written["tokens"][name] == (12 * 1024 if name == "pure" else 4 * 4096)
         costs = written["decode"][name]
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]
         assert all(cost["ms_per_token"] > 0 for cost in costs)
+    assert {name: list(found) for name, found in written["parts"].items()} == {"hybrid": ["all", *PARTS]}
     read = [(row["method"], row["context"]) for row in written["comparison"]]
     assert read == [("static", "block"), ("static", "stream"), ("sgd", "stream"), ("fwl", "stream")]
     assert all(

@@ -11,9 +11,11 @@ from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.comparison import compare, tune, without_layer
 from fastweights.evaluation.gains import _by_power_of_four, earlier_occurrences, gains, places
+from fastweights.evaluation.parts import PARTS, evaluate_parts
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.evaluation.perplexity import evaluate
-from fastweights.models import add_fast_weight_layer
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig
 from tests.conftest import make_gpt2
 
@@ -63,6 +65,28 @@ def test_all_methods_in_all_contexts_on_the_same_tokens(model, text):
 def test_sliding_and_defaults(model, text):
     results = compare(model, text, ComparisonConfig(contexts=("sliding",)), block_size=64)
     assert [(r.method, r.context) for r in results] == [("static", "block"), ("static", "sliding"), ("fwl", "sliding")]
+
+
+def test_parts_of_a_hybrid_model_are_rows_like_any(text):
+    base = make_gpt2()
+    model = add_fast_weight_layer(convert(base, ConversionConfig(window=8)))
+    with torch.no_grad():
+        model.fast_weight_layer.output_scale.fill_(0.3)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    results = compare(model, text, ComparisonConfig(contexts=("block", "stream")), block_size=64, teacher=base)
+    assert [r.name for r in results] == [
+        f"{method}, {context}" for context in ("block", "stream") for method in ("static", "fwl", *PARTS)
+    ]
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    with without_layer(model):
+        expected = evaluate_parts(model, base, text, block_size=64, config=EvaluationConfig(batch_size=1))
+    for result in results[:6]:
+        if result.method != "fwl":
+            known = expected["all" if result.method == "static" else result.method]
+            assert result.evaluation.loss == pytest.approx(known.loss, rel=1e-6)
+        assert sum(r.tokens for r in result.by_position) == result.evaluation.tokens
+    with pytest.raises(FastWeightsError, match="no parts"):
+        compare(base, text, ComparisonConfig(), block_size=64, teacher=base)
 
 
 def test_tuning_takes_the_best_of_what_it_tries(text):

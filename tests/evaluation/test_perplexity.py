@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.perplexity import _spans, evaluate, plain, score
+from fastweights.evaluation.perplexity import _spans, by_position, evaluate, plain, score
 from fastweights.models import add_fast_weight_layer, convert
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import CONTEXTS, EvaluationConfig
@@ -126,6 +126,22 @@ def test_bits_per_byte_are_those_of_what_was_read(tokenizer):
     alone = evaluate(model, replace(first, document_bytes=[1000]), block_size=64)
     beside = evaluate(model, both, block_size=64, config=limit)
     assert beside == alone
+
+
+def test_loss_by_position_in_the_document(tokenizer, monkeypatch):
+    monkeypatch.setattr("fastweights.evaluation.perplexity.POSITIONS", (4, 8, 100))
+    text = tokenize(["x" * 9, "y" * 5], tokenizer)  # each has one more token
+    losses = torch.arange(16.0)
+    losses[[0, 10]] = math.nan
+    found = [(r.start, r.stop, r.tokens, r.loss) for r in by_position(losses, text)]
+    assert found == [
+        (0, 4, 6, (1 + 2 + 3 + 11 + 12 + 13) / 6),
+        (4, 8, 6, (4 + 5 + 6 + 7 + 14 + 15) / 6),
+        (8, 100, 2, (8 + 9) / 2),
+    ]
+    assert [(r.start, r.tokens) for r in by_position(losses[:7], text)] == [(0, 3), (4, 3)]
+    monkeypatch.setattr("fastweights.evaluation.perplexity.POSITIONS", (4,))
+    assert by_position(losses, text)[-1].stop is None
 
 
 def test_a_model_that_is_not_finite_is_refused(tokenizer):

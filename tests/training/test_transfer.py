@@ -2,12 +2,7 @@ import torch
 
 from fastweights.models import convert
 from fastweights.settings.conversion import ConversionConfig
-from fastweights.settings.evaluation import HeldOutConfig
-from fastweights.settings.text import DataConfig
-from fastweights.settings.training import TrainConfig, TransferConfig
-from fastweights.training import train
 from fastweights.training.teacher import record_attention
-from fastweights.training.transfer import calibrate
 from tests.conftest import random_ids
 
 
@@ -23,26 +18,6 @@ def test_records_are_what_the_layers_see(base):
     assert (model.reproduction_errors(records) < 1e-8).all()
 
 
-@torch.no_grad()
-def test_calibration_finds_the_best_scales(base):
-    """No small change of any scale brings a layer nearer to the teacher's output."""
-    records = record_attention(base, random_ids(2, 40))
-    for settings in (ConversionConfig(), ConversionConfig(window=8)):
-        model = convert(base, settings)
-        before = model.reproduction_errors(records)
-        calibrate(model, records)
-        best = model.reproduction_errors(records)
-        assert (best < before).all()
-        assert (best < 1.01).all()  # at worst as good as saying nothing
-        for layer in model.fast_attentions():
-            for scale in filter(lambda x: x is not None, (layer.fast_scale, layer.window_scale)):
-                for step in (-0.05, 0.05):
-                    kept = scale[0].clone()
-                    scale[0] *= 1 + step
-                    assert model.reproduction_errors(records)[layer.layer_idx] >= best[layer.layer_idx] - 1e-4
-                    scale[0] = kept
-
-
 def test_loss_trains_the_converted_layers_alone(base):
     model = convert(base)
     records = record_attention(base, random_ids(2, 20))
@@ -51,20 +26,3 @@ def test_loss_trains_the_converted_layers_alone(base):
     assert inside
     assert all(".attn." in name or ".self_attn." in name for name in inside)
     assert {name for name in inside if "gate." in name or "scale" in name} == set(model.new_parameter_names())
-
-
-def test_calibration_can_be_left_out(tmp_path, model_folder, text_file, monkeypatch):
-    calibrated = []
-    monkeypatch.setattr("fastweights.training.transfer.calibrate", lambda *_: calibrated.append(True))
-    for wanted in (False, True):
-        train(
-            TrainConfig(
-                model=str(model_folder),
-                output=tmp_path / str(wanted),
-                stage="transfer",
-                data=DataConfig(text=str(text_file), block_size=32),
-                transfer=TransferConfig(steps=1, calibrate=wanted),
-                evaluation=HeldOutConfig(max_tokens=64),
-            )
-        )
-        assert bool(calibrated) == wanted

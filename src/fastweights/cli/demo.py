@@ -155,6 +155,7 @@ def results(
         "retention": {name: run[-1].retention for name, run in stages.items()},
         "tokens": {name: run[-1].tokens for name, run in stages.items()},
         "loss": {name: {result.stage: result.evaluation.loss for result in run} for name, run in stages.items()},
+        "parts": {name: asdict(run[-1])["parts"] for name, run in stages.items() if run[-1].parts},
         "decode": {name: [asdict(cost) for cost in costs] for name, costs in decode.items()},
         "samples": samples,
         "comparison": [result.plain() for result in comparison],

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
 _METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
+_METHOD_COLORS |= {"window alone": "#8d6a9f", "fast weights alone": "#66a182", "untrained window": "#b08968"}
+_METHOD_COLORS |= {"teacher": "#999999"}
 _STAGES = {
     "transfer": "transfer: error of attention outputs\nrelative to their variance",
     "finetune": "finetune: divergence from the teacher\n(nats per token)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.recall import Recall
     from fastweights.training.pipeline import StageResult
 
 # Words are not defined in source code and the like, and what is said of them then means nothing.
@@ -41,6 +43,68 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
     Console().print(table)
 
 
+def print_parts(runs: dict[str, list[StageResult]]) -> None:
+    """One row for each part of each run's hybrid model, if any is one."""
+    found = {name: results[-1].parts for name, results in runs.items() if results[-1].parts}
+    if not found:
+        return
+    tokens = next(iter(found.values()))["all"].tokens
+    table = Table(title=f"what its parts are worth, on {tokens:,} tokens", title_justify="left")
+    table.add_column("model", overflow="fold")
+    table.add_column("read with", no_wrap=True)
+    for column in ("loss", "ppl", "bits/byte", "retention"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, parts in found.items():
+        for part, evaluation in parts.items():
+            table.add_row(
+                as_it_is(name),
+                part,
+                f"{evaluation.loss:.3f}",
+                f"{evaluation.perplexity:,.2f}",
+                f"{evaluation.bits_per_byte:.3f}",
+                f"{math.exp(parts['teacher'].loss - evaluation.loss):.3f}",
+            )
+    Console().print(table)
+
+
+def print_positions(name: str, results: list[MethodResult]) -> None:
+    """Loss by position in the document, one row per way to read, where there is more than one range of positions."""
+    ranges = results[0].by_position
+    if len(ranges) < 2:
+        return
+    table = Table(title=as_it_is(f"{name}: loss by position in the document"), title_justify="left")
+    table.add_column("method", no_wrap=True)
+    table.add_column("context", no_wrap=True)
+    for place in ranges:
+        end = "" if place.stop is None else f" to {_short(place.stop)}"
+        table.add_column(f"{_short(place.start)}{end or ' on'}", justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(result.method, result.context, *(f"{place.loss:.4f}" for place in result.by_position))
+    Console().print(table)
+
+
+def print_recall(name: str, recalled: dict[str, list[Recall]]) -> None:
+    """Share of values that were recalled, one row per way to read, one column per distance."""
+    distances = sorted({recall.distance for row in recalled.values() for recall in row})
+    table = Table(
+        title=as_it_is(f"{name}: names recalled (and loss) after so many tokens"),
+        title_justify="left",
+        caption="by chance 0.10 (2.30)",
+        caption_justify="left",
+    )
+    table.add_column("method", no_wrap=True)
+    for distance in distances:
+        table.add_column(f"{distance:,}", justify="right", no_wrap=True)
+    for method, row in recalled.items():
+        cells = {recall.distance: f"{recall.accuracy:.2f} ({recall.loss:.2f})" for recall in row}
+        table.add_row(method, *(cells.get(distance, "-") for distance in distances))
+    Console().print(table)
+
+
+def _short(n: int) -> str:
+    return f"{n // 1024}k" if n and n % 1024 == 0 else str(n)
+
+
 def print_methods(name: str, results: list[MethodResult], title: str) -> None:
     """One row per way to read; time and peak memory relative to the first."""
     title = f"{name} on {title}, {results[0].evaluation.tokens:,} tokens"
@@ -52,7 +116,7 @@ def print_methods(name: str, results: list[MethodResult], title: str) -> None:
         "ppl": lambda result: _large(result.evaluation.perplexity),
         "bits/byte": lambda result: f"{result.evaluation.bits_per_byte:.4f}",
         "time": lambda result: f"{result.time_ratio:.2f}x",
-        "peak mem": lambda result: "-" if result.peak_bytes_ratio is None else f"{result.peak_bytes_ratio:.2f}x",
+        "peak": lambda result: "-" if result.peak_bytes_ratio is None else f"{result.peak_bytes_ratio:.2f}x",
     }
     if min(result.evaluation.word_perplexity for result in results) < _MEANINGFUL_PERPLEXITY:
         columns["word ppl"] = lambda result: _large(result.evaluation.word_perplexity)

@@ -1,4 +1,5 @@
-"""Ways to read a text, side by side on the same tokens: static, dynamic evaluation and a Fast Weight Layer.
+"""Ways to read a text, side by side on the same tokens: static, dynamic evaluation, a Fast Weight Layer, and the parts
+of a hybrid model.
 
 Each method in each context is scored on every token but the first of each document; time and peak memory are given
 relative to a static model that reads independent blocks.
@@ -15,8 +16,9 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation, gradient_mean_squares
+from fastweights.evaluation.parts import PARTS, parts
 from fastweights.evaluation.peak_memory import PeakMemory
-from fastweights.evaluation.perplexity import Evaluation, evaluate, plain, score, summary
+from fastweights.evaluation.perplexity import Evaluation, RangeLoss, by_position, evaluate, plain, score, summary
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import check_block_size
 from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig, RmsConfig
@@ -39,8 +41,10 @@ class MethodResult:
     """One method in one context."""
 
     method: str
+    """Of `METHODS` or, of a hybrid model, of `PARTS`."""
     context: str
     evaluation: Evaluation
+    by_position: list[RangeLoss]
     seconds: float
     time_ratio: float
     """Wall time over that of static block evaluation."""
@@ -72,6 +76,7 @@ def compare(
     evaluation: EvaluationConfig | None = None,
     validation: TokenizedText | None = None,
     training: TokenizedText | None = None,
+    teacher: PreTrainedModel | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[MethodResult]:
@@ -85,12 +90,13 @@ def compare(
         evaluation: how much of the text, and whether a stream goes on across documents; its context is left alone.
         validation: text to tune dynamic evaluation on, if `config.tune_tokens` says so.
         training: text that rms takes the sizes of gradients from.
+        teacher: the model that a hybrid one was converted from; its parts are then read with, too.
         say: called with a line about each part before it begins.
         progress: called as each part goes with the tokens that are done, and with all that there are.
 
     Raises:
-        FastWeightsError: the model has no Fast Weight Layer and fwl was asked for, or a text that a method needs was
-            not given.
+        FastWeightsError: the model has no Fast Weight Layer and fwl was asked for, it has no parts and a teacher was
+            given, or a text that a method needs was not given.
     """
     evaluation = evaluation or EvaluationConfig()
     if evaluation.context != EvaluationConfig.context:
@@ -101,6 +107,9 @@ def compare(
     if "fwl" in methods and not _layer(model):
         raise FastWeightsError("this model has no Fast Weight Layer: leave fwl out, or train one with --stage meta")
     mean_squares = _mean_squares(model, training, config, block_size, say) if "rms" in methods else None
+    if teacher is not None:
+        methods = (*methods, *parts(model, teacher))
+        check_block_size(teacher, block_size)
     runs = [("static", "block"), *((method, context) for context in config.contexts for method in methods)]
     check_block_size(model, block_size)
     _warm_up(model, text, block_size)
@@ -108,7 +117,7 @@ def compare(
     for method, context in dict.fromkeys(runs):
         settings = None
         here = replace(evaluation, context=context)
-        with nullcontext() if method == "fwl" else without_layer(model):
+        with reading_as(method, model, teacher) as reader:
             if method in ("sgd", "rms"):
                 settings = getattr(config, method)
                 if config.tune_tokens:
@@ -117,7 +126,7 @@ def compare(
                     known = _needed(validation, "validation")
                     settings = tune(model, known, settings, block_size, wide, mean_squares, progress)
             say(f"{method} in context {context}")
-            results.append(_run(model, text, method, here, block_size, settings, mean_squares, results, progress))
+            results.append(_run(reader, text, method, here, block_size, settings, mean_squares, results, progress))
     return results
 
 
@@ -188,6 +197,26 @@ def tune(
 
 
 @contextmanager
+def reading_as(
+    method: str, model: PreTrainedModel, teacher: PreTrainedModel | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model that a method reads with; `model` is afterwards what it was.
+
+    Args:
+        method: one of `METHODS` or, with a teacher, of `PARTS`.
+        model: any causal LM.
+        teacher: the model that it was converted from.
+    """
+    with nullcontext(model) if method == "fwl" else without_layer(model) as reader:
+        if method not in PARTS:
+            yield reader
+            return
+        assert teacher is not None
+        with parts(model, teacher)[method] as part:
+            yield part
+
+
+@contextmanager
 def without_layer(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model without its Fast Weight Layer, if it has one."""
     layer = _layer(model)
@@ -242,6 +271,7 @@ def _run(
         method=method,
         context=evaluation.context,
         evaluation=summary(total, count, text, evaluation),
+        by_position=by_position(losses, text),
         seconds=seconds,
         time_ratio=1.0 if unit is None else seconds / unit.seconds,
         peak_bytes=peak.bytes,

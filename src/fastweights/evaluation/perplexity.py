@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastweights.errors import FastWeightsError
+from fastweights.evaluation.gains import places
 from fastweights.reading.stream import Stream, check_block_size
 from fastweights.settings.evaluation import EvaluationConfig
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from fastweights.data import TokenizedText
     from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
+
+
+POSITIONS = (128, 1024, 4096, 16384)
+"""Where ranges of positions end."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,20 @@ class Evaluation:
     """e to the loss spread over the words between white space."""
     tokens: int
     """Tokens that were predicted."""
+
+
+@dataclass(frozen=True)
+class RangeLoss:
+    """What the tokens cost that stand in one range of positions in their documents."""
+
+    start: int
+    """How many tokens of the document come before the range."""
+    stop: int | None
+    """How many come before its end; None for the last range, which has none."""
+    tokens: int
+    """Tokens that were predicted there."""
+    loss: float
+    """Their mean loss, in nats."""
 
 
 def evaluate(
@@ -100,6 +119,23 @@ def summary(loss: float, count: int, text: TokenizedText, config: EvaluationConf
         word_perplexity=_exp(mean * n_tokens / max(1, n_words)),
         tokens=count,
     )
+
+
+def by_position(losses: Float[Tensor, " N"], text: TokenizedText) -> list[RangeLoss]:
+    """Mean loss by position in the document, in ranges that end at `POSITIONS`; a range without tokens is left out.
+
+    Args:
+        losses: of the text's first N tokens, NaN where a token was not predicted.
+        text: whose documents they are.
+    """
+    positions, ranges = places(text, len(losses)), []
+    for start, stop in zip((0, *POSITIONS), (*POSITIONS, None), strict=True):
+        inside = (positions >= start) & ~losses.isnan()
+        if stop is not None:
+            inside &= positions < stop
+        if n := int(inside.sum()):
+            ranges.append(RangeLoss(start, stop, n, losses[inside].double().mean().item()))
+    return ranges
 
 
 def _exp(x: float) -> float:

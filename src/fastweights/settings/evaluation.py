@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastweights.errors import FastWeightsError, check_name
+from fastweights.errors import FastWeightsError, check_name, check_seed
 
 CONTEXTS = ("block", "sliding", "stream")
 DYNAMIC_RULES = ("sgd", "rms")
@@ -45,6 +45,13 @@ class HeldOutConfig(EvaluationConfig):
 
     max_tokens: int | None = 131072
     """Read only the text's first so many tokens."""
+    parts_tokens: int = 16384
+    """Of these, the tokens on which the parts of a hybrid model are evaluated after the last stage; 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts_tokens < 0 or self.parts_tokens == 1:
+            raise FastWeightsError(f"parts_tokens is {self.parts_tokens}; allowed are 0 (none) and 2 or more")
 
 
 @dataclass(frozen=True)
@@ -121,3 +128,22 @@ class ComparisonConfig:
             raise FastWeightsError(
                 'sgd and rms read each token once: use the contexts "block" and "stream", not "sliding"'
             )
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """How to test what a model recalls."""
+
+    distances: tuple[int, ...] = (64, 256, 1024, 4096)
+    """Tokens from a value to the place where it is asked for."""
+    repeats: int = 2
+    """Documents for each of the ten values."""
+    seed: int = 0
+    """Seed of the lines in between."""
+
+    def __post_init__(self) -> None:
+        if not self.distances or min(self.distances) < 1:
+            raise FastWeightsError(f"distances are {list(self.distances)}; give one or more, each at least 1")
+        if self.repeats < 1:
+            raise FastWeightsError(f"repeats is {self.repeats}; it must be at least 1")
+        check_seed(self.seed)

@@ -64,7 +64,8 @@ class TransferConfig(StageConfig):
 
     new_learning_rate: float | None = 3e-3
     calibrate: bool = True
-    """Begin with the scale of each head at which its layer comes nearest to the teacher's output."""
+    """Begin a fresh conversion with the factors at which its own loss is lowest, from the window alone to those that
+    bring each layer nearest to the teacher's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class FinetuneConfig(StageConfig):
     new_learning_rate: float | None = 1e-3
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
+    calibrate: bool = True
+    """The same as of transfer, where finetune is the first stage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,12 +6,14 @@ import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import transformers
+from transformers import PreTrainedModel
 
 from fastweights.data import TokenizedText, load_documents, tokenize
 from fastweights.errors import FastWeightsError
+from fastweights.evaluation.parts import evaluate_parts, is_hybrid
 from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
 from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
@@ -30,11 +32,12 @@ from fastweights.training.teacher import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from fastweights.training.trainer import StageTrainer
 
 RESULTS_FILE = "results.json"
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class StageResult:
     evaluation: Evaluation
     retention: float
     """Perplexity of the first row over this one's: the teacher's, or that of the model without the layer."""
+    parts: dict[str, Evaluation] | None = None
+    """Of a hybrid model after the last stage, from `evaluate_parts`: what each part is worth, on a part of the text."""
 
 
 def train(config: TrainConfig) -> list[StageResult]:
@@ -74,16 +79,22 @@ def train(config: TrainConfig) -> list[StageResult]:
 
 
 def _train_conversion(run: _Run) -> list[StageResult]:
+    from fastweights.training.calibration import calibrate, is_fresh  # slow to import, like the stages' trainers
+
     config = run.config
     student, teacher = _load_models(config)
     run.begin(config.stages, teacher)
     student, teacher = run.place(student), run.place(teacher)
     run.evaluate("teacher", teacher)
-    if config.stage != "finetune":
+    fresh = is_fresh(student)
+    if fresh and getattr(config, run.stages[0]).calibrate:
+        calibrate(student, teacher, run.blocks)
+    if fresh or config.stage != "finetune":
         run.evaluate("converted", student)
     for stage in run.stages:
         student = run.train(stage, student, teacher)
         run.evaluate(stage, student)
+    run.evaluate_parts(student, teacher)
     return run.end(student)
 
 
@@ -143,7 +154,7 @@ class _Run:
         if self.process.is_main_process:
             self._alone.enter_context(begin_run(config, inputs))
 
-    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+    def place(self, model: _Model) -> _Model:
         """The model on this process's device."""
         return model.to(self.process.device)  # type: ignore[arg-type]
 
@@ -176,6 +187,22 @@ class _Run:
             )
         first = self.results[0].evaluation if self.results else evaluation
         self.results.append(StageResult(name, self.tokens, evaluation, math.exp(first.loss - evaluation.loss)))
+        self._write()
+
+    def evaluate_parts(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Add what the parts of a hybrid model are worth to the last result."""
+        settings = self.config.evaluation
+        if not is_hybrid(model) or not settings.parts_tokens:
+            return
+        few = replace(settings, max_tokens=min(settings.parts_tokens, settings.max_tokens or settings.parts_tokens))
+        with Progress("evaluating its parts", unit="tokens", show=self.process.is_main_process) as progress:
+            parts = evaluate_parts(
+                model, teacher, self.held_out, block_size=self.config.data.block_size, config=few, progress=progress
+            )
+        self.results[-1] = replace(self.results[-1], parts=parts)
+        self._write()
+
+    def _write(self) -> None:
         if self.process.is_main_process:
             text = json.dumps(plain([asdict(result) for result in self.results]), indent=2)
             write_text(self.config.output / RESULTS_FILE, text + "\n")

@@ -14,17 +14,12 @@ from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from fastweights.layers.attention import FastWeightAttention
-    from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
+    from fastweights.models.modeling import FastWeightsForCausalLM
     from fastweights.settings.training import TransferConfig
 
-_CALIBRATION_BLOCKS = 4
-# Tokens of these that fix a layer's factors, of which there are one or two a head.
-_CALIBRATION_TOKENS = 1024
+_BLOCKS_OF_THE_UNIT = 4
 
 
 class TransferTrainer(StageTrainer):
@@ -52,77 +47,9 @@ class TransferTrainer(StageTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def run(self, *, resume: bool) -> None:
-        blocks = [self.train_dataset[i]["input_ids"] for i in range(min(_CALIBRATION_BLOCKS, len(self.train_dataset)))]  # type: ignore[arg-type,index]
+        blocks = [self.train_dataset[i]["input_ids"] for i in range(min(_BLOCKS_OF_THE_UNIT, len(self.train_dataset)))]  # type: ignore[arg-type,index]
         first = torch.stack(blocks).to(self.args.device)
-        # Calibration takes these for running text, both for the teacher and for the student.
         records = record_attention(self.teacher, first, positions=self.positions)
         self.variances = [record.variance for record in records]
-        if self.config.calibrate:
-            calibrate(self.model, records)  # type: ignore[arg-type]
         super().run(resume=resume)
         self.model.requires_grad_(True)  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -> None:
-    """Give each head the factors that bring its layer nearest to the teacher's output, in the least-squares sense.
-
-    Un-normalised fast weights are sums over all that was read: without this their output is orders of magnitude off.
-
-    Args:
-        records: what the teacher's attention did with some text, one for each layer of the model.
-    """
-    for layer in student.fast_attentions():
-        record = records[layer.layer_idx]
-        if layer.window_bias is not None:
-            layer.window_bias.copy_(_lost_logits(layer, record))
-        factors = _least_squares(_contributions(layer, record), _targets(layer, record))
-        layer.fast_scale.copy_(factors[: layer.heads])
-        if layer.window_scale is not None:
-            layer.window_scale.copy_(factors[layer.heads :])
-
-
-def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H W"]:
-    """What absolute positions added to q·k on average, per head and distance, and the student's q·k now lack."""
-    with_positions, without = (layer.project(x)[:2] for x in (record.teacher_inputs, record.inputs))
-    length, group = record.inputs.shape[1], layer.heads // layer.kv_heads
-    lost = torch.zeros(layer.heads, layer.window, device=record.inputs.device)
-    for distance in range(min(layer.window, length)):
-        for sign, (q, k) in ((1, with_positions), (-1, without)):
-            keys = k[:, : length - distance].repeat_interleave(group, dim=2)
-            lost[:, distance] += sign * layer.scaling * (q[:, distance:] * keys).sum(-1).mean((0, 1))
-    return lost
-
-
-def _contributions(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "factors N d"]:
-    """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
-    fast, window = layer.read(record.inputs, position_embeddings=record.position_embeddings)
-    parts = []
-    for y in (fast,) if window is None else (fast, window):
-        for head in range(layer.heads):
-            alone = torch.zeros_like(y)
-            alone[:, :, head] = y[:, :, head]
-            parts.append(_sample(layer.output(alone.flatten(-2)) - _bias(layer, record)))
-    return torch.stack(parts)
-
-
-def _targets(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "N d"]:
-    return _sample(record.output - _bias(layer, record))
-
-
-def _bias(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, " d"]:
-    nothing = record.inputs.new_zeros(1, 1, layer.heads * layer.head_dim)
-    return layer.output(nothing)[0, 0]
-
-
-def _sample(x: Float[Tensor, "B T d"]) -> Float[Tensor, "N d"]:
-    x = x.flatten(0, 1)
-    return x[:: max(1, len(x) // _CALIBRATION_TOKENS)]
-
-
-def _least_squares(parts: Float[Tensor, "n N d"], target: Float[Tensor, "N d"]) -> Float[Tensor, " n"]:
-    a = parts.flatten(1).double()
-    gram = a @ a.T
-    # A little ridge, as heads may say nearly the same.
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge, a @ target.flatten().double()).float()

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fastweights.cli.console import as_it_is, say
-from fastweights.cli.tables import print_methods, print_stages
+from fastweights.cli.tables import print_methods, print_parts, print_stages
 from fastweights.settings.demo import DemoConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
     console, start = Console(), time.perf_counter()
     result = run_demo(config, say=lambda line: say(line, "bold"))
     print_stages(result.stages, "quality on modules that no model has seen; retention = teacher / model perplexity")
+    print_parts(result.stages)
     for name, text in result.samples.items():
         console.print(Panel(as_it_is(PROMPT, "dim") + as_it_is(text, "none"), title=name, title_align="left"))
     _print_decoding(console, result)

@@ -11,15 +11,19 @@ import rich
 from cyclopts import Parameter
 
 from fastweights.cli.console import printable, say
-from fastweights.cli.tables import print_methods
+from fastweights.cli.tables import print_methods, print_positions, print_recall
 from fastweights.errors import FastWeightsError
 from fastweights.files import check_output_folder, make_folder, write_text
-from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig
+from fastweights.settings.evaluation import DYNAMIC_RULES, ComparisonConfig, EvaluationConfig, RecallConfig
 from fastweights.settings.text import DataConfig, HeldOutDataConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fastweights.data import TokenizedText
     from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.recall import Recall
+    from fastweights.progress import Progress
 
 _RESULTS = "results.json"
 _PICTURES = ("evaluation", "gains")
@@ -31,6 +35,10 @@ def evaluate(
     text: Annotated[HeldOutDataConfig, Parameter(name="*")] = HeldOutDataConfig(),  # noqa: B008 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
+    parts: bool = False,
+    teacher: str | None = None,
+    recall: bool = False,
+    recall_test: RecallConfig = RecallConfig(),  # noqa: B008 (frozen)
     json: bool = False,
     output: Path | None = None,
     overwrite: bool = False,
@@ -41,6 +49,13 @@ def evaluate(
     ----------
     models
         Models to compare: folders, .gguf files, hub names or "embedded".
+    parts
+        Read with each part of a hybrid model, too: its window alone, its fast weights alone, the window that its
+        teacher gives untrained, and the teacher.
+    teacher
+        The model that was converted, where a hybrid one does not name it.
+    recall
+        Test as well whether a name that a text said is recalled after so many tokens.
     json
         Print JSON instead of a table.
     output
@@ -54,6 +69,10 @@ def evaluate(
 
     if not models:
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
+    if teacher is not None and not parts:
+        raise FastWeightsError("teacher was given, which only the parts of a hybrid model need: give --parts, too")
+    if recall_test != RecallConfig() and not recall:
+        raise FastWeightsError("recall_test was given, which says how to test recall: give --recall, too")
     models = tuple(dict.fromkeys(models))
     if output is not None:
         _check_output(output, models, overwrite=overwrite)
@@ -66,12 +85,15 @@ def evaluate(
             )
         text = replace(text, split="train")  # a file has no other
     results: dict[str, list[MethodResult]] = {}
+    recalled: dict[str, dict[str, list[Recall]]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
     held_out = {source: _read(text, source) for source in models}
     with Progress(unit="tokens") as progress:
         for source in held_out:
+            model = load_model(resolve_model(source))
+            base = _teacher_of(model, source, teacher) if parts else None
             results[source] = compare(
-                load_model(resolve_model(source)),
+                model,
                 held_out[source],
                 comparison,
                 block_size=text.block_size,
@@ -80,15 +102,21 @@ def evaluate(
                 if dynamic and comparison.tune_tokens
                 else None,
                 training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
+                teacher=base,
                 say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
                 progress=progress,
             )
-    data = {source: [row.plain() for row in rows] for source, rows in results.items()}
+            if recall:
+                recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
+    data = {source: _plain(rows, recalled.get(source, {})) for source, rows in results.items()}
     if json:
         rich.print_json(data=data)
     else:
         for source, rows in results.items():
             print_methods(source, rows, f"{text.text}, split {text.split}, blocks of {text.block_size} tokens")
+            print_positions(source, rows)
+            if recall:
+                print_recall(source, recalled[source])
     if output is not None:
         _write(output, data, results, held_out)
         if not json:
@@ -100,6 +128,47 @@ def _read(config: DataConfig, model: str) -> TokenizedText:
     from fastweights.models.loading import load_tokenizer
 
     return tokenize(load_documents(config), load_tokenizer(model))
+
+
+def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None) -> PreTrainedModel:
+    from fastweights.evaluation.parts import is_hybrid
+    from fastweights.training.teacher import load_teacher
+
+    if not is_hybrid(model):
+        raise FastWeightsError(f"{source} has no layers with both fast weights and a window: leave --parts out")
+    return load_teacher(model, teacher)
+
+
+def _recall(
+    model: PreTrainedModel,
+    source: str,
+    rows: list[MethodResult],
+    teacher: PreTrainedModel | None,
+    config: RecallConfig,
+    progress: Progress,
+) -> dict[str, list[Recall]]:
+    """What each method of the rows recalls, but for dynamic evaluation, whose steps are taken on the text."""
+    from fastweights.evaluation.comparison import reading_as
+    from fastweights.evaluation.recall import recall
+    from fastweights.models.loading import load_tokenizer
+
+    tokenizer, found = load_tokenizer(source), {}
+    for method in dict.fromkeys(row.method for row in rows if row.method not in DYNAMIC_RULES):
+        progress.begin(printable(f"{source}: recall, {method}"))
+        with reading_as(method, model, teacher) as reader:
+            found[method] = recall(reader, tokenizer, config, progress=progress)
+    return found
+
+
+def _plain(rows: list[MethodResult], recalled: dict[str, list[Recall]]) -> list[dict[str, object]]:
+    """As JSON has it; what a method recalls stands in all of its rows."""
+    found = []
+    for row in rows:
+        entry = row.plain()
+        if row.method in recalled:
+            entry["recall"] = [asdict(recall) for recall in recalled[row.method]]
+        found.append(entry)
+    return found
 
 
 def _check_output(output: Path, models: tuple[str, ...], *, overwrite: bool) -> None:

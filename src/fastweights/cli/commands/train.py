@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fastweights.cli.console import say
-from fastweights.cli.tables import print_stages
+from fastweights.cli.tables import print_parts, print_stages
 from fastweights.settings.training import TrainConfig
 
 
@@ -18,4 +18,5 @@ def train(config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig()) -
     results = run(config)
     if process_state().is_main_process:
         print_stages({config.model: results}, "held-out text; retention is the first row's perplexity over the model's")
+        print_parts({config.model: results})
         say(f"the trained model and results.json are in {config.output}")
