@@ -10,13 +10,13 @@ from fastweights.models.cache import HybridCacheLayer, layer_tensors
 
 def dense(tokens, index, window, sinks, scale, bias=None):
     """The definition, for tokens of one row without padding: one softmax with a mask over the whole matrix."""
-    q, k, v, sink_q, sink_k = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
+    q, k, v, sink_q = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
     place = torch.arange(len(index))
     distance = place[:, None] - place
     same = (distance >= 0) & (distance <= index[:, None])
     near = same & (distance < window)
     far = same & (distance >= window) & (index < sinks)
-    logits = torch.where(far, sink_q @ sink_k.mT, q @ k.mT) * scale
+    logits = torch.where(far, sink_q @ k.mT, q @ k.mT) * scale
     if bias is not None:
         column = torch.where(far, window + index.clamp(max=max(sinks - 1, 0)), distance.clamp(0, window - 1))
         logits = logits + bias[:, column]
@@ -25,7 +25,7 @@ def dense(tokens, index, window, sinks, scale, bias=None):
 
 def random_tokens(batch, length, kv_heads, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    heads = (4, kv_heads, kv_heads, 4, kv_heads)
+    heads = (4, kv_heads, kv_heads, 4)
     shapes = [(batch, length, h, 5 if i == 2 else 6) for i, h in enumerate(heads)]
     return WindowTokens(*(torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes))
 

@@ -176,7 +176,7 @@ class FastWeightAttention(KeepsFloat32):
         Args:
             hidden_states: the layer's input.
             position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
-            sink_embeddings: the same for what sinks have to do with (`FastWeightsModel.sink_embeddings`).
+            sink_embeddings: the same for queries of sinks (`FastWeightsModel.sink_embeddings`).
             marks: padding and borders of documents among the tokens.
             **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
                 has no use for, such as a 4-D mask.
@@ -209,17 +209,17 @@ class FastWeightAttention(KeepsFloat32):
             x: the layer's input.
             cache: a `StateCache`, or with a window a `WindowCache`, to start from and write to.
             position_embeddings: of the rotary embedding.
-            sink_embeddings: of the rotary embedding, for sinks.
+            sink_embeddings: of the rotary embedding, for queries of sinks.
             marks: padding and borders of documents.
         """
         marks = TokenMarks() if marks is None else marks
         q, k, v = self.project(x)
-        rotated = for_sinks = q, k
+        rotated, sink_q = (q, k), q
         if position_embeddings is not None and (self.rotary or self.window):
             rotated = self.projections.rotate(q, k, position_embeddings)
         if position_embeddings is not None and self.sinks:
             assert sink_embeddings is not None
-            for_sinks = self.projections.rotate(q, k, sink_embeddings)
+            sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings)
         if self.rotary:
             q, k = rotated
         fast, state = self.rule(
@@ -236,7 +236,7 @@ class FastWeightAttention(KeepsFloat32):
             cache.write(state, x.shape[1])
         if not self.window:
             return fast, None
-        new = WindowTokens(*rotated, v, *for_sinks)
+        new = WindowTokens(*rotated, v, sink_q)
         return fast, windowed(
             new,
             cache,

@@ -28,9 +28,7 @@ class WindowTokens(NamedTuple):
     k: Float[Tensor, "B T G D"]
     v: Float[Tensor, "B T G V"]
     sink_q: Float[Tensor, "B T H D"]
-    """The queries as sinks see them, which a rotary embedding never takes farther away than the window reaches."""
-    sink_k: Float[Tensor, "B T G D"]
-    """The keys as they are in a sink's place."""
+    """The queries for sinks, from which a rotary embedding never takes them farther than the window and they reach."""
 
 
 class KeysAndValues(NamedTuple):
@@ -165,17 +163,17 @@ def _sinks(
     else:
         starts = places.starts().expand(B, T)
         if kept is None:
-            kept = KeysAndValues(*(x.new_zeros(B, sinks, *x.shape[2:]) for x in (new.sink_k, new.v)))
-        k, v = torch.cat((kept.k, new.sink_k), 1), torch.cat((kept.v, new.v), 1)
+            kept = KeysAndValues(*(x.new_zeros(B, sinks, *x.shape[2:]) for x in (new.k, new.v)))
+        k, v = torch.cat((kept.k, new.k), 1), torch.cat((kept.v, new.v), 1)
         seen_k, seen_v = _first_of(k, v, places, starts[:, ::window], sinks)
         last = None
         if cache is not None:
             last = KeysAndValues(*(x[:, 0] for x in _first_of(k, v, places, starts[:, -1:], sinks)))
     if isinstance(before, int) and before + T <= window:
         return None, last
-    # A single token that sees not all of them sees the first.
-    visible = before - window + 1 if T == 1 and places.alike else sinks
-    return Sinks(new.sink_q, seen_k[:, :, :visible], seen_v[:, :, :visible]), last
+    if places.alike and T == 1 and (visible := before - window + 1) < sinks:
+        seen_k, seen_v = seen_k[:, :, :visible], seen_v[:, :, :visible]
+    return Sinks(new.sink_q, seen_k, seen_v), last
 
 
 def _first_of(
@@ -221,32 +219,32 @@ def window_attention(
         sinks: what queries see that are W and more tokens behind it.
     """
     B, T = q.shape[:2]
-    if T == 1:
-        distance = torch.arange(k.shape[1] - 1, -1, -1, device=q.device)[None]
-        blocks, index = 1, None if index is None else index[:, :, None]
-        mask = None if index is None else distance <= index
-    else:
+    blocks, far_q = 1, None if sinks is None else sinks.q
+    distance = mask = None
+    if T > 1:
         # Queries in blocks of W; a block sees its own W keys and the W before them, zeros in front of the first.
         if index is None:
             index = torch.arange(k.shape[1] - T, k.shape[1], device=q.device)[None]
         blocks = -(-T // window)
         back, front = blocks * window - T, window - (k.shape[1] - T)
-        q = _blocks(pad(q, (0, 0, 0, 0, 0, back)), window)
+        q, far_q = (None if x is None else _blocks(pad(x, (0, 0, 0, 0, 0, back)), window) for x in (q, far_q))
         k, v = (_blocks_with_predecessor(pad(x, (0, 0, 0, 0, front, back)), window) for x in (k, v))
-        index = pad(index, (0, back), value=-1).unflatten(1, (-1, window)).expand(B, -1, -1).flatten(0, 1)[:, :, None]
+        index = pad(index, (0, back), value=-1).unflatten(1, (-1, window)).expand(B, -1, -1).flatten(0, 1)
         i, j = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
         distance = i[:, None] + window - j  # in these coordinates query i's own key is at i + W
-        mask = (distance >= 0) & (distance <= index.clamp(max=window - 1))
-    near = None if bias is None else bias[None, :, distance.clamp(0, window - 1)]
+    elif bias is not None or index is not None:
+        distance = torch.arange(k.shape[1] - 1, -1, -1, device=q.device)[None]
+    if index is not None:
+        mask = (distance >= 0) & (distance <= index[:, :, None].clamp(max=window - 1))
+    near = _Part(q, k, v, None if bias is None else bias[None, :, distance.clamp(0, window - 1)], mask)
     if sinks is None:
-        o = _attend(q, k, v, scale, mask, near)
+        o = _attend(near, scale)
     else:
-        sink_q = sinks.q if T == 1 else _blocks(pad(sinks.q, (0, 0, 0, 0, 0, blocks * window - T)), window)
-        sink_k, sink_v = (x.expand(-1, blocks, -1, -1, -1).flatten(0, 1) for x in (sinks.k, sinks.v))
-        S = sink_k.shape[1]
-        far = None if bias is None else bias[None, :, None, window : window + S].expand(-1, -1, q.shape[1], -1)
-        gone = None if index is None else index - torch.arange(S, device=q.device) >= window
-        o = _attend_with_sinks((q, k, v, near, mask), (sink_q, sink_k, sink_v, far, gone), scale)
+        far_k, far_v = (x.expand(-1, blocks, -1, -1, -1).flatten(0, 1) for x in (sinks.k, sinks.v))
+        S = far_k.shape[1]
+        far_bias = None if bias is None else bias[None, :, None, window : window + S].expand(-1, -1, q.shape[1], -1)
+        gone = None if index is None else index[:, :, None] - torch.arange(S, device=q.device) >= window
+        o = _attend_to_both(near, _Part(far_q, far_k, far_v, far_bias, gone), scale)
     return o if T == 1 else o.unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
 
 
@@ -259,39 +257,44 @@ def _blocks_with_predecessor(x: Float[Tensor, "B L G D"], window: int) -> Float[
     return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
 
 
-def _attend(q, k, v, scale, mask, bias):
-    """scaled_dot_product_attention in our layout; rows that see nothing give 0, not NaN."""
-    added = mask = None if mask is None else mask[:, None]
-    if bias is not None:
-        added = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
-    o = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=added,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)
-    return o if mask is None else o.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0.0)
+class _Part(NamedTuple):
+    """What a softmax is taken over, or a part of it."""
+
+    q: Float[Tensor, "R T H D"]
+    k: Float[Tensor, "R L G D"]
+    v: Float[Tensor, "R L G V"]
+    bias: Float[Tensor, "_ H T L"] | None
+    mask: Bool[Tensor, "_ T L"] | None
 
 
-def _attend_with_sinks(near: tuple, far: tuple, scale: float) -> Float[Tensor, "R T H V"]:
-    """One softmax over two parts, each with its own queries, keys, values, bias and mask: far ones, and near ones."""
-    logits = torch.cat([_logits(*part[:2]) for part in (far, near)], -1) * scale
-    biases, masks = ([part[i] for part in (far, near)] for i in (3, 4))
-    if biases[0] is not None:
-        logits = logits + torch.cat(biases, -1).to(logits.dtype)
-    mask = None if masks[0] is None else torch.cat(masks, -1)[:, None]
-    if mask is not None:
-        # Not -inf, which gives a query that sees nothing NaN, here and in its gradients.
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1).to(near[2].dtype)
-    v = torch.cat([part[2] for part in (far, near)], 1).transpose(1, 2)  # (R, G, L, V)
-    o = (weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3) @ v).unflatten(2, (-1, logits.shape[2])).flatten(1, 2)
+def _attend(part: _Part, scale: float) -> Float[Tensor, "R T H V"]:
+    """scaled_dot_product_attention in our layout; queries that see nothing give 0, not NaN."""
+    added = mask = None if part.mask is None else part.mask[:, None]
+    if part.bias is not None:
+        added = part.bias.to(part.q.dtype)
+        added = added if mask is None else added.masked_fill(~mask, -torch.inf)
+    q, k, v = (x.transpose(1, 2) for x in part[:3])
+    grouped = q.shape[1] != k.shape[1]
+    o = scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=grouped)
     return (o if mask is None else o.masked_fill(~mask.any(-1, keepdim=True), 0.0)).transpose(1, 2)
 
 
-def _logits(q: Float[Tensor, "R T H D"], k: Float[Tensor, "R L G D"]) -> Float[Tensor, "R H T L"]:
-    """q·k, the heads of a group as more queries of the keys that they share."""
-    grouped = q.transpose(1, 2).unflatten(1, (k.shape[2], -1)).flatten(2, 3)  # (R, G, heads*T, D)
-    return (grouped @ k.permute(0, 2, 3, 1)).unflatten(2, (-1, q.shape[1])).flatten(1, 2)
+def _attend_to_both(near: _Part, far: _Part, scale: float) -> Float[Tensor, "R T H V"]:
+    """One softmax over two parts, each with queries of its own, written out."""
+    (R, T, H, _), G = near.q.shape, near.k.shape[2]
+    # The heads of a group are more queries of the keys that they share: (R, G, heads*T, D) and (R, G, D, L).
+    parts = [part.q.transpose(1, 2).reshape(R, G, H // G * T, -1) @ part.k.permute(0, 2, 3, 1) for part in (far, near)]
+    logits = torch.cat(parts, -1) * scale
+    if near.bias is not None and far.bias is not None:
+        bias = torch.cat((far.bias, near.bias), -1).to(logits.dtype)
+        logits = logits + bias.view(-1, G, H // G * T, logits.shape[-1])
+    seen = None
+    if near.mask is not None and far.mask is not None:
+        mask = torch.cat((far.mask, near.mask), -1)
+        # Not -inf, which gives a query that sees nothing NaN, here and in its gradients.
+        logits = logits.view(len(logits), H, T, -1).masked_fill(~mask[:, None], torch.finfo(logits.dtype).min)
+        seen = mask.any(-1)[:, :, None, None]
+    v = torch.cat((far.v, near.v), 1).transpose(1, 2)
+    o = logits.softmax(-1).to(v.dtype).view(R, G, H // G * T, -1) @ v
+    o = o.view(R, H, T, -1).transpose(1, 2)
+    return o if seen is None else o.masked_fill(~seen, 0.0)

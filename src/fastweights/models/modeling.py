@@ -16,6 +16,7 @@ from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
-
-    from fastweights.layers.rules import TokenMarks
 
 
 _FLOAT32_PARTS = {"rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
@@ -137,23 +136,30 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         return readable(self.get_input_embeddings())
 
     def sink_embeddings(
-        self, tokens: Tensor, before: int | Int[Tensor, "B 1"], marks: TokenMarks
+        self,
+        tokens: Tensor,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        marks: TokenMarks | None = None,
+        before: int | Int[Tensor, "B 1"] = 0,
     ) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines for what queries have to do with sinks, where the base model has a rotary embedding.
+        """Cosines and sines for queries of sinks, where the base model has a rotary embedding.
 
-        A token stands at its own place in its document, but never farther from the sinks than when the window is just
-        full: the distance stays one that the base model knows, however long the text.
+        A query stands where it is, but never farther from its sinks than when the window has just lost them all: a
+        distance that the base model knows, however long the text.
 
         Args:
             tokens: the new ones, (B, T) or with more dimensions.
+            position_ids: of these; by default their places in their document.
+            marks: padding and borders of documents among these.
             before: tokens of its document that each row has read.
-            marks: padding and borders of documents among the new ones.
         """
         if self.architecture.rotary is None or not self.config.sinks:
             return None
+        index = token_index(tokens.shape[1], before, marks or TokenMarks(), tokens.device)
+        too_far = (index - self._last_sink_position).clamp(min=0)
+        positions = (index if position_ids is None else position_ids) - too_far
         like = torch.empty(0, dtype=self.dtype, device=tokens.device)
-        index = token_index(tokens.shape[1], before, marks, tokens.device).clamp(0, self._last_sink_position)
-        return self.base.get_submodule(self.architecture.rotary)(like, index)
+        return self.base.get_submodule(self.architecture.rotary)(like, positions)
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -227,7 +233,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             kwargs["marks"] = reading.marks
         if self.config.sinks:
             before = 0 if ours is None else ours.document_length()
-            kwargs["sink_embeddings"] = self.sink_embeddings(given, before, reading.marks)
+            kwargs["sink_embeddings"] = self.sink_embeddings(given, reading.position_ids, reading.marks, before)
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given),
@@ -464,13 +470,13 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         shape = (records[0].inputs.shape[0], records[0].inputs.shape[1])
         marks, errors = read_tokens(shape, None, position_ids=position_ids).marks, []
-        for_sinks = self.model.sink_embeddings(records[0].inputs, 0, marks)
+        sink_embeddings = self.model.sink_embeddings(records[0].inputs, position_ids, marks)
         for layer in self.fast_attentions():
             record = records[layer.layer_idx]
             output, _ = layer(
                 record.inputs,
                 position_embeddings=record.position_embeddings,
-                sink_embeddings=for_sinks,
+                sink_embeddings=sink_embeddings,
                 marks=marks,
             )
             errors.append((output - record.output).square().mean() / record.variance)

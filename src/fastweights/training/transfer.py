@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastweights.layers.rules import TokenMarks
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
@@ -77,7 +76,7 @@ def calibrate(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
-        parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs, 0, TokenMarks()))
+        parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs))
         factors = _least_squares(parts, _targets(layer, record))
         layer.fast_scale.copy_(factors[: layer.heads])
         if layer.window_scale is not None:
