@@ -1,50 +1,130 @@
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastweights.layers.window import window_attention
+from fastweights.layers.rules import TokenMarks
+from fastweights.layers.window import WindowTokens, token_index, window_attention, windowed
+from fastweights.models.cache import HybridCacheLayer, layer_tensors
 
 
-def dense(q, k, v, window, scale, key_mask=None):
-    """The definition: softmax attention with a band mask over the whole matrix."""
-    past = k.shape[1] - q.shape[1]
-    i = torch.arange(q.shape[1])[:, None] + past
-    j = torch.arange(k.shape[1])[None, :]
-    mask = ((j <= i) & (j > i - window))[None, None].repeat(q.shape[0], 1, 1, 1)
-    if key_mask is not None:
-        mask = mask & key_mask[:, None, None, :]
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return o.masked_fill(~mask.any(-1, keepdim=True), 0).transpose(1, 2)
+def dense(tokens, index, window, sinks, scale, bias=None):
+    """The definition, for tokens of one row without padding: one softmax with a mask over the whole matrix."""
+    q, k, v, sink_q = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
+    place = torch.arange(len(index))
+    distance = place[:, None] - place
+    same = (distance >= 0) & (distance <= index[:, None])
+    near = same & (distance < window)
+    far = same & (distance >= window) & (index < sinks)
+    logits = torch.where(far, sink_q @ k.mT, q @ k.mT) * scale
+    if bias is not None:
+        column = torch.where(far, window + index.clamp(max=max(sinks - 1, 0)), distance.clamp(0, window - 1))
+        logits = logits + bias[:, column]
+    return (logits.masked_fill(~(near | far), -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+def random_tokens(batch, length, kv_heads, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    heads = (4, kv_heads, kv_heads, 4)
+    shapes = [(batch, length, h, 5 if i == 2 else 6) for i, h in enumerate(heads)]
+    return WindowTokens(*(torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes))
+
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=lengths,
+    rows=st.integers(1, 3),
+    window=st.integers(2, 7),
+    sinks=st.integers(0, 9),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    padding=st.sampled_from([0.0, 0.0, 0.3, 0.9]),
+    starts=st.sampled_from([0.0, 0.0, 0.2]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_pieces_padding_and_documents_agree_with_the_definition(
+    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, seed
+):
+    """In outputs and in all gradients, and the state is of one size."""
+    length, generator = sum(pieces), torch.Generator().manual_seed(seed)
+    tokens = random_tokens(rows, length, kv_heads, seed)
+    bias = torch.randn(4, window + sinks, generator=generator, dtype=torch.float64) if with_bias else None
+    real = torch.rand(rows, length, generator=generator) >= padding
+    begins = (torch.rand(rows, length, generator=generator) < starts) & real
+    weights = torch.randn(rows, length, 4, 5, generator=generator, dtype=torch.float64) * real[..., None, None]
+
+    cache, found = HybridCacheLayer(window, sinks), []
+    for part in torch.arange(length).split(pieces):
+        marks = TokenMarks(
+            None if real[:, part].all() else real[:, part],
+            begins[:, part] if begins[:, part].any() else None,
+        )
+        new = WindowTokens(*(x[:, part] for x in tokens))
+        arguments = {"window": window, "scale": 0.3, "sinks": sinks, "bias": bias, "marks": marks}
+        found.append(windowed(new, cache, **arguments))
+        assert all(x.shape[1] == sinks for name, x in layer_tensors(cache).items() if "sink" in name)
+    found = torch.cat(found, 1)
+    gradients = torch.autograd.grad((found * weights).sum(), tokens, allow_unused=True)
+
+    loss = 0
+    for row in range(rows):
+        kept = real[row]
+        index = token_index(int(kept.sum()), 0, TokenMarks(None, begins[row, kept][None]))[0]
+        truth = dense([x[row, kept] for x in tokens], index, window, sinks, 0.3, bias)
+        torch.testing.assert_close(found[row, kept], truth, rtol=0, atol=1e-12)
+        assert not found[row, ~kept].any()
+        loss = loss + (truth * weights[row, kept]).sum()
+    for gradient, truth in zip(gradients, torch.autograd.grad(loss, tokens, allow_unused=True), strict=True):
+        if truth is not None and gradient is not None:
+            torch.testing.assert_close(gradient, truth, rtol=0, atol=1e-12)
+        else:
+            assert all(x is None or not x.any() for x in (gradient, truth))
+
+
+@settings(max_examples=100, deadline=None)
+@given(length=st.integers(1, 40), window=st.integers(2, 9), sinks=st.integers(0, 4), seed=st.integers(0, 10**6))
+def test_rows_of_whole_documents_agree_with_the_definition(length, window, sinks, seed):
+    """As in training, without a cache."""
+    tokens = random_tokens(2, length, 2, seed)
+    starts = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.1
+    for marks in (TokenMarks(), TokenMarks(None, starts)):
+        found = windowed(tokens, None, window=window, scale=0.3, sinks=sinks, marks=marks)
+        index = token_index(length, 0, marks).expand(2, -1)
+        for row in range(2):
+            truth = dense([x[row] for x in tokens], index[row], window, sinks, 0.3)
+            torch.testing.assert_close(found[row], truth, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 30])
 @pytest.mark.parametrize("past", [0, 3, 7])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_agrees_with_the_band_mask(length, past, kv_heads):
-    generator = torch.Generator().manual_seed(length)
-    q = torch.randn(2, length, 4, 6, generator=generator, dtype=torch.float64)
-    k, v = torch.randn(2, 2, past + length, kv_heads, 6, generator=generator, dtype=torch.float64)
-    mask = torch.rand(2, past + length, generator=generator) > 0.4
-    for key_mask in (None, mask):
-        o = window_attention(q, k, v, window=8, scale=0.3, key_mask=key_mask)
-        torch.testing.assert_close(o, dense(q, k, v, 8, 0.3, key_mask), rtol=1e-10, atol=1e-10)
+def test_keys_before_the_queries(length, past):
+    tokens = random_tokens(1, past + length, 2)
+    o = window_attention(tokens.q[:, past:], tokens.k, tokens.v, window=8, scale=0.3)
+    truth = dense([x[0] for x in tokens], torch.arange(past + length), 8, 0, 0.3)[past:]
+    torch.testing.assert_close(o[0], truth, rtol=0, atol=1e-12)
 
 
-def test_future_changes_nothing_before_it():
-    q, k, v = torch.randn(3, 1, 20, 2, 4)
-    before = window_attention(q, k, v, window=4, scale=1.0)
-    k[:, 13:], v[:, 13:] = 7.0, -3.0
-    after = window_attention(q, k, v, window=4, scale=1.0)
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_future_changes_nothing_before_it(sinks):
+    tokens = random_tokens(1, 20, 2)
+    before = windowed(tokens, None, window=4, scale=1.0, sinks=sinks)
+    changed = WindowTokens(*(torch.where(torch.arange(20)[:, None, None] >= 13, 7.0, x) for x in tokens))
+    after = windowed(changed, None, window=4, scale=1.0, sinks=sinks)
     assert torch.equal(before[:, :13], after[:, :13])
     assert not torch.equal(before[:, 13:], after[:, 13:])
 
 
-def test_a_query_that_sees_only_padding_gets_zeros_and_finite_gradients():
-    q, k, v = torch.randn(3, 1, 9, 2, 4).requires_grad_().unbind(0)
-    key_mask = torch.arange(9)[None] >= 6
-    o = window_attention(q, k, v, window=4, scale=1.0, key_mask=key_mask)
-    assert (o[:, :6] == 0).all()
-    assert o[:, 6:].abs().min() > 0
-    o.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_numbers_are_summed_in_float32(dtype):
+    """But q·k themselves, as in transformers' own eager attention."""
+    tokens = WindowTokens(*(x.detach().to(dtype) for x in random_tokens(1, 300, 2)))
+    error = {}
+    for sinks in (0, 1):
+        found = windowed(tokens, None, window=200, scale=0.3, sinks=sinks)
+        truth = windowed(WindowTokens(*(x.double() for x in tokens)), None, window=200, scale=0.3, sinks=sinks)
+        error[sinks] = (found.double() - truth).norm()
+    assert found.dtype == dtype
+    assert error[1] < 3 * error[0]

@@ -36,7 +36,7 @@ def test_length_and_bytes(filled):
     model, cache = filled
     assert cache.get_seq_length() == 20
     state = 3 * 3 * 2 * 16 * 16 * 4  # layers, rows, heads, K, V, fp32
-    window = 3 * 3 * 2 * 7 * 16 * 4 * 2 if model.config.settings.window else 0
+    window = 3 * 3 * 2 * (7 + 4) * 16 * 4 * 2 if model.config.settings.window else 0  # 4 sinks
     assert state_bytes(cache) == state + window
 
 

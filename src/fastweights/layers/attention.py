@@ -1,6 +1,6 @@
 """FastWeightAttention: takes the place of a pretrained softmax attention and keeps its projections.
 
-    y_t = α S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only
+    y_t = α S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only, with sinks (`window.py`)
 
 with a state S that a rule (`rules.py`) writes, a feature map φ (`feature_maps.py`) and the pretrained W_q, W_k, W_v and
 W_o. The factors α and β, learned per head, and the window are ours; the rest is H. H. Mao, "Fine-Tuning Pre-trained
@@ -22,14 +22,15 @@ from transformers import Cache
 from fastweights.errors import FastWeightsError
 from fastweights.layers.precision import KeepsFloat32
 from fastweights.layers.rules import TokenMarks
-from fastweights.layers.window import WindowKeys, windowed
+from fastweights.layers.window import WindowTokens, windowed
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from fastweights.layers.feature_maps import FeatureMap
     from fastweights.layers.rules import Rule
+    from fastweights.layers.window import KeysAndValues
 
 
 class Projections(Protocol):
@@ -67,12 +68,19 @@ class StateCache(Protocol):
 class WindowCache(StateCache, Protocol):
     """What a layer with a window needs besides."""
 
-    def with_kept(self, new: WindowKeys) -> WindowKeys:
+    sinks: KeysAndValues | None
+    """Of each row's document; None before the first token."""
+
+    def document_length(self) -> int | Int[Tensor, "B 1"]:
+        """Tokens of its document that each row has read."""
+        ...
+
+    def with_kept(self, k: Tensor, v: Tensor) -> KeysAndValues:
         """The window's keys and values so far, and the new ones after them."""
         ...
 
-    def keep(self, keys: WindowKeys) -> None:
-        """What the tokens to come will see of these."""
+    def keep(self, last: KeysAndValues, sinks: KeysAndValues | None, count: Int[Tensor, "B 1"] | None) -> None:
+        """What the tokens to come will see; `count` is the new `document_length`, None if one for all tokens does."""
         ...
 
 
@@ -100,7 +108,8 @@ class FastWeightAttention(KeepsFloat32):
         shape: sizes of `attention`.
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
-        window_bias: whether to learn a bias for each head and distance in the window.
+        sinks: first tokens of a document that stay visible to this softmax.
+        window_bias: whether to learn a bias for each head and distance in the window, and for each sink.
         rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
         cache_argument: under which name the base model's layers hand over their cache.
 
@@ -118,6 +127,7 @@ class FastWeightAttention(KeepsFloat32):
         shape: AttentionShape,
         layer_idx: int,
         window: int = 0,
+        sinks: int = 0,
         window_bias: bool = False,
         rotary: bool = True,
         cache_argument: str = "cache",
@@ -129,13 +139,13 @@ class FastWeightAttention(KeepsFloat32):
             self.add_module(name, module)
         self.projections, self.rule, self.feature_map = projections, rule, feature_map
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
-        self.window, self.rotary = window, rotary
+        self.window, self.sinks, self.rotary = window, sinks, rotary
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
         self.window_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32)) if window else None
-        has_bias = window and window_bias
-        self.window_bias = nn.Parameter(torch.zeros(shape.heads, window, dtype=torch.float32)) if has_bias else None
+        bias = torch.zeros(shape.heads, window + sinks, dtype=torch.float32) if window and window_bias else None
+        self.window_bias = None if bias is None else nn.Parameter(bias)
 
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
@@ -157,6 +167,7 @@ class FastWeightAttention(KeepsFloat32):
         hidden_states: Float[Tensor, "B T d"],
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        sink_embeddings: tuple[Tensor, Tensor] | None = None,
         marks: TokenMarks | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T d"], None]:
@@ -165,6 +176,7 @@ class FastWeightAttention(KeepsFloat32):
         Args:
             hidden_states: the layer's input.
             position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
+            sink_embeddings: the same for queries of sinks (`FastWeightsModel.sink_embeddings`).
             marks: padding and borders of documents among the tokens.
             **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
                 has no use for, such as a 4-D mask.
@@ -180,7 +192,7 @@ class FastWeightAttention(KeepsFloat32):
                     "its state would be lost; correct cache_argument in the family's row of ARCHITECTURES"
                 )
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
-        fast, window = self.read(hidden_states, layer_cache, position_embeddings, marks)
+        fast, window = self.read(hidden_states, layer_cache, position_embeddings, sink_embeddings, marks)
         return self.mix(fast, window), None
 
     def read(
@@ -188,6 +200,7 @@ class FastWeightAttention(KeepsFloat32):
         x: Float[Tensor, "B T d"],
         cache: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        sink_embeddings: tuple[Tensor, Tensor] | None = None,
         marks: TokenMarks | None = None,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
         """What the fast weights and the window (None without one) say, before their learned factors.
@@ -196,13 +209,17 @@ class FastWeightAttention(KeepsFloat32):
             x: the layer's input.
             cache: a `StateCache`, or with a window a `WindowCache`, to start from and write to.
             position_embeddings: of the rotary embedding.
+            sink_embeddings: of the rotary embedding, for queries of sinks.
             marks: padding and borders of documents.
         """
         marks = TokenMarks() if marks is None else marks
         q, k, v = self.project(x)
-        rotated = q, k
+        rotated, sink_q = (q, k), q
         if position_embeddings is not None and (self.rotary or self.window):
             rotated = self.projections.rotate(q, k, position_embeddings)
+        if position_embeddings is not None and self.sinks:
+            assert sink_embeddings is not None
+            sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings)
         if self.rotary:
             q, k = rotated
         fast, state = self.rule(
@@ -219,9 +236,15 @@ class FastWeightAttention(KeepsFloat32):
             cache.write(state, x.shape[1])
         if not self.window:
             return fast, None
-        keys = WindowKeys(rotated[1], v, marks.real)
+        new = WindowTokens(*rotated, v, sink_q)
         return fast, windowed(
-            rotated[0], keys, cache, window=self.window, scale=self.scaling, bias=self.window_bias, starts=marks.starts
+            new,
+            cache,
+            window=self.window,
+            scale=self.scaling,
+            sinks=self.sinks,
+            bias=self.window_bias,
+            marks=marks,
         )
 
     def project(

@@ -115,6 +115,8 @@ class Architecture:
     projections: Projections
     positions: str | None = None
     """Learned embedding of absolute positions, which ends at the trained length; None where there is none."""
+    rotary: str | None = "rotary_emb"
+    """Maker of cosines and sines of a rotary embedding from positions; None where there is none."""
     cache_argument: str = "cache"
     """Name under which a layer hands its attention the cache."""
 
@@ -126,6 +128,7 @@ ARCHITECTURES = {
         norm="ln_1",
         projections=FusedProjections("c_attn", "c_proj", "resid_dropout", "attn_dropout"),
         positions="wpe",
+        rotary=None,
     ),
     "gpt_neox": Architecture(
         layers="layers",

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -24,12 +23,12 @@ from transformers.cache_utils import (
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
-from fastweights.layers.window import WindowKeys
+from fastweights.layers.window import KeysAndValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from fastweights.models.configuration import FastWeightsConfig
@@ -133,61 +132,55 @@ class PureCacheLayer(_Recurrent, CacheLayerMixin):
 
 
 class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
-    """The state of a hybrid layer: fast weights, and the keys and values of the window's last real tokens."""
+    """The state of a hybrid layer: fast weights, and the keys and values of the window and of sinks."""
 
-    real: Bool[Tensor, "B kept"] | None = None
-    """False where a row has had fewer real tokens of its document than are kept; None if none has."""
+    count: Int[Tensor, "B 1"] | None = None
+    """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
+    sinks: KeysAndValues | None = None
+    """The first tokens of each row's document; what stands for those it has not read yet is seen by none."""
+
+    def __init__(self, sliding_window: int, number_of_sinks: int = 0) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.number_of_sinks = number_of_sinks
 
     def write(self, state: Tensor, tokens: int) -> None:
         """The state after the new tokens, which the window counts."""
         self.put(state)
 
-    def with_kept(self, new: WindowKeys) -> WindowKeys:
+    def document_length(self) -> int | Int[Tensor, "B 1"]:
+        """Tokens of its document that each row has read."""
+        return self.position_offset + self.cumulative_length if self.count is None else self.count
+
+    def with_kept(self, k: Tensor, v: Tensor) -> KeysAndValues:
         """The window's keys and values so far, and the new ones after them."""
-        keys, values = self.update(new.k.transpose(1, 2), new.v.transpose(1, 2))
-        return WindowKeys(keys.transpose(1, 2), values.transpose(1, 2), self._real_with(new.real, keys.shape[2]))
+        keys, values = self.update(k.transpose(1, 2), v.transpose(1, 2))
+        return KeysAndValues(keys.transpose(1, 2), values.transpose(1, 2))
 
-    def _real_with(self, new: Bool[Tensor, "B T"] | None, length: int) -> Bool[Tensor, "B L"] | None:
-        if self.real is None:
-            return None if new is None else pad(new, (length - new.shape[1], 0), value=True)
-        if new is None:
-            return pad(self.real, (0, length - self.real.shape[1]), value=True)
-        return torch.cat((self.real, new), 1)
-
-    def keep(self, keys: WindowKeys) -> None:
-        """The last of these, for the tokens to come."""
-        k, v, real = keys
+    def keep(self, last: KeysAndValues, sinks: KeysAndValues | None, count: Int[Tensor, "B 1"] | None) -> None:
+        """What the tokens to come will see."""
         room = self.sliding_window - 1
-        if k.shape[1] > room + 1 or real is not None:
-            # The view that transformers keeps would hold all the keys of a long text alive.
-            self.keys, self.values = (kept[:, -room:].transpose(1, 2).clone() for kept in (k, v))
-        self.real = None if real is None else real[:, -room:].clone()
+        if last.k.shape[1] > room + 1 or count is not None:
+            # The view that transformers keeps would hold all the keys of a long text alive, in another order.
+            self.keys, self.values = (kept[:, -room:].transpose(1, 2).clone() for kept in last)
+        self.sinks, self.count = sinks, count
 
     def reset(self) -> None:
         """As new."""
         LinearAttentionAndSlidingWindowAttentionLayer.reset(self)
         _Recurrent.reset(self)
-        self.real = None
+        self.sinks = self.count = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows in this order."""
-        LinearAttentionAndSlidingWindowAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
-        self.real = None if self.real is None else self.real.index_select(0, beam_idx.to(self.real.device))
+        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
-        self._change_rows(lambda tensor: tensor[indices, ...])
-
-    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        # transformers leaves out the keys of a layer that is said to hold no tokens.
-        self.change_states(change)
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """All that is held by what `change` makes of it; transformers passes over keys of no tokens."""
+        super().change_states(change)
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
-        self.real = None if self.real is None else change(self.real)
+        self.count = None if self.count is None else change(self.count)
+        self.sinks = None if self.sinks is None else KeysAndValues(*map(change, self.sinks))
 
 
 class PendingPosition(NamedTuple):
@@ -319,6 +312,10 @@ class FastWeightsCache(DynamicCache):
         """The layers that are ours."""
         return [layer for layer in self.layers if isinstance(layer, _Recurrent)]
 
+    def document_length(self) -> int | Int[Tensor, "B 1"]:
+        """Tokens of its document that each row has read, of a model with windows."""
+        return next(layer.document_length() for layer in self.layers if isinstance(layer, HybridCacheLayer))
+
     @property
     def block(self) -> BlockCacheLayer | None:
         """The Fast Weight Layer's part."""
@@ -415,14 +412,16 @@ def _fits(layer: Any, kind: str, config: FastWeightsConfig) -> bool:
     if kind == "linear_attention":
         return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
     if kind == "hybrid_sliding":
-        return isinstance(layer, HybridCacheLayer) and layer.sliding_window == config.sliding_window
+        if not isinstance(layer, HybridCacheLayer):
+            return False
+        return (layer.sliding_window, layer.number_of_sinks) == (config.sliding_window, config.sinks)
     return not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def _new_layer(kind: str, config: FastWeightsConfig) -> Any:
     if kind == "linear_attention":
         return PureCacheLayer()
-    return HybridCacheLayer(sliding_window=config.sliding_window) if kind == "hybrid_sliding" else DynamicLayer()
+    return HybridCacheLayer(config.sliding_window, config.sinks) if kind == "hybrid_sliding" else DynamicLayer()
 
 
 def _is_unused(layer: Any) -> bool:
@@ -447,7 +446,9 @@ def detach(cache: Cache) -> None:
 def layer_tensors(layer) -> dict[str, Tensor]:
     """All that a layer of any cache holds between two tokens: its states, and its keys and values."""
     found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
-    found |= {name: getattr(layer, name, None) for name in ("keys", "values", "real")}
+    found |= {name: getattr(layer, name, None) for name in ("keys", "values", "count")}
+    if isinstance(layer, HybridCacheLayer) and layer.sinks is not None:
+        found |= {"sink_keys": layer.sinks.k, "sink_values": layer.sinks.v}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -74,7 +74,10 @@ class FastWeightsConfig(PreTrainedConfig):
                 setattr(self, token, getattr(self.base, token, None))
         # Empty, not missing: TRL looks here for classes that transformers does not have.
         self.auto_map = getattr(self, "auto_map", None) or {}
-        settings = _made_of(ConversionConfig, "conversion", self.conversion or {})
+        conversion = self.conversion or {}
+        if "layer_types" in conversion:  # saved, perhaps by a version that had no sinks
+            conversion = {"sinks": 0, **conversion}
+        settings = _made_of(ConversionConfig, "conversion", conversion)
         self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
         if set(self.layer_types) != {"full_attention"}:
             # A plan would spread heads over devices, and not their gates.
@@ -117,6 +120,11 @@ class FastWeightsConfig(PreTrainedConfig):
         if not window:
             raise AttributeError("this model has no hybrid layers, and so no sliding_window")
         return window
+
+    @property
+    def sinks(self) -> int:
+        """First tokens that stay visible to the softmax of hybrid layers."""
+        return (self.conversion or {}).get("sinks") or 0
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:

@@ -16,6 +16,8 @@ from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.layers.rules import TokenMarks
+from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
@@ -99,6 +101,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if config.settings.positions == "drop" and self.architecture.positions is not None:
             drop_positions(self.base, self.architecture.positions)
             self.max_positions = None
+        self._last_sink_position = config.settings.window + config.sinks - 1
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self._keep_in_fp32()
@@ -131,6 +134,32 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "load it with AutoModelForCausalLM"
             )
         return readable(self.get_input_embeddings())
+
+    def sink_embeddings(
+        self,
+        tokens: Tensor,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        marks: TokenMarks | None = None,
+        before: int | Int[Tensor, "B 1"] = 0,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for queries of sinks, where the base model has a rotary embedding.
+
+        A query stands where it is, but never farther from its sinks than when the window has just lost them all: a
+        distance that the base model knows, however long the text.
+
+        Args:
+            tokens: the new ones, (B, T) or with more dimensions.
+            position_ids: of these; by default their places in their document.
+            marks: padding and borders of documents among these.
+            before: tokens of its document that each row has read.
+        """
+        if self.architecture.rotary is None or not self.config.sinks:
+            return None
+        index = token_index(tokens.shape[1], before, marks or TokenMarks(), tokens.device)
+        too_far = (index - self._last_sink_position).clamp(min=0)
+        positions = (index if position_ids is None else position_ids) - too_far
+        like = torch.empty(0, dtype=self.dtype, device=tokens.device)
+        return self.base.get_submodule(self.architecture.rotary)(like, positions)
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -202,6 +231,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         real, starts = reading.marks
         if real is not None or starts is not None:
             kwargs["marks"] = reading.marks
+        if self.config.sinks:
+            before = 0 if ours is None else ours.document_length()
+            kwargs["sink_embeddings"] = self.sink_embeddings(given, reading.position_ids, reading.marks, before)
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given),
@@ -438,9 +470,15 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         shape = (records[0].inputs.shape[0], records[0].inputs.shape[1])
         marks, errors = read_tokens(shape, None, position_ids=position_ids).marks, []
+        sink_embeddings = self.model.sink_embeddings(records[0].inputs, position_ids, marks)
         for layer in self.fast_attentions():
             record = records[layer.layer_idx]
-            output, _ = layer(record.inputs, position_embeddings=record.position_embeddings, marks=marks)
+            output, _ = layer(
+                record.inputs,
+                position_embeddings=record.position_embeddings,
+                sink_embeddings=sink_embeddings,
+                marks=marks,
+            )
             errors.append((output - record.output).square().mean() / record.variance)
         return torch.stack(errors)
 

@@ -48,6 +48,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             shape=shape,
             layer_idx=i,
             window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
+            sinks=config.sinks if config.layer_types[i] == "hybrid_sliding" else 0,
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,
             rotary=settings.rotary,

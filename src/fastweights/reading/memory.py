@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
 from fastweights.files import written_whole
+from fastweights.layers.window import KeysAndValues
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.generation import go_on, read_prompt
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-FORMAT = "fastweights-memory-4"
+FORMAT = "fastweights-memory-5"
 _MOST_TOKENS = 2**62
 
 
@@ -289,5 +290,5 @@ def _restore(layer, tensors: dict[str, Tensor]) -> None:
             layer.put(tensor, int(name.removeprefix("state")))
     if "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
-    if "real" in tensors:
-        layer.real = tensors["real"]
+    if "sink_keys" in tensors:
+        layer.sinks = KeysAndValues(tensors["sink_keys"], tensors["sink_values"])

@@ -14,6 +14,7 @@ from fastweights.errors import FastWeightsError, check_name
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
 _OF_THE_PAPER = ("decay", "identity")
+_SINKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class ConversionConfig:
     """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
+    sinks: int | None = None
+    """First tokens of a text that stay visible to this softmax; by default 4 with a window, which models rest on."""
     layer_types: list[str] | None = None
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
     value_gate: bool = True
@@ -52,6 +55,10 @@ class ConversionConfig:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
+        if self.sinks is not None and self.sinks < 0:
+            raise FastWeightsError(f"sinks is {self.sinks}; allowed are 0 (none) and more tokens")
+        if self.sinks and not self.window:
+            raise FastWeightsError(f"sinks is {self.sinks} and window is 0: sinks stand beside a window of 2 tokens up")
 
     def _check_rule_and_feature_map(self) -> None:
         from fastweights.layers.feature_maps import FEATURE_MAPS
@@ -71,7 +78,7 @@ class ConversionConfig:
             raise FastWeightsError(f"window is {self.window} and layer_types has no hybrid_sliding: none would have it")
 
     def for_layers(self, layers: int) -> ConversionConfig:
-        """The same with a type for each of so many layers.
+        """The same with a type for each of so many layers, and a number of sinks.
 
         Raises:
             FastWeightsError: if `layer_types` has another number of entries.
@@ -81,4 +88,5 @@ class ConversionConfig:
             layer_types = ["hybrid_sliding" if self.window else "linear_attention"] * layers
         if len(layer_types) != layers:
             raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")
-        return replace(self, layer_types=list(layer_types))
+        sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks
+        return replace(self, layer_types=list(layer_types), sinks=sinks)

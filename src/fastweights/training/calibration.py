@@ -83,7 +83,8 @@ def fit_layers(student: FastWeightsForCausalLM, records: list[AttentionRecord]) 
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
-        factors = _least_squares(_contributions(layer, record), _targets(layer, record))
+        parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs))
+        factors = _least_squares(parts, _targets(layer, record))
         layer.fast_scale.copy_(factors[: layer.heads])
         if layer.window_scale is not None:
             layer.window_scale.copy_(factors[layer.heads :])
@@ -113,21 +114,30 @@ def _loss(student: FastWeightsForCausalLM, blocks: list[dict[str, Tensor]]) -> f
     return torch.stack(losses).mean().nan_to_num(nan=float("inf")).item()
 
 
-def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H W"]:
-    """What absolute positions added to q·k on average, per head and distance, and the student's q·k now lack."""
+def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "H bias"]:
+    """What absolute positions added to q·k on average, per head and place, and the student's q·k now lack."""
     with_positions, without = (layer.project(x)[:2] for x in (record.teacher_inputs, record.inputs))
     length, group = record.inputs.shape[1], layer.heads // layer.kv_heads
-    lost = torch.zeros(layer.heads, layer.window, device=record.inputs.device)
+    lost = torch.zeros(layer.heads, layer.window + layer.sinks, device=record.inputs.device)
     for distance in range(min(layer.window, length)):
         for sign, (q, k) in ((1, with_positions), (-1, without)):
             keys = k[:, : length - distance].repeat_interleave(group, dim=2)
             lost[:, distance] += sign * layer.scaling * (q[:, distance:] * keys).sum(-1).mean((0, 1))
+    for sink in range(min(layer.sinks, length - layer.window)):
+        for sign, (q, k) in ((1, with_positions), (-1, without)):
+            key = k[:, sink : sink + 1].repeat_interleave(group, dim=2)
+            far = (q[:, sink + layer.window :] * key).sum(-1).mean((0, 1))
+            lost[:, layer.window + sink] += sign * layer.scaling * far
     return lost
 
 
-def _contributions(layer: FastWeightAttention, record: AttentionRecord) -> Float[Tensor, "factors N d"]:
+def _contributions(
+    layer: FastWeightAttention, record: AttentionRecord, sink_embeddings: tuple[Tensor, Tensor] | None
+) -> Float[Tensor, "factors N d"]:
     """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
-    fast, window = layer.read(record.inputs, position_embeddings=record.position_embeddings)
+    fast, window = layer.read(
+        record.inputs, position_embeddings=record.position_embeddings, sink_embeddings=sink_embeddings
+    )
     parts = []
     for y in (fast,) if window is None else (fast, window):
         for head in range(layer.heads):

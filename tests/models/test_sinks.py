@@ -1,0 +1,95 @@
+"""Sinks: with the fast weights off, a hybrid model is the original with a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import convert
+from fastweights.models.configuration import FastWeightsConfig
+from fastweights.reading.stream import Stream
+from fastweights.settings.conversion import ConversionConfig
+from tests import tolerances
+from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.ops.problems import error
+
+EXACT = 1e-12
+WINDOW, SINKS = 8, 3
+
+
+def window_alone(base, **changes):
+    """A conversion that says what its window says."""
+    model = convert(base.double(), ConversionConfig(window=WINDOW, sinks=SINKS, **changes)).eval()
+    with torch.no_grad():
+        for attention in model.fast_attentions():
+            attention.fast_scale.zero_()
+    return model
+
+
+@torch.no_grad()
+def test_short_texts_are_read_as_by_the_original(family):
+    """Until the window is full and has lost its sinks, softmax over both is softmax over everything."""
+    n = WINDOW + SINKS
+    model, ids = window_alone(family), random_ids(2, 2 * n)
+    truth = torch.cat([family(part).logits for part in ids.split(n, 1)], 1)
+    assert error(model(ids[:, :n]).logits, truth[:, :n]) <= EXACT
+    packed = model(ids, position_ids=torch.arange(n).repeat(1, 2)).logits
+    assert error(packed, truth) <= EXACT
+    later = {"position_ids": torch.tensor([[*range(7, 7 + n - 2), 40, 41]])}  # rotary embeddings are in float32
+    assert error(model(ids[:, :n], **later).logits, family(ids[:, :n], **later).logits) <= tolerances.FLOAT32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [(), (1, 2, 3, 4, 9, 10), (5, 30), tuple(range(1, 40))], ids=str)
+def test_absolute_positions_read_as_the_original_with_a_mask(cuts):
+    base, ids = make_gpt2(), random_ids(2, 40)
+    model, i = window_alone(base), torch.arange(40)
+    mask = (i <= i[:, None]) & ((i[:, None] - i < WINDOW) | (i < SINKS))
+    truth = base(ids, attention_mask=torch.where(mask, 0.0, -torch.inf).double()[None, None]).logits
+    cache = DynamicCache(config=model.config)
+    found = torch.cat([model(part, cache=cache).logits for part in ids.tensor_split(cuts, 1)], 1)
+    assert error(found, truth) <= EXACT
+
+
+@torch.no_grad()
+def test_rotary_positions_of_sinks_end():
+    """Once the window is full a token is no farther from the sinks, and what is not in sight counts for nothing."""
+    base = make_llama(num_hidden_layers=1)
+    model = window_alone(base)
+    ids = random_ids(1, 65_536 + WINDOW)
+    short = torch.cat((ids[:, :SINKS], ids[:, -WINDOW:]), 1)
+    stream, part = Stream(model, 4096), None
+    for part in ids.split(4096, 1):
+        part = stream.read(part, logits_to_keep=1)
+    # Rotary embeddings of the window's own positions are in float32.
+    assert error(part, model(short, logits_to_keep=1).logits) <= 1e-2
+    far, near = (model.model.sink_embeddings(ids[:, :1], before=n) for n in (65_536, WINDOW + SINKS - 1))
+    assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
+    at_its_place = base.model.rotary_emb(torch.empty(0).double(), torch.tensor([[WINDOW + SINKS - 1]]))
+    assert all(torch.equal(*pair) for pair in zip(far, at_its_place, strict=True))
+
+
+def test_how_many():
+    assert convert(make_gpt2(), ConversionConfig(window=4)).config.sinks == 4
+    assert convert(make_gpt2(), ConversionConfig(window=4, sinks=0)).config.sinks == 0
+    assert convert(make_gpt2()).config.sinks == 0
+    for sinks, window, reason in ((-1, 4, "sinks is -1; allowed are 0"), (1, 0, "sinks is 1 and window is 0")):
+        with pytest.raises(FastWeightsError, match=reason):
+            ConversionConfig(window=window, sinks=sinks)
+
+
+def test_models_from_before_there_were_sinks_have_none():
+    config = convert(make_gpt2(), ConversionConfig(window=4)).config.to_dict()
+    assert FastWeightsConfig(**config).sinks == 4
+    del config["conversion"]["sinks"]
+    assert FastWeightsConfig(**config).sinks == 0
+
+
+@torch.no_grad()
+def test_a_cache_with_other_sinks_is_refused():
+    ids, cache = random_ids(1, 9), DynamicCache()
+    convert(make_gpt2(), ConversionConfig(window=4, sinks=2))(ids, cache=cache)
+    with pytest.raises(FastWeightsError, match="the cache is another model's"):
+        convert(make_gpt2(), ConversionConfig(window=4, sinks=1))(ids, cache=cache)
