@@ -100,6 +100,14 @@ def test_names_are_no_patterns(tmp_path, name):
     assert load_documents(DataConfig(text=str(tmp_path / "folders" / name))) == [name]
 
 
+@pytest.mark.parametrize("given", [{"text_config": "x"}, {"text_column": "x"}, {"text_config": "x", "text": "a.txt"}])
+def test_settings_that_would_do_nothing_are_refused(tmp_path, monkeypatch, given):
+    (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FastWeightsError, match="leave it out"):
+        load_documents(DataConfig(**given))
+
+
 def test_compressed_text(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
         file.write("packed\n")

@@ -41,6 +41,20 @@ import fastweights, fastweights.cli
     run(watch)
 
 
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line():
+    code = """import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "fastweights.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from fastweights.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped; nothing new was saved\n")
+
+
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
 def test_help_takes_less_than_half_a_second(arguments):
     code = "import os\nfrom fastweights.cli import main\n{}\nprint(sum(os.times()[:2]))"

@@ -68,6 +68,7 @@ def load_documents(config: DataConfig) -> list[str]:
     Raises:
         FastWeightsError: there is no such text, split or column, the file is not whole, or it holds no text.
     """
+    _check_used(config)
     documents = stdlib_documents(config.split) if config.text == STDLIB else _load_with_datasets(config)
     documents = [text for text in documents if text and not text.isspace()]
     if not documents:
@@ -105,6 +106,14 @@ def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def _check_used(config: DataConfig) -> None:
+    """Refuse settings that would do nothing."""
+    if config.text_config is not None and (config.text == STDLIB or os.path.exists(config.text)):
+        raise FastWeightsError(f"text_config was given, but {config.text} is no dataset on the hub: leave it out")
+    if config.text == STDLIB and config.text_column != DataConfig.text_column:
+        raise FastWeightsError(f"text_column was given, but {STDLIB!r} has no columns: leave it out")
 
 
 def _load_with_datasets(config: DataConfig) -> list[str]:

@@ -33,7 +33,8 @@ def check_file(path: Path, advice: str) -> None:
     if path.is_dir():
         raise FastWeightsError(f"{path} is a folder: {advice}")
     if not path.is_file():
-        raise FastWeightsError(f"{path} does not exist: {advice}")
+        what = "is no plain file" if path.exists() else "does not exist"
+        raise FastWeightsError(f"{path} {what}: {advice}")
     if not os.access(path, os.R_OK):
         raise FastWeightsError(f"{path} may not be read: {advice}")
 

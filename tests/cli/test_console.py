@@ -24,3 +24,7 @@ def test_brackets_are_no_markup(capsys, to, stream):
 
 def test_nor_are_they_in_what_rich_shows():
     assert as_it_is("[bold]x[/bold]").plain == "[bold]x[/bold]"
+
+
+def test_a_closed_stream_is_no_terminal():
+    assert shown("\x1b", None) == "\x1b"

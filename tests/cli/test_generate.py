@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import string
 import sys
 
@@ -36,6 +37,15 @@ def standard_input(monkeypatch, content: bytes | None) -> None:
 
 def answers(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
+
+
+def test_settings_of_a_model_that_ask_for_more_than_tokens_do_no_harm(monkeypatch, capsys, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"return_dict_in_generate": True}))
+    code, out, err = run(monkeypatch, capsys, "generate", folder, "--prompt", "a", *FEW)
+    assert (code, err) == (0, "")
+    assert out.startswith("a")
 
 
 def test_a_sentencepiece_model_goes_on_with_a_space(monkeypatch, capsys, shared_data, tmp_path):

@@ -61,6 +61,25 @@ def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, file, known
         assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_attention_by_code_from_the_hub_is_never_fetched(folder):
+    change(folder / "config.json", attn_implementation="kernels-community/flash-attn")
+    with pytest.raises(FastWeightsError, match="code from the hub"):
+        load_model(folder)
+    change(folder / "config.json", attn_implementation="eager")
+    load_model(folder)
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(folder, tmp_path):
+    """Converted and saved, it would be a folder that cannot be loaded."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(load_model(folder), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(file, folder)
+    with pytest.raises(FastWeightsError, match="merge"):
+        convert(folder)
+
+
 def test_an_unknown_family_with_code_gets_one_line(folder):
     (folder / "code.py").write_text("raise SystemExit", encoding="utf-8")
     change(folder / "config.json", auto_map=_MAPS["config.json"], model_type="stranger")

@@ -130,6 +130,17 @@ def test_only_sealed_checkpoints_before_the_newest_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-5"}
 
 
+def test_a_copy_under_another_name_is_left_alone(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-kept-1", "checkpoint-kept-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(name)
+        seal(tmp_path / name, [tmp_path / name / "model"])
+    drop_others(tmp_path / "checkpoint-3")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    clear(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-kept-1", "checkpoint-kept-4"]
+
+
 def test_a_pickle_that_would_run_code_is_one_line(stage):
     class Harm:
         def __reduce__(self):

@@ -40,9 +40,9 @@ def printable(text: str) -> str:
     return "".join(character if _is_shown(character) else _spelt_out(character) for character in text)
 
 
-def shown(text: str, file: TextIO) -> str:
-    """Text for a file: whole, unless that is a terminal."""
-    return printable(text) if file.isatty() else text
+def shown(text: str, file: TextIO | None) -> str:
+    """Text for a file, None if it is closed: whole, unless that is a terminal."""
+    return printable(text) if file is not None and file.isatty() else text
 
 
 def use_utf8() -> None:

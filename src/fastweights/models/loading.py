@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fastweights.embedded import MODEL_NAME
 from fastweights.errors import FastWeightsError, reason_of
@@ -101,6 +101,7 @@ def load_model(
         config = AutoConfig.from_pretrained(name, **arguments)
         if config.model_type != FastWeightsConfig.model_type:
             architecture_of(config)
+        _check_no_kernels(config, source)
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
         )
@@ -108,6 +109,11 @@ def load_model(
         raise
     except Exception as error:  # of transformers, of its checks of configs, of safetensors, of torch
         raise _not_loaded("a model", source, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # what is then saved is the adapter alone
+        raise FastWeightsError(
+            f"{source} has a peft adapter beside its model: merge the two with peft's merge_and_unload, and "
+            "give what that saves"
+        )
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
         raise FastWeightsError(
@@ -150,6 +156,16 @@ def _asked_from_hub(name: str, needed: str) -> bool:
     if reason is not None and not isinstance(try_to_load_from_cache(name, needed), str):
         raise FastWeightsError(f"there is no folder {name}, and {reason}: {_ALLOWED}")
     return reason is None
+
+
+def _check_no_kernels(config: PreTrainedConfig, source: str | Path) -> None:
+    """Refuse an attention implementation that is a name on the hub, whose code transformers would fetch and run."""
+    for part in (config, getattr(config, "base_config", None)):
+        if "/" in str(named := getattr(part, "_attn_implementation", None)):
+            raise FastWeightsError(
+                f"{source} asks for attention by code from the hub ({named}), which is never run: take "
+                "attn_implementation out of its config"
+            )
 
 
 def _not_loaded(what: str, source: str | Path, error: Exception) -> FastWeightsError:

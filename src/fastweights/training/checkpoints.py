@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from typing import TYPE_CHECKING
 
@@ -105,12 +106,13 @@ def drop_others(newest: Path) -> None:
 def clear(stage: Path) -> None:
     """Delete a stage's checkpoints and its finished mark, and nothing else."""
     (stage / FINISHED).unlink(missing_ok=True)
-    for path in stage.glob(f"{CHECKPOINT}-*"):
+    for path in _newest_first(stage):
         shutil.rmtree(path)
 
 
 def _newest_first(stage: Path) -> list[Path]:
-    paths = (path for path in stage.glob(f"{CHECKPOINT}-*") if path.name.split("-")[-1].isdecimal())
+    """Of the Trainer's own; a copy that somebody made of one, checkpoint-kept-500, is left alone."""
+    paths = (path for path in stage.glob(f"{CHECKPOINT}-*") if re.fullmatch(rf"{CHECKPOINT}-[0-9]+", path.name))
     return sorted(paths, key=_number, reverse=True)
 
 

@@ -23,6 +23,9 @@ EMBEDDED_START = "def "
 """Prompt of the embedded model where none is given: it knows Python alone."""
 _SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
 
+_TOKENS_ALONE = {"num_return_sequences": 1, "return_dict_in_generate": False}
+"""What `generate` is to return, whatever a model's own settings say."""
+
 
 def generate(
     model: str = "embedded",
@@ -87,7 +90,7 @@ def generate(
 
     tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
     remembered = None if memory is None else load_memory(loaded, memory)
-    settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens}
+    settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens} | _TOKENS_ALONE
     line = _Line()
     speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else line.write)
     for text in prompts:
