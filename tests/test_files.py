@@ -6,7 +6,15 @@ import pytest
 
 from fastweights import FastWeightsError, load_model
 from fastweights.embedded import byte_tokenizer
-from fastweights.files import check_output_file, check_output_folder, only_run, save_model, write_text, written_whole
+from fastweights.files import (
+    check_output_file,
+    check_output_folder,
+    only_run,
+    only_writer,
+    save_model,
+    write_text,
+    written_whole,
+)
 from tests.conftest import make_gpt2
 
 
@@ -151,6 +159,15 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     for names in (None, ["results.json"]):
         with pytest.raises(FastWeightsError, match=r"has results\.json"):
             check_output_folder(folder, overwrite=False, names=names)
+
+
+def test_one_writer_to_a_file(tmp_path):
+    file = tmp_path / "memory"
+    with only_writer(file), pytest.raises(FastWeightsError, match="another process"), only_writer(file):
+        pass
+    with only_writer(file), only_writer(tmp_path / "another"):
+        pass
+    assert not os.listdir(tmp_path)
 
 
 def test_one_run_to_a_folder(tmp_path):

@@ -7,6 +7,7 @@ that is full, leaves what was there before.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -213,6 +214,24 @@ def only_run(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep others on this machine from writing to the same file within the block.
+
+    Raises:
+        FastWeightsError: another process is about to.
+    """
+    from filelock import FileLock, Timeout
+
+    name = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:32]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"fastweights-{name}.lock", blocking=False)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise FastWeightsError(f"another process is about to write {path}: wait for it, or give another file") from None
 
 
 def said(error: BaseException) -> str:

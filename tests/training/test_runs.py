@@ -110,6 +110,20 @@ def test_a_run_resumes_only_with_its_own_config(config):
     assert json.loads((config.output / "run.json").read_text())["config"]["run"]["save_every"] == 3
 
 
+def test_a_run_resumes_only_on_what_it_began_with(config, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One bottle of beer on the wall.\n" * 100)
+    config = replace(config, data=replace(config.data, text=str(text)))
+    train(config)
+    again = replace(config, resume=True)
+    train(again)
+    text.write_text("Two bottles of beer on the wall.\n" * 100)
+    with pytest.raises(FastWeightsError, match="the text is not what it was"):
+        train(again)
+    text.write_text("One bottle of beer on the wall.\n" * 100)
+    train(again)
+
+
 @pytest.mark.parametrize("content", ['{"stage": "Tra', "[]", "", "\udcff", "[" * 10**5])
 def test_a_run_whose_config_is_lost_is_refused(config, content):
     config.output.mkdir()

@@ -266,6 +266,13 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def digest_of(tensor: Tensor) -> str:
+    """What tells a tensor from another."""
+    digest = hashlib.sha256()
+    _add(digest, {"": tensor})
+    return digest.hexdigest()
+
+
 def _add(digest: hashlib._Hash, tensors: dict[str, Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class FastWeightLayerSettings:
             raise FastWeightsError(
                 f"slow_vocabulary is {self.slow_vocabulary}; allowed are 0 (all tokens) and 1 or more of them"
             )
-        if not self.initial_step_size > 0:
-            raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive")
+        if not 0 < self.initial_step_size < math.inf:
+            raise FastWeightsError(f"initial_step_size is {self.initial_step_size}; it must be positive and finite")
         if not 0 < self.initial_decay < 1:
             raise FastWeightsError(f"initial_decay is {self.initial_decay}; it must lie between 0 and 1")

@@ -19,6 +19,7 @@ from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
 from fastweights.progress import Progress
+from fastweights.reading.memory import digest_of, fingerprint
 from fastweights.reading.stream import check_block_size
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
@@ -152,7 +153,9 @@ class _Run:
             check_stage(getattr(config, stage), config.run, self.blocks)
         inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
-            self._alone.enter_context(begin_run(config, inputs))
+            texts = {"text": self.blocks.blocks, "held-out text": self.held_out.tokens}
+            contents = {"model": fingerprint(model), **{name: digest_of(tokens) for name, tokens in texts.items()}}
+            self._alone.enter_context(begin_run(config, inputs, contents))
 
     def place(self, model: _Model) -> _Model:
         """The model on this process's device."""

@@ -12,6 +12,8 @@ import transformers  # its names one by one below: some are slow to import, and 
 from fastweights.data import load_documents, tokenize
 from fastweights.embedded.tokenizer import byte_tokenizer
 from fastweights.files import save_model
+from fastweights.models.loading import load_model
+from fastweights.reading.memory import digest_of
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import FINISHED, damage
 from fastweights.training.runs import begin_run, check_stage, check_start, process_state
@@ -56,11 +58,12 @@ def pretrain(config: PretrainConfig) -> Path:
     blocks = {name: TokenBlocks(text.tokens, size, text.document_lengths) for name, _, size in stages}
     for name, stage, _ in stages:
         check_stage(stage, config.run, blocks[name])
-    with begin_run(config, [config.data.text]) if main else nullcontext():
+    contents = {"text": digest_of(text.tokens)}
+    with begin_run(config, [config.data.text], contents) if main else nullcontext():
         for name, stage, _ in stages:
             folder = config.output / name
             if config.resume and damage(folder, FINISHED) is None:
-                model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+                model = load_model(folder)
                 continue
             title = f"pretrain, {name} blocks"
             trainer = PretrainTrainer(model, stage, config.run, folder, blocks[name], tokenizer, title=title)

@@ -94,7 +94,9 @@ def check_apart(folder: Path, inputs: Iterable[str | Path | None]) -> None:
 
 
 @contextmanager
-def begin_run(config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None]) -> Iterator[None]:
+def begin_run(
+    config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None], contents: dict[str, str]
+) -> Iterator[None]:
     """A folder for a run that begins, or goes on, and for it alone until the block ends.
 
     Whatever is to be refused was refused before. Of an earlier run that is not resumed, checkpoints and finished marks
@@ -103,23 +105,39 @@ def begin_run(config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path 
     Args:
         config: the run's.
         inputs: as for `check_start`.
+        contents: digest of each of the things that it reads, wherever they lie.
 
     Raises:
-        FastWeightsError: another run writes there, or has begun there since; the folder cannot be written to.
+        FastWeightsError: another run writes there, or has begun there since; the folder cannot be written to; or the
+            run that is to go on read something else.
     """
     check_start(config, inputs)  # before a lock lies in a folder that is not the run's
     with only_run(config.output):
         check_start(config, inputs)
+        if config.resume:
+            _check_contents(config.output, contents)
         if not config.resume:
             for stage in _STAGES:
                 clear(config.output / stage)
-        write_text(config.output / RUN_FILE, json.dumps(_described(config), indent=2) + "\n")
+        write_text(config.output / RUN_FILE, json.dumps(_described(config) | {"contents": contents}, indent=2) + "\n")
         yield
+
+
+def _check_contents(folder: Path, contents: dict[str, str]) -> None:
+    if not (folder / RUN_FILE).exists():
+        return  # none was started here
+    before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("contents", {})
+    for name, digest in contents.items():
+        if before.get(name) != digest:
+            raise FastWeightsError(
+                f"the {name} is not what it was when the run in {folder} was started: put it back, or start anew with "
+                "--overwrite"
+            )
 
 
 # What may change when a run goes on.
 _FREE = ("config.resume", "config.overwrite", "config.output", "config.run.save_every", "config.run.save_minutes")
-_FREE += ("config.run.log_every", "config.run.report_to", "config.evaluation.", "versions.")
+_FREE += ("config.run.log_every", "config.run.report_to", "config.evaluation.", "versions.", "contents.")
 
 
 def check_same_run(config: TrainConfig | PretrainConfig) -> None:

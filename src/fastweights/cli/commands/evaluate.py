@@ -83,6 +83,8 @@ def evaluate(
                 f"{text.text} is one file; rms and tuning need text of their own: "
                 "give a folder with train, validation and test files"
             )
+        if text.split not in (HeldOutDataConfig.split, "train"):
+            raise FastWeightsError(f"{text.text} is one file and has no split {text.split!r}: leave split out")
         text = replace(text, split="train")  # a file has no other
     results: dict[str, list[MethodResult]] = {}
     recalled: dict[str, dict[str, list[Recall]]] = {}

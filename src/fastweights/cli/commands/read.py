@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from fastweights.cli.console import note, printable, say
 from fastweights.errors import FastWeightsError
-from fastweights.files import check_output_file
+from fastweights.files import check_output_file, only_writer
 from fastweights.progress import BYTES, Progress
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read(
     before, start, saved = remembered.tokens, time.perf_counter(), time.monotonic()
     place, stops = _Place(0, skip), _Stops()
     try:
-        with stops, PeakMemory(loaded.device) as peak:
+        with only_writer(output), stops, PeakMemory(loaded.device) as peak:
             for _ in _read_all(remembered, files, tokenizer, place, stops):
                 if time.monotonic() - saved > 60 * save_minutes:
                     remembered.save(output)
