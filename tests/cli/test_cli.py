@@ -279,6 +279,10 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("eval", "MODEL", "--teacher", "embedded"), "give --parts, too"),
         (("eval", "MODEL", "--recall-test.repeats", "3"), "give --recall, too"),
         (("eval", "MODEL", "--recall", "--recall-test.distances", "0"), "distances are"),
+        (
+            ("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--recall", "--recall-test.distances", "9"),
+            "is 9 and a sentence has 30 tokens",
+        ),
         (("train", "--evaluation.parts-tokens", "1"), "parts_tokens is 1"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
         (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
