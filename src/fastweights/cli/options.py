@@ -52,7 +52,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     DynamicEvaluationConfig: _DYNAMIC,
     EvaluationConfig: _EVALUATION,
     FastWeightLayerSettings: (),
-    FinetuneConfig: (*_STAGE, "calibrate"),
+    FinetuneConfig: _STAGE,
     GPT2Shape: (),
     HeldOutConfig: (*_EVALUATION, "parts_tokens"),
     HeldOutDataConfig: _DATA,

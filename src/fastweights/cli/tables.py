@@ -76,10 +76,10 @@ def print_positions(name: str, results: list[MethodResult]) -> None:
     table.add_column("method", no_wrap=True)
     table.add_column("context", no_wrap=True)
     for place in ranges:
-        end = "" if place.stop is None else f" to {_short(place.stop)}"
-        table.add_column(f"{_short(place.start)}{end or ' on'}", justify="right", no_wrap=True)
+        name = "beyond" if place.stop is None else f"to {_short(place.stop)}"
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        table.add_row(result.method, result.context, *(f"{place.loss:.4f}" for place in result.by_position))
+        table.add_row(result.method, result.context, *(f"{place.loss:.3f}" for place in result.by_position))
     Console().print(table)
 
 
@@ -102,7 +102,7 @@ def print_recall(name: str, recalled: dict[str, list[Recall]]) -> None:
 
 
 def _short(n: int) -> str:
-    return f"{n // 1024}k" if n and n % 1024 == 0 else str(n)
+    return str(n) if n < 1024 else f"{n // 1024}k"
 
 
 def print_methods(name: str, results: list[MethodResult], title: str) -> None:

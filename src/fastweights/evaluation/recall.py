@@ -103,6 +103,11 @@ def recall(
     return results
 
 
+def check_distances(tokenizer: PreTrainedTokenizerBase, config: RecallConfig) -> None:
+    """Refuse, before anything else is read, a distance shorter than a sentence."""
+    _documents(tokenizer, min(config.distances), config)
+
+
 @dataclass(frozen=True)
 class _Document:
     context: list[int]

@@ -76,8 +76,6 @@ class FinetuneConfig(StageConfig):
     new_learning_rate: float | None = 1e-3
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
-    calibrate: bool = True
-    """The same as of transfer, where finetune is the first stage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -88,7 +88,7 @@ def _train_conversion(run: _Run) -> list[StageResult]:
     student, teacher = run.place(student), run.place(teacher)
     run.evaluate("teacher", teacher)
     fresh = is_fresh(student)
-    if fresh and getattr(config, run.stages[0]).calibrate:
+    if fresh and (config.stage == "finetune" or config.transfer.calibrate):
         calibrate(student, teacher, run.blocks)
     if fresh or config.stage != "finetune":
         run.evaluate("converted", student)

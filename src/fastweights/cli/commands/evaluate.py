@@ -64,7 +64,8 @@ def evaluate(
         Replace those that are there, or write beside a model.
     """
     from fastweights.evaluation.comparison import compare
-    from fastweights.models.loading import load_model, resolve_model
+    from fastweights.evaluation.recall import check_distances
+    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
     from fastweights.progress import Progress
 
     if not models:
@@ -90,6 +91,8 @@ def evaluate(
     recalled: dict[str, dict[str, list[Recall]]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
     held_out = {source: _read(text, source) for source in models}
+    for source in models if recall else ():
+        check_distances(load_tokenizer(source), recall_test)
     with Progress(unit="tokens") as progress:
         for source in held_out:
             model = load_model(resolve_model(source))
