@@ -8,7 +8,7 @@ from fastweights.settings.training import TrainConfig, TransferConfig
 from fastweights.training import train
 from fastweights.training.teacher import record_attention
 from fastweights.training.transfer import calibrate
-from tests.conftest import random_ids
+from tests.conftest import make_gpt2, random_ids
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def test_records_are_what_the_layers_see(base):
     ids = random_ids(2, 20)
     records = record_attention(base, ids)
     assert len(records) == 3
-    model = convert(base, ConversionConfig(window=20))
+    model = convert(base, ConversionConfig(window=16, sinks=4))
     for layer in model.fast_attentions():
         layer.fast_scale.zero_()
     assert (model.reproduction_errors(records) < 1e-8).all()
@@ -41,6 +41,23 @@ def test_calibration_finds_the_best_scales(base):
                     scale[0] *= 1 + step
                     assert model.reproduction_errors(records)[layer.layer_idx] >= best[layer.layer_idx] - 1e-4
                     scale[0] = kept
+
+
+@torch.no_grad()
+def test_what_positions_added_to_sinks_is_made_up_for():
+    """On average over the queries that have lost a sink from their window."""
+    base = make_gpt2()
+    model = convert(base, ConversionConfig(window=8, sinks=2, positions="drop"))
+    records = record_attention(base, random_ids(2, 40), positions="drop")
+    calibrate(model, records)
+    layer, record = model.fast_attentions()[1], records[1]
+    with_positions, without = (layer.project(x)[:2] for x in (record.teacher_inputs, record.inputs))
+    for sink in (0, 1):
+        added = [torch.einsum("bthd,bhd->bth", q[:, sink + 8 :], k[:, sink]) for q, k in (with_positions, without)]
+        lost = layer.scaling * (added[0] - added[1]).mean((0, 1))
+        torch.testing.assert_close(layer.window_bias[:, 8 + sink], lost, rtol=1e-4, atol=1e-5)
+    calibrate(model, record_attention(base, random_ids(2, 6), positions="drop"))  # no query has lost one
+    assert not layer.window_bias[:, 8:].any()
 
 
 def test_loss_trains_the_converted_layers_alone(base):
