@@ -58,7 +58,8 @@ def main() -> None:
         "softmax": softmax,
         "softmax, our products": convert(softmax, ConversionConfig(layer_types=["full_attention"] * 30)),
         "pure": convert(softmax),
-        "hybrid (window 64)": convert(softmax, ConversionConfig(window=64)),
+        "hybrid (window 64)": convert(softmax, ConversionConfig(window=64, sinks=0)),
+        "hybrid (window 64, 4 sinks)": convert(softmax, ConversionConfig(window=64, sinks=4)),
     }
     costs = decode_costs(
         {name: _cast(model, dtype) for name, model in models.items()},

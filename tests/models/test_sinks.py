@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
+from fastweights.models.cache import layer_tensors
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.reading.stream import Stream
 from fastweights.settings.conversion import ConversionConfig
@@ -85,6 +86,17 @@ def test_models_from_before_there_were_sinks_have_none():
     assert FastWeightsConfig(**config).sinks == 4
     del config["conversion"]["sinks"]
     assert FastWeightsConfig(**config).sinks == 0
+
+
+def test_gradients_end_where_a_stream_is_cut():
+    model = convert(make_gpt2(), ConversionConfig(window=4, sinks=2))
+    stream = Stream(model, 20)
+    stream.read(random_ids(1, 9))
+    held = layer_tensors(stream.cache.layers[1])
+    assert held["sink_keys"].requires_grad
+    assert held["keys"].requires_grad
+    stream.detach()
+    assert not any(tensor.requires_grad for layer in stream.cache.layers for tensor in layer_tensors(layer).values())
 
 
 @torch.no_grad()

@@ -156,3 +156,20 @@ def test_finetune_calibrates_a_fresh_conversion_and_no_other(config, model_folde
 def is_fresh_but_for_rounding(model):
     """After a step at a learning rate of next to nothing."""
     return all((layer.fast_scale - 1).abs().max() < 1e-6 for layer in model.fast_attentions())
+
+
+@torch.no_grad()
+def test_what_positions_added_to_sinks_is_made_up_for():
+    """On average over the queries that have lost a sink from their window."""
+    base = make_gpt2()
+    model = convert(base, ConversionConfig(window=8, sinks=2, positions="drop"))
+    records = record_attention(base, random_ids(2, 40), positions="drop")
+    fit_layers(model, records)
+    layer, record = model.fast_attentions()[1], records[1]
+    with_positions, without = (layer.project(x)[:2] for x in (record.teacher_inputs, record.inputs))
+    for sink in (0, 1):
+        added = [torch.einsum("bthd,bhd->bth", q[:, sink + 8 :], k[:, sink]) for q, k in (with_positions, without)]
+        lost = layer.scaling * (added[0] - added[1]).mean((0, 1))
+        torch.testing.assert_close(layer.window_bias[:, 8 + sink], lost, rtol=1e-4, atol=1e-5)
+    fit_layers(model, record_attention(base, random_ids(2, 6), positions="drop"))  # no query has lost one
+    assert not layer.window_bias[:, 8:].any()

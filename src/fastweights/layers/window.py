@@ -219,24 +219,26 @@ def window_attention(
         sinks: what queries see that are W and more tokens behind it.
     """
     B, T = q.shape[:2]
-    blocks, far_q = 1, None if sinks is None else sinks.q
-    distance = mask = None
+    blocks, distance, mask, near_bias = 1, None, None, None
     if T > 1:
         # Queries in blocks of W; a block sees its own W keys and the W before them, zeros in front of the first.
         if index is None:
             index = torch.arange(k.shape[1] - T, k.shape[1], device=q.device)[None]
         blocks = -(-T // window)
         back, front = blocks * window - T, window - (k.shape[1] - T)
-        q, far_q = (None if x is None else _blocks(pad(x, (0, 0, 0, 0, 0, back)), window) for x in (q, far_q))
+        q = _blocks(pad(q, (0, 0, 0, 0, 0, back)), window)
+        sinks = sinks and sinks._replace(q=_blocks(pad(sinks.q, (0, 0, 0, 0, 0, back)), window))
         k, v = (_blocks_with_predecessor(pad(x, (0, 0, 0, 0, front, back)), window) for x in (k, v))
         index = pad(index, (0, back), value=-1).unflatten(1, (-1, window)).expand(B, -1, -1).flatten(0, 1)
         i, j = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
         distance = i[:, None] + window - j  # in these coordinates query i's own key is at i + W
     elif bias is not None or index is not None:
         distance = torch.arange(k.shape[1] - 1, -1, -1, device=q.device)[None]
-    if index is not None:
+    if distance is not None and index is not None:
         mask = (distance >= 0) & (distance <= index[:, :, None].clamp(max=window - 1))
-    near = _Part(q, k, v, None if bias is None else bias[None, :, distance.clamp(0, window - 1)], mask)
+    if distance is not None and bias is not None:
+        near_bias = bias[None, :, distance.clamp(0, window - 1)]
+    near = _Part(q, k, v, near_bias, mask)
     if sinks is None:
         o = _attend(near, scale)
     else:
@@ -244,7 +246,7 @@ def window_attention(
         S = far_k.shape[1]
         far_bias = None if bias is None else bias[None, :, None, window : window + S].expand(-1, -1, q.shape[1], -1)
         gone = None if index is None else index[:, :, None] - torch.arange(S, device=q.device) >= window
-        o = _attend_to_both(near, _Part(far_q, far_k, far_v, far_bias, gone), scale)
+        o = _attend_to_both(near, _Part(sinks.q, far_k, far_v, far_bias, gone), scale)
     return o if T == 1 else o.unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
 
 

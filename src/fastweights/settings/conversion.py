@@ -32,7 +32,7 @@ class ConversionConfig:
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
     sinks: int | None = None
-    """First tokens of a text that stay visible to this softmax; by default 4 with a window, which models rest on."""
+    """First tokens of a text that stay visible to this softmax, as models rest on them; by default 4 with a window."""
     layer_types: list[str] | None = None
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
     value_gate: bool = True
