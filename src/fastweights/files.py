@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOCK_FILE = ".fastweights.lock"
 _PARTIAL = ".fastweights-partial-"
+_OLD = "old"
 # Of a model that is overwritten, what a save of another may leave: weights in other pieces, another kind of tokenizer.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _OF_A_MODEL = {"generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
@@ -80,7 +81,8 @@ def model_written_whole(folder: Path) -> Iterator[Path]:
     """A folder beside to save a model and its tokenizer in; once the block ends they are moved into `folder`.
 
     Into a folder that exists, for instance of the run that made the model, files are moved one by one: config.json goes
-    first and comes last, so that a folder in which a kill left half of them is no model.
+    first and comes last, so that a folder in which a kill left half of them is no model, until `recover` brings the old
+    one back.
 
     Args:
         folder: new, or one whose model may be replaced; all else in it stays.
@@ -112,7 +114,7 @@ def model_written_whole(folder: Path) -> Iterator[Path]:
 
 def _move_into(partial: Path, folder: Path) -> None:
     """Move a saved model into a folder, out of which another goes first; that comes back if something is in the way."""
-    new, aside = {path.name for path in partial.iterdir()}, partial.parent / "old"
+    new, aside = {path.name for path in partial.iterdir()}, partial.parent / _OLD
     aside.mkdir()
     old = [path for path in folder.iterdir() if path.name in new | _OF_A_MODEL or _WEIGHTS.fullmatch(path.name)]
     moved: list[tuple[Path, Path]] = []
@@ -210,10 +212,24 @@ def only_run(folder: Path) -> Iterator[None]:
         raise FastWeightsError(f"{folder} cannot be kept to one process: {said(error)}; give another folder") from error
     try:
         for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
+            _bring_back(left / _OLD, folder)
             shutil.rmtree(left)
         yield
     finally:
         lock.release()
+
+
+def recover(folder: Path) -> None:
+    """Bring back the model that a process was replacing when it was killed, unless another process is at it."""
+    if any(folder.glob(f"{_PARTIAL}*")):
+        with suppress(FastWeightsError), only_run(folder):
+            pass
+
+
+def _bring_back(old: Path, folder: Path) -> None:
+    if (old / _CONFIG).exists() and not (folder / _CONFIG).exists():
+        for path in sorted(old.iterdir(), key=lambda path: path.name == _CONFIG):
+            os.replace(path, folder / path.name)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from fastweights.embedded import MODEL_NAME
 from fastweights.errors import FastWeightsError, reason_of
+from fastweights.files import recover
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
@@ -137,6 +138,8 @@ def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dic
         arguments["gguf_file"] = gguf_file
     needed = gguf_file or _CONFIG
     if os.path.isdir(name):
+        if needed == _CONFIG and not os.path.isfile(os.path.join(name, needed)):
+            recover(Path(name))
         if not os.path.isfile(os.path.join(name, needed)):
             raise FastWeightsError(f"there is no {needed} in {source}, so it is no model's folder: {_ALLOWED}")
         return name, arguments
