@@ -257,3 +257,10 @@ def test_several_rows_with_borders_at_different_places():
     for row, cut in ((0, 6), (1, 13)):
         for here in (slice(0, cut), slice(cut, 20)):
             assert error(found[row, here], model(ids[row : row + 1, here]).logits[0]) <= tolerances.FLOAT32
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_no_tokens_are_one_line(base, shape):
+    model = convert(base, ConversionConfig(window=4))
+    with pytest.raises(FastWeightsError, match=f"{shape[0]} rows of {shape[1]} tokens"):
+        model(input_ids=torch.zeros(shape, dtype=torch.long))

@@ -57,6 +57,8 @@ def read_tokens(
     Raises:
         FastWeightsError: if these cannot be what was meant.
     """
+    if 0 in shape:
+        raise FastWeightsError(f"{shape[0]} rows of {shape[1]} tokens were given; a model reads at least one of each")
     past = 0 if cache is None else cache.get_seq_length()
     mask = _whole_mask(attention_mask, cache, past, shape)
     real = None if mask is None else mask[:, -shape[1] :]
