@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import string
 import sys
@@ -245,3 +246,13 @@ def test_an_empty_standard_input_is_one_line(monkeypatch, capsys, model_folder):
         code, _, err = run(monkeypatch, capsys, "generate", model_folder, "--prompt", "-", *more)
         assert code == 1
         assert "standard input is empty" in err
+
+
+def test_a_line_that_is_refused_does_not_end_the_others(monkeypatch, capsys, model_folder, tmp_path):
+    (tmp_path / "lines").write_text("a\n" + "b" * 200 + "\nc\n")  # beyond the model's 128 positions
+    arguments = ("--prompt-file", tmp_path / "lines", "--lines", "--json", *FEW)
+    code, out, err = run(monkeypatch, capsys, "generate", model_folder, *arguments)
+    assert code == 1
+    assert ["error" in answer for answer in answers(out)] == [False, True, False]
+    assert re.search(r"^line 2: the prompt has 200 tokens", err, re.M)
+    assert "error: 1 of 3 prompts were refused" in err

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fastweights.cli.console import shown
+from fastweights.cli.console import note, shown
 from fastweights.errors import FastWeightsError, check_seed
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def generate(
     prompt_file
         File that is a prompt, plain, .gz, .bz2 or .xz; may be given several times.
     lines
-        Each line of the prompt, or of the files, is a prompt of its own; they are answered one after another.
+        Each line of the prompt, or of the files, is a prompt of its own; they are answered one after another, also
+        after one that is refused.
     max_new_tokens
         Tokens to generate at most.
     temperature
@@ -93,15 +94,24 @@ def generate(
     settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens} | _TOKENS_ALONE
     line = _Line()
     speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else line.write)
-    for text in prompts:
+    refused = 0
+    for number, text in enumerate(prompts, 1):
         set_seed(seed)
         try:
-            answer = speaker.answer(text)
-        except BaseException:
+            answer = asdict(speaker.answer(text))
+        except BaseException as error:
             line.end()
-            raise
-        print(json_format.dumps({"prompt": text, **asdict(answer)}) if json else "", flush=True)
+            if not (lines and isinstance(error, FastWeightsError)):
+                raise
+            refused += 1
+            answer = {"error": str(error)}
+            note(f"line {number}: {error}")
+        print(json_format.dumps({"prompt": text, **answer}) if json else "", flush=True)
         line.begun = False
+    if refused:
+        raise FastWeightsError(
+            f"{refused} of {number} prompts were refused, each with a line above; the others were answered"
+        )
 
 
 def _check(asked: dict[str, Any], max_new_tokens: int, beams: int, stop: tuple[str, ...]) -> None:
