@@ -1,10 +1,10 @@
-"""Tables show all that they have, on a terminal of 80 columns."""
+"""Tables show all that they have, on a terminal of 80 columns or beyond it."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from fastweights.cli.tables import print_parts, print_positions, print_recall
+from fastweights.cli.tables import print_methods, print_parts, print_positions, print_recall
 from fastweights.evaluation.perplexity import Evaluation, RangeLoss
 from fastweights.evaluation.recall import Recall
 
@@ -54,3 +54,20 @@ def test_recall_that_was_not_asked_is_a_dash(capsys):
         ["0.90", "(0.25)", "│", "0.10", "(2.30)", "│"],
         ["0.90", "(0.25)", "│", "-", "│"],
     ]
+
+
+def test_no_number_is_cut_short(capsys):
+    evaluation = Evaluation(3.49751, 33.045, 5.04621, 9876.54, 1234)
+    row = SimpleNamespace(
+        method="fast weights alone",
+        context="sliding",
+        evaluation=evaluation,
+        time_ratio=10.25,
+        peak_bytes_ratio=10.75,
+        settings=None,
+    )
+    print_methods("m", [row], "text")
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for text in ("fast weights alone", "3.4975", "33.05", "5.0462", "10.25x", "10.75x", "9,876.54"):
+        assert text in out

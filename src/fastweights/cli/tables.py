@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from fastweights.cli.console import as_it_is
@@ -80,7 +81,7 @@ def print_positions(name: str, results: list[MethodResult]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(result.method, result.context, *(f"{place.loss:.3f}" for place in result.by_position))
-    Console().print(table)
+    _print_whole(table)
 
 
 def print_recall(name: str, recalled: dict[str, list[Recall]]) -> None:
@@ -98,7 +99,15 @@ def print_recall(name: str, recalled: dict[str, list[Recall]]) -> None:
     for method, row in recalled.items():
         cells = {recall.distance: f"{recall.accuracy:.2f} ({recall.loss:.2f})" for recall in row}
         table.add_row(method, *(cells.get(distance, "-") for distance in distances))
-    Console().print(table)
+    _print_whole(table)
+
+
+def _print_whole(table: Table) -> None:
+    """With no number cut short, also where that takes more columns than the terminal has."""
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def _short(n: int) -> str:
@@ -124,7 +133,7 @@ def print_methods(name: str, results: list[MethodResult], title: str) -> None:
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for result in results:
         table.add_row(*(cell(result) for cell in columns.values()))
-    Console().print(table)
+    _print_whole(table)
 
 
 def _tuned(results: list[MethodResult]) -> str:
