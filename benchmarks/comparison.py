@@ -32,7 +32,7 @@ from fastweights.data import TokenizedText, load_documents, tokenize
 from fastweights.evaluation.comparison import compare
 from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import FastWeightsForCausalLM, load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer
 from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig, HeldOutConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import DataConfig
@@ -84,7 +84,7 @@ def main() -> None:
     output = arguments.output or Path("runs/comparison") / name
     results = Results(output / "results.jsonl", arguments)
 
-    base = load_model(resolve_model(arguments.model))
+    base = load_model(arguments.model)
     text = _text("test", arguments)
     for way in WAYS:
         if results.misses("static", way, 0):

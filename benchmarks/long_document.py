@@ -22,7 +22,7 @@ from fastweights.embedded import byte_tokenizer
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.evaluation.perplexity import score
 from fastweights.models import add_fast_weight_layer, convert, load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import EvaluationConfig
 from fastweights.settings.text import DataConfig
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = _small_model(), byte_tokenizer()
     if arguments.model:
-        model, tokenizer = load_model(resolve_model(arguments.model)), load_tokenizer(arguments.model)
+        model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     text = arguments.file.read_text() if arguments.file else "".join(load_documents(DataConfig()))
     while len(text.encode()) < arguments.bytes:
         text += text

@@ -21,7 +21,7 @@ from benchmarks.common import environment, write_csv
 from fastweights.data import load_documents, tokenize
 from fastweights.evaluation.perplexity import evaluate, score
 from fastweights.models import convert, load_model
-from fastweights.models.loading import load_tokenizer, resolve_model
+from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import EvaluationConfig
 from fastweights.settings.text import DataConfig
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--far", action="store_true", help="read the first document, to 68k tokens, as a stream")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sinks.csv"))
     arguments = parser.parse_args()
-    model, rows = load_model(resolve_model(arguments.model)), []
+    model, rows = load_model(arguments.model), []
     text = DataConfig(text=str(arguments.text), join_rows=not arguments.far)
     text = tokenize(load_documents(text)[:1], load_tokenizer(arguments.model))
     blocks = EvaluationConfig(batch_size=2, max_tokens=1024 * arguments.blocks)

@@ -25,7 +25,9 @@ from transformers import (
 )
 
 from fastweights.embedded import byte_tokenizer
+from fastweights.models import convert
 from fastweights.ops.numba.runtime import load_kernels
+from fastweights.settings.conversion import ConversionConfig
 from tests.annotations import check_annotations
 
 check_annotations()
@@ -130,6 +132,15 @@ def model_folder(tmp_path_factory) -> Path:
     """A small random GPT-2 with its tokenizer, as save_pretrained leaves it."""
     folder = tmp_path_factory.mktemp("gpt2")
     make_gpt2().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def endless_folder(tmp_path_factory) -> Path:
+    """A hybrid model that reads without end."""
+    folder = tmp_path_factory.mktemp("endless")
+    convert(make_llama(), ConversionConfig(window=8, positions="drop")).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

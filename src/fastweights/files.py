@@ -200,23 +200,12 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         FastWeightsError: another process writes to it.
     """
-    from filelock import FileLock, Timeout
-
     make_folder(folder)
-    lock = FileLock(folder / LOCK_FILE, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FastWeightsError(f"another process is writing to {folder}: wait for it, or give another folder") from None
-    except (OSError, NotImplementedError) as error:
-        raise FastWeightsError(f"{folder} cannot be kept to one process: {said(error)}; give another folder") from error
-    try:
+    with _locked(folder / LOCK_FILE, f"another process is writing to {folder}", folder, "folder"):
         for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
             _bring_back(left / _OLD, folder)
             shutil.rmtree(left)
         yield
-    finally:
-        lock.release()
 
 
 def recover(folder: Path) -> None:
@@ -239,15 +228,27 @@ def only_writer(path: Path) -> Iterator[None]:
     Raises:
         FastWeightsError: another process is about to.
     """
+    name = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:32]
+    lock = Path(tempfile.gettempdir()) / f"fastweights-{name}.lock"
+    with _locked(lock, f"another process is about to write {path}", path, "file"):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, taken: str, place: Path, kind: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    name = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:32]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"fastweights-{name}.lock", blocking=False)
+    held = FileLock(lock, blocking=False)
     try:
-        with lock:
-            yield
+        held.acquire()
     except Timeout:
-        raise FastWeightsError(f"another process is about to write {path}: wait for it, or give another file") from None
+        raise FastWeightsError(f"{taken}: wait for it, or give another {kind}") from None
+    except (OSError, NotImplementedError) as error:  # a file system that knows no locks
+        raise FastWeightsError(f"{place} cannot be kept to one process: {said(error)}; give another {kind}") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def said(error: BaseException) -> str:

@@ -15,21 +15,11 @@ from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLog
 
 from fastweights.cli.commands.generate import _settings
 from fastweights.embedded import byte_tokenizer
-from fastweights.models import convert, load_model
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.models import load_model
 from tests.cli.test_cli import run
 from tests.conftest import make_llama
 
 FEW = ("--max-new-tokens", 6, "--temperature", 0)
-
-
-@pytest.fixture(scope="module")
-def endless_folder(tmp_path_factory):
-    """A model that reads without end."""
-    folder = tmp_path_factory.mktemp("endless")
-    convert(make_llama(), ConversionConfig(window=8, positions="drop")).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def standard_input(monkeypatch, content: bytes | None) -> None:

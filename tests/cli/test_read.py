@@ -23,14 +23,6 @@ from tests.cli.test_cli import run
 from tests.conftest import make_llama
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    convert(make_llama(), ConversionConfig(window=8, positions="drop")).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def no_progress(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", math.inf)
@@ -57,14 +49,14 @@ def expected(model, documents) -> Memory:
     return new_memory(model).read([tokens])
 
 
-def test_several_texts_are_documents_of_one_memory(monkeypatch, capsys, folder, texts, tmp_path):
+def test_several_texts_are_documents_of_one_memory(monkeypatch, capsys, endless_folder, texts, tmp_path):
     files, documents = texts
-    code, _, err = run(monkeypatch, capsys, "read", folder, *files, "-o", tmp_path / "m")
+    code, _, err = run(monkeypatch, capsys, "read", endless_folder, *files, "-o", tmp_path / "m")
     assert (code, err) == (0, "")
-    model = load_model(folder)
+    model = load_model(endless_folder)
     assert same(model, load_memory(model, tmp_path / "m"), expected(model, documents))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(documents[0].encode())))
-    code, _, _ = run(monkeypatch, capsys, "read", folder, "-", files[1], "-o", tmp_path / "n")
+    code, _, _ = run(monkeypatch, capsys, "read", endless_folder, "-", files[1], "-o", tmp_path / "n")
     assert code == 0
     assert same(model, load_memory(model, tmp_path / "n"), expected(model, documents))
 
@@ -102,23 +94,23 @@ def stop_after(monkeypatch, pieces: int, number: int, *, within: bool = True) ->
     ],
 )
 def test_what_was_read_before_a_stop_is_saved_and_gone_on_from(
-    monkeypatch, capsys, folder, texts, tmp_path, pieces, number, within
+    monkeypatch, capsys, endless_folder, texts, tmp_path, pieces, number, within
 ):
     files, documents = texts
     output = tmp_path / "my memory"
     with monkeypatch.context() as patch:
         stop_after(patch, pieces, number, within=within)
-        code, out, err = run(patch, capsys, "read", folder, *files, "-o", output)
+        code, out, err = run(patch, capsys, "read", endless_folder, *files, "-o", output)
     assert (code, out) == (128 + number, "")
     assert err.count("\n") == 1
     command = err.partition("go on with fastweights ")[2]
     code, _, _ = run(monkeypatch, capsys, *shlex.split(command))
     assert code == 0
-    model = load_model(folder)
+    model = load_model(endless_folder)
     assert same(model, load_memory(model, output), expected(model, documents))
 
 
-def test_it_saves_on_the_way(monkeypatch, capsys, folder, texts, tmp_path):
+def test_it_saves_on_the_way(monkeypatch, capsys, endless_folder, texts, tmp_path):
     files, _ = texts
     tokens, save = [], Memory.save
 
@@ -127,11 +119,11 @@ def test_it_saves_on_the_way(monkeypatch, capsys, folder, texts, tmp_path):
         return save(self, path)
 
     monkeypatch.setattr(Memory, "save", noted)
-    run(monkeypatch, capsys, "read", folder, *files, "-o", tmp_path / "m", "--save-minutes", "1e-9")
+    run(monkeypatch, capsys, "read", endless_folder, *files, "-o", tmp_path / "m", "--save-minutes", "1e-9")
     assert len(tokens) == 10
     assert tokens == sorted(tokens)
     tokens.clear()
-    run(monkeypatch, capsys, "read", folder, *files, "-o", tmp_path / "n")
+    run(monkeypatch, capsys, "read", endless_folder, *files, "-o", tmp_path / "n")
     assert len(tokens) == 1
 
 
@@ -152,33 +144,37 @@ def test_a_model_that_ceases_to_predict_keeps_the_last_good_save(monkeypatch, ca
     assert 0 < load_memory(load_model(tmp_path / "model"), tmp_path / "m").tokens < len(documents[0]) + 1
 
 
-def test_what_comes_before_an_error_is_kept(monkeypatch, capsys, folder, tmp_path):
+def test_what_comes_before_an_error_is_kept(monkeypatch, capsys, endless_folder, tmp_path):
     text = "".join(f"{i} bottles of beer.\n" for i in range(3000))
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(text.encode())[:-100])
-    code, _, err = run(monkeypatch, capsys, "read", folder, tmp_path / "cut.txt.gz", "-o", tmp_path / "m")
+    code, _, err = run(monkeypatch, capsys, "read", endless_folder, tmp_path / "cut.txt.gz", "-o", tmp_path / "m")
     assert code == 1
     assert err.count("\n") == 1
     assert "remembers what came before" in err
-    assert 8000 < load_memory(load_model(folder), tmp_path / "m").tokens < len(text)
+    assert 8000 < load_memory(load_model(endless_folder), tmp_path / "m").tokens < len(text)
 
 
-def test_nothing_is_overwritten_unasked(monkeypatch, capsys, folder, texts, tmp_path):
+def test_nothing_is_overwritten_unasked(monkeypatch, capsys, endless_folder, texts, tmp_path):
     files, _ = texts
     first = files[0].read_text()
     (tmp_path / "there").write_text("mine")
-    outputs = {tmp_path / "there": "exists", files[0]: "which is read", folder / "model.safetensors": "which is read"}
+    outputs = {
+        tmp_path / "there": "exists",
+        files[0]: "which is read",
+        endless_folder / "model.safetensors": "which is read",
+    }
     for output, said in outputs.items():
         overwrite = () if said == "exists" else ("--overwrite",)
-        code, _, err = run(monkeypatch, capsys, "read", folder, files[0], "-o", output, *overwrite)
+        code, _, err = run(monkeypatch, capsys, "read", endless_folder, files[0], "-o", output, *overwrite)
         assert code == 1
         assert said in err
     assert (tmp_path / "there").read_text() == "mine"
     assert files[0].read_text() == first
     memory = tmp_path / "m"
     for more in ((), ("--memory", memory, "--overwrite")):
-        code, _, _ = run(monkeypatch, capsys, "read", folder, files[0], "-o", memory, *more)
+        code, _, _ = run(monkeypatch, capsys, "read", endless_folder, files[0], "-o", memory, *more)
         assert code == 0
-    model = load_model(folder)
+    model = load_model(endless_folder)
     assert load_memory(model, memory).tokens == 2 * len(first)
 
 
@@ -192,11 +188,11 @@ def test_nothing_is_overwritten_unasked(monkeypatch, capsys, folder, texts, tmp_
         (("-",), "standard input is closed"),
     ],
 )
-def test_what_makes_no_sense_is_refused(monkeypatch, capsys, folder, texts, tmp_path, arguments, expected):
+def test_what_makes_no_sense_is_refused(monkeypatch, capsys, endless_folder, texts, tmp_path, arguments, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", None)
     (tmp_path / "cut.xz").write_bytes(b"\xfd7zXZ\x00\x00")
-    code, _, err = run(monkeypatch, capsys, "read", folder, texts[0][0], *arguments, "-o", "m")
+    code, _, err = run(monkeypatch, capsys, "read", endless_folder, texts[0][0], *arguments, "-o", "m")
     assert code == 1
     assert err.count("\n") == 1
     assert expected in err

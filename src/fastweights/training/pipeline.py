@@ -101,7 +101,7 @@ def _train_conversion(run: _Run) -> list[StageResult]:
 
 def _train_meta(run: _Run) -> list[StageResult]:
     config = run.config
-    base = load_model(resolve_model(config.model))
+    base = load_model(config.model)
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
     if has_layer:
@@ -258,7 +258,7 @@ def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
-    model = load_model(resolve_model(config.model))
+    model = load_model(config.model)
     if isinstance(model, FastWeightsForCausalLM):
         _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
         if config.stage != "finetune" and not model.fast_attentions():

@@ -116,7 +116,7 @@ def begin_run(
         check_start(config, inputs)
         if config.resume:
             _check_contents(config.output, contents)
-        if not config.resume:
+        else:
             for stage in _STAGES:
                 clear(config.output / stage)
         write_text(config.output / RUN_FILE, json.dumps(_described(config) | {"contents": contents}, indent=2) + "\n")

@@ -8,7 +8,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.architectures import architecture_of
-from fastweights.models.loading import load_model, resolve_model
+from fastweights.models.loading import load_model
 from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
 from fastweights.models.recording import record_calls
 
@@ -23,7 +23,7 @@ def load_teacher(student: FastWeightsForCausalLM, source: str | None = None) -> 
     source = source or student.config.base_model
     if source is None:
         raise FastWeightsError("the model does not say what it was converted from: name that model with --teacher")
-    teacher = load_model(resolve_model(source)).requires_grad_(False)
+    teacher = load_model(source).requires_grad_(False)
     if isinstance(teacher, FastWeightsForCausalLM):
         raise FastWeightsError(f"teacher {source} has fast weights itself; give the model that was converted")
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):

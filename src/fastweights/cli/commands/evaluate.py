@@ -65,7 +65,7 @@ def evaluate(
     """
     from fastweights.evaluation.comparison import compare
     from fastweights.evaluation.recall import check_distances
-    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.models.loading import load_model, load_tokenizer
     from fastweights.progress import Progress
 
     if not models:
@@ -95,7 +95,7 @@ def evaluate(
         check_distances(load_tokenizer(source), recall_test)
     with Progress(unit="tokens") as progress:
         for source in held_out:
-            model = load_model(resolve_model(source))
+            model = load_model(source)
             base = _teacher_of(model, source, teacher) if parts else None
             results[source] = compare(
                 model,

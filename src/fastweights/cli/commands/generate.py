@@ -86,10 +86,10 @@ def generate(
     from transformers import set_seed
 
     from fastweights.cli.answers import Speaker
-    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.models.loading import load_model, load_tokenizer
     from fastweights.reading.memory import load_memory
 
-    tokenizer, loaded = load_tokenizer(model), load_model(resolve_model(model))
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens} | _TOKENS_ALONE
     line = _Line()
