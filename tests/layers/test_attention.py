@@ -61,6 +61,26 @@ def test_rotary_can_be_left_out_of_the_fast_weights_but_not_of_the_window(rotary
     assert not torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_fast_weights_beside_a_window_hold_what_has_left_it_and_is_no_sink(rotary):
+    model = convert(make_llama(), ConversionConfig(rule="add", window=4, sinks=2, rotary=rotary))
+    layer = model.fast_attentions()[0]
+    with torch.no_grad():
+        layer.window_scale.zero_()
+        x, n = torch.randn(1, 20, 32), torch.arange(20)
+        embeddings = model.model.base.rotary_emb(x, n[None])
+        q, k, v = layer.project(x)
+        if rotary:
+            q, k = layer.projections.rotate(q, k, embeddings)
+        k, v = (y.repeat_interleave(2, dim=2) for y in (k, v))
+        held = (n[:, None] - n >= 4) & (n >= 2)
+        y = (torch.einsum("bthd,bihd->bhti", q, k) * layer.scaling * held) @ v.transpose(1, 2)
+        expected = layer.output(y.transpose(1, 2).flatten(-2))
+        sink_embeddings = model.model.sink_embeddings(x)
+        found, _ = layer(x, position_embeddings=embeddings, sink_embeddings=sink_embeddings)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gates_ignore_autocast():
     layer = convert(make_gpt2()).fast_attentions()[0]
     x = torch.randn(1, 5, 32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,14 +29,16 @@ SHAPE = RuleShape(D, G, K, V, value_gate=True, gate_bias=(2.0, 6.0))
 class WritesByItself(AddRule):
     """A rule with a recurrence of its own: padding and documents reach it as keys, values and gates."""
 
-    def update(self, x, q, k, v, key_gate, value_gate, *, scale, state, keep_state):
+    def update(self, x, q, k, v, key_gate, value_gate, *, scale, state, keep_state, inclusive):
         state = x.new_zeros(len(x), *self.state_shape) if state is None else state
         outputs = []
         for t in range(x.shape[1]):
+            before = state
             if key_gate is not None:
                 state = key_gate[:, t].exp()[..., None] * state
             state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
-            outputs.append(torch.einsum("bgrk,bgkv->bgrv", q[:, t].unflatten(1, (G, -1)), state).flatten(1, 2) * scale)
+            read = state if inclusive else before
+            outputs.append(torch.einsum("bgrk,bgkv->bgrv", q[:, t].unflatten(1, (G, -1)), read).flatten(1, 2) * scale)
         return torch.stack(outputs, 1), state if keep_state else None
 
 
@@ -53,9 +57,12 @@ def inputs(seed: int = 1) -> tuple[torch.Tensor, ...]:
     return torch.randn(B, T, D), torch.randn(B, T, G * R, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
 
 
-def call(rule, *tensors, marks=None, state=None, keep_state=True):
+def call(rule, *tensors, marks=None, state=None, keep_state=True, inclusive=True):
     marks = TokenMarks() if marks is None else marks
-    return rule(*tensors, scale=0.5, marks=marks, state=state, keep_state=keep_state)
+    return rule(*tensors, scale=0.5, marks=marks, state=state, keep_state=keep_state, inclusive=inclusive)
+
+
+both_reads = pytest.mark.parametrize("inclusive", [True, False], ids=["read after writing", "read before"])
 
 
 def test_the_state_has_the_shape_that_the_rule_says(rule):
@@ -66,11 +73,12 @@ def test_the_state_has_the_shape_that_the_rule_says(rule):
     assert call(rule, *inputs(), keep_state=False)[1] is None
 
 
-def test_pieces_equal_one_pass(rule):
-    whole, last = call(rule, *inputs())
+@both_reads
+def test_pieces_equal_one_pass(rule, inclusive):
+    whole, last = call(rule, *inputs(), inclusive=inclusive)
     parts, state = [], None
     for cut in (slice(0, 4), slice(4, 5), slice(5, T)):
-        o, state = call(rule, *(x[:, cut] for x in inputs()), state=state)
+        o, state = call(rule, *(x[:, cut] for x in inputs()), state=state, inclusive=inclusive)
         parts.append(o)
     assert error(torch.cat(parts, 1), whole) <= tolerances.FLOAT32
     assert error(state, last) <= tolerances.FLOAT32
@@ -83,20 +91,23 @@ def test_padding_leaves_the_state_bit_for_bit_as_it_is(rule):
     assert torch.equal(before, after)
 
 
-def test_a_document_starts_with_an_empty_state(rule):
+@both_reads
+def test_a_document_starts_with_an_empty_state(rule, inclusive):
     starts = torch.zeros(B, T, dtype=torch.bool)
     starts[0, 6] = starts[1, 0] = starts[1, 12] = True
-    o, state = call(rule, *inputs(), marks=TokenMarks(starts=starts), state=torch.randn(B, *rule.state_shape))
+    before, marks = torch.randn(B, *rule.state_shape), TokenMarks(starts=starts)
+    o, state = call(rule, *inputs(), marks=marks, state=before, inclusive=inclusive)
     for row, begin, end in ((0, 6, T), (1, 0, 12), (1, 12, T)):
-        alone, last = call(rule, *(x[row : row + 1, begin:end] for x in inputs()))
+        alone, last = call(rule, *(x[row : row + 1, begin:end] for x in inputs()), inclusive=inclusive)
         assert error(o[row : row + 1, begin:end], alone) <= tolerances.FLOAT32
     assert error(state[1:], last) <= tolerances.FLOAT32
 
 
-def test_gradients_are_finite_with_padding_and_documents(rule):
+@both_reads
+def test_gradients_are_finite_with_padding_and_documents(rule, inclusive):
     tensors = [x.requires_grad_() for x in inputs()]
     marks = TokenMarks(torch.rand(B, T) < 0.8, torch.rand(B, T) < 0.3)
-    o, state = call(rule, *tensors, marks=marks)
+    o, state = call(rule, *tensors, marks=marks, inclusive=inclusive)
     (o.square().sum() + state.square().sum()).backward()
     for x in (*tensors, *rule.parameters()):
         assert x.grad is None or x.grad.isfinite().all()
@@ -111,6 +122,16 @@ def test_additive_rule_is_a_sum_of_all_writes():
     assert error(o, expected) <= tolerances.FLOAT32
     assert error(state, writes[:, -1]) <= tolerances.FLOAT32
     assert not list(make_rule("add", SHAPE).parameters())
+
+
+def test_gates_of_low_rank_start_as_full_ones():
+    low, full = (make_rule("decay", replace(SHAPE, gate_rank=rank)) for rank in (2, 0))
+    for rule in (low, full):
+        rule.reset_parameters()
+    assert call(low, *inputs())[0].equal(call(full, *inputs())[0])
+    assert low.key_gate.down.weight.shape == (2, D)
+    call(low, *inputs())[0].square().sum().backward()
+    assert low.key_gate.up.weight.grad.abs().sum() > 0
 
 
 def test_an_unknown_rule_names_the_known_ones():

@@ -10,6 +10,7 @@ from fastweights.models.cache import HybridCacheLayer, layer_tensors
 
 def dense(tokens, index, window, sinks, scale, bias=None):
     """The definition, for tokens of one row without padding: one softmax with a mask over the whole matrix."""
+    tokens = tokens[0], tokens[1][..., :6], *tokens[2:]
     q, k, v, sink_q = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
     place = torch.arange(len(index))
     distance = place[:, None] - place
@@ -23,10 +24,19 @@ def dense(tokens, index, window, sinks, scale, bias=None):
     return (logits.masked_fill(~(near | far), -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
-def random_tokens(batch, length, kv_heads, seed=0):
+def leaving(x, index, window, sinks):
+    """The definition: of the token that each is the last to see, unless that is a sink."""
+    left = torch.zeros_like(x)
+    for t in range(len(x)):
+        if index[t] - (window - 1) >= sinks:
+            left[t] = x[t - (window - 1)]
+    return left
+
+
+def random_tokens(batch, length, kv_heads, seed=0, others=0):
     generator = torch.Generator().manual_seed(seed)
-    heads = (4, kv_heads, kv_heads, 4)
-    shapes = [(batch, length, h, 5 if i == 2 else 6) for i, h in enumerate(heads)]
+    widths = {"q": (4, 6), "k": (kv_heads, 6 + others), "v": (kv_heads, 5), "sink_q": (4, 6)}
+    shapes = [(batch, length, *widths[name]) for name in WindowTokens._fields]
     return WindowTokens(*(torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes))
 
 
@@ -43,20 +53,24 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
     padding=st.sampled_from([0.0, 0.0, 0.3, 0.9]),
     starts=st.sampled_from([0.0, 0.0, 0.2]),
     with_bias=st.booleans(),
+    others=st.sampled_from([0, 3]),
     seed=st.integers(0, 10**6),
 )
 def test_pieces_padding_and_documents_agree_with_the_definition(
-    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, seed
+    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, others, seed
 ):
     """In outputs and in all gradients, and the state is of one size."""
     length, generator = sum(pieces), torch.Generator().manual_seed(seed)
-    tokens = random_tokens(rows, length, kv_heads, seed)
+    tokens = random_tokens(rows, length, kv_heads, seed, others)
     bias = torch.randn(4, window + sinks, generator=generator, dtype=torch.float64) if with_bias else None
     real = torch.rand(rows, length, generator=generator) >= padding
     begins = (torch.rand(rows, length, generator=generator) < starts) & real
-    weights = torch.randn(rows, length, 4, 5, generator=generator, dtype=torch.float64) * real[..., None, None]
+    weigh = real[..., None, None] * torch.randn(rows, length, 4, 5, generator=generator, dtype=torch.float64)
+    weigh_left = (
+        torch.randn(rows, length, kv_heads, 1, generator=generator, dtype=torch.float64) * real[..., None, None]
+    )
 
-    cache, found = HybridCacheLayer(window, sinks), []
+    cache, found, left = HybridCacheLayer(window, sinks), [], []
     for part in torch.arange(length).split(pieces):
         marks = TokenMarks(
             None if real[:, part].all() else real[:, part],
@@ -64,10 +78,14 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
         )
         new = WindowTokens(*(x[:, part] for x in tokens))
         arguments = {"window": window, "scale": 0.3, "sinks": sinks, "bias": bias, "marks": marks}
-        found.append(windowed(new, cache, **arguments))
+        o, of_leaving = windowed(new, cache, **arguments)
+        found.append(o)
+        left.append(of_leaving)
         assert all(x.shape[1] == sinks for name, x in layer_tensors(cache).items() if "sink" in name)
     found = torch.cat(found, 1)
-    gradients = torch.autograd.grad((found * weights).sum(), tokens, allow_unused=True)
+    left = [torch.cat(parts, 1) for parts in zip(*left, strict=True)]
+    loss = (found * weigh).sum() + sum((x * weigh_left).square().sum() for x in left)
+    gradients = torch.autograd.grad(loss, tokens, allow_unused=True)
 
     loss = 0
     for row in range(rows):
@@ -76,7 +94,11 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
         truth = dense([x[row, kept] for x in tokens], index, window, sinks, 0.3, bias)
         torch.testing.assert_close(found[row, kept], truth, rtol=0, atol=1e-12)
         assert not found[row, ~kept].any()
-        loss = loss + (truth * weights[row, kept]).sum()
+        loss = loss + (truth * weigh[row, kept]).sum()
+        for x, own in zip(left, (tokens.k[..., 6 if others else 0 :], tokens.v), strict=True):
+            truth = leaving(own[row, kept], index, window, sinks)
+            torch.testing.assert_close(x[row, kept], truth, rtol=0, atol=0)
+            loss = loss + (truth * weigh_left[row, kept]).square().sum()
     for gradient, truth in zip(gradients, torch.autograd.grad(loss, tokens, allow_unused=True), strict=True):
         if truth is not None and gradient is not None:
             torch.testing.assert_close(gradient, truth, rtol=0, atol=1e-12)
@@ -91,7 +113,7 @@ def test_rows_of_whole_documents_agree_with_the_definition(length, window, sinks
     tokens = random_tokens(2, length, 2, seed)
     starts = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.1
     for marks in (TokenMarks(), TokenMarks(None, starts)):
-        found = windowed(tokens, None, window=window, scale=0.3, sinks=sinks, marks=marks)
+        found, _ = windowed(tokens, None, window=window, scale=0.3, sinks=sinks, marks=marks)
         index = token_index(length, 0, marks).expand(2, -1)
         for row in range(2):
             truth = dense([x[row] for x in tokens], index[row], window, sinks, 0.3)
@@ -110,9 +132,9 @@ def test_keys_before_the_queries(length, past):
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_future_changes_nothing_before_it(sinks):
     tokens = random_tokens(1, 20, 2)
-    before = windowed(tokens, None, window=4, scale=1.0, sinks=sinks)
+    before, _ = windowed(tokens, None, window=4, scale=1.0, sinks=sinks)
     changed = WindowTokens(*(torch.where(torch.arange(20)[:, None, None] >= 13, 7.0, x) for x in tokens))
-    after = windowed(changed, None, window=4, scale=1.0, sinks=sinks)
+    after, _ = windowed(changed, None, window=4, scale=1.0, sinks=sinks)
     assert torch.equal(before[:, :13], after[:, :13])
     assert not torch.equal(before[:, 13:], after[:, 13:])
 
@@ -123,8 +145,8 @@ def test_short_numbers_are_summed_in_float32(dtype):
     tokens = WindowTokens(*(x.detach().to(dtype) for x in random_tokens(1, 300, 2)))
     error = {}
     for sinks in (0, 1):
-        found = windowed(tokens, None, window=200, scale=0.3, sinks=sinks)
-        truth = windowed(WindowTokens(*(x.double() for x in tokens)), None, window=200, scale=0.3, sinks=sinks)
+        found, _ = windowed(tokens, None, window=200, scale=0.3, sinks=sinks)
+        truth, _ = windowed(WindowTokens(*(x.double() for x in tokens)), None, window=200, scale=0.3, sinks=sinks)
         error[sinks] = (found.double() - truth).norm()
     assert found.dtype == dtype
     assert error[1] < 3 * error[0]

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import kl_div
 
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
@@ -19,7 +20,9 @@ from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig,
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import last_checkpoint
 from fastweights.training.finetune import FinetuneTrainer, divergence
+from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
+from tests.ops.problems import error
 
 
 def trainer(folder, steps=4, run=None, kl_weight=0.0, **settings):
@@ -94,6 +97,17 @@ def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
     assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
     p, q = teacher.softmax(-1), student.softmax(-1)
     assert divergence(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 20, 1 << 20])
+def test_divergence_has_the_gradient_of_its_definition(monkeypatch, elements):
+    """However many rows are done at once."""
+    monkeypatch.setattr("fastweights.training.finetune._ELEMENTS", elements)
+    student, teacher = torch.randn(2, 2, 5, 7)
+    student.requires_grad_()
+    truth = kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum") / 10
+    expected, found = (torch.autograd.grad(3 * x, student)[0] for x in (truth, divergence(student, teacher)))
+    assert error(found, expected) <= tolerances.FLOAT32
 
 
 @pytest.mark.parametrize(

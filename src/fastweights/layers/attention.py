@@ -3,8 +3,9 @@
     y_t = α S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only, with sinks (`window.py`)
 
 with a state S that a rule (`rules.py`) writes, a feature map φ (`feature_maps.py`) and the pretrained W_q, W_k, W_v and
-W_o. The factors α and β, learned per head, and the window are ours; the rest is H. H. Mao, "Fine-Tuning Pre-trained
-Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
+W_o. In a hybrid layer S_t holds, by default, the tokens that have left the window of token t and are no sinks, so that
+each token is in one of the two places. The factors α and β, learned per head, and the window are ours; the rest is
+H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
 
 Notation: B batch, T time, H query heads, G key/value heads, D width of a head, K width of a key after the feature map,
 V width of a value.
@@ -109,6 +110,7 @@ class FastWeightAttention(KeepsFloat32):
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
         sinks: first tokens of a document that stay visible to this softmax.
+        write: which tokens the fast weights beside a window hold: "all", or those "leaving" it.
         window_bias: whether to learn a bias for each head and distance in the window, and for each sink.
         rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
         cache_argument: under which name the base model's layers hand over their cache.
@@ -128,6 +130,7 @@ class FastWeightAttention(KeepsFloat32):
         layer_idx: int,
         window: int = 0,
         sinks: int = 0,
+        write: str = "all",
         window_bias: bool = False,
         rotary: bool = True,
         cache_argument: str = "cache",
@@ -140,6 +143,7 @@ class FastWeightAttention(KeepsFloat32):
         self.projections, self.rule, self.feature_map = projections, rule, feature_map
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary = window, sinks, rotary
+        self.writes_leaving = bool(window) and write == "leaving"
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
@@ -222,6 +226,22 @@ class FastWeightAttention(KeepsFloat32):
             sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings)
         if self.rotary:
             q, k = rotated
+        window = None
+        if self.window:
+            kept = rotated[1]
+            if self.writes_leaving and not self.rotary and position_embeddings is not None:
+                kept = torch.cat((kept, k), -1)
+            window, left = windowed(
+                WindowTokens(rotated[0], kept, v, sink_q),
+                cache,
+                window=self.window,
+                scale=self.scaling,
+                sinks=self.sinks,
+                bias=self.window_bias,
+                marks=marks,
+            )
+            if self.writes_leaving:
+                k, v = left
         fast, state = self.rule(
             x,
             self.feature_map(q),
@@ -231,21 +251,11 @@ class FastWeightAttention(KeepsFloat32):
             marks=marks,
             state=None if cache is None else cache.state(),
             keep_state=cache is not None,
+            inclusive=not self.writes_leaving,
         )
         if cache is not None:
             cache.write(state, x.shape[1])
-        if not self.window:
-            return fast, None
-        new = WindowTokens(*rotated, v, sink_q)
-        return fast, windowed(
-            new,
-            cache,
-            window=self.window,
-            scale=self.scaling,
-            sinks=self.sinks,
-            bias=self.window_bias,
-            marks=marks,
-        )
+        return fast, window
 
     def project(
         self, x: Float[Tensor, "B T d"]

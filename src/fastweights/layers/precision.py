@@ -39,10 +39,11 @@ class Float32Linear(KeepsFloat32, NonDynamicallyQuantizableLinear):
     Args:
         in_features: width of the input.
         out_features: width of the output.
+        bias: whether it has one.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, dtype=torch.float32)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) of any dtype -> (..., out_features) in the dtype of the weights."""

@@ -39,6 +39,8 @@ class RuleShape:
     """Whether a rule with gates on both sides has the one on the value side."""
     gate_bias: tuple[float, float]
     """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
+    gate_rank: int = 0
+    """Rank of a gate's matrix; 0 for a full one."""
 
 
 class TokenMarks(NamedTuple):
@@ -92,6 +94,7 @@ class Rule(nn.Module):
         marks: TokenMarks,
         state: Float[Tensor, "B G K V"] | None,
         keep_state: bool,
+        inclusive: bool = True,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
         """What the state says to each query, after the write; and the state after the last token.
 
@@ -104,6 +107,7 @@ class Rule(nn.Module):
             marks: padding and borders of documents.
             state: to start from; by default 0.
             keep_state: whether the state is wanted.
+            inclusive: whether a token reads the state after its own decay and write, or before both.
         """
         key_gate, value_gate = self.log_gates(x)
         if marks.real is not None:
@@ -115,7 +119,13 @@ class Rule(nn.Module):
             if key_gate is None:
                 key_gate = x.new_zeros(*k.shape[:3], 1, dtype=torch.float32)
             key_gate = key_gate.masked_fill(marks.starts[..., None, None], -torch.inf)
-        return self.update(x, q, k, v, key_gate, value_gate, scale=scale, state=state, keep_state=keep_state)
+        o, state = self.update(
+            x, q, k, v, key_gate, value_gate, scale=scale, state=state, keep_state=keep_state, inclusive=inclusive
+        )
+        if marks.starts is not None and not inclusive:
+            # Its first token reads what the document before has left.
+            o = o.masked_fill(marks.starts[..., None, None], 0)
+        return o, state
 
     def update(
         self,
@@ -129,6 +139,7 @@ class Rule(nn.Module):
         scale: float,
         state: Float[Tensor, "B G K V"] | None,
         keep_state: bool,
+        inclusive: bool = True,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
         """Run the op. A token with k = v = 0 and log gates 0 must leave the state as it is, -inf must empty it first.
 
@@ -142,12 +153,21 @@ class Rule(nn.Module):
             scale: factor on what is read.
             state: to start from; by default 0.
             keep_state: whether the state is wanted.
+            inclusive: whether a token reads the state after its own decay and write, or before both.
 
         Returns:
             What is read, and the state after the last token.
         """
         return decay_rule(
-            q, k, v, key_gate, value_gate, scale=scale, initial_state=state, output_final_state=keep_state
+            q,
+            k,
+            v,
+            key_gate,
+            value_gate,
+            scale=scale,
+            initial_state=state,
+            output_final_state=keep_state,
+            inclusive=inclusive,
         )
 
 
@@ -156,6 +176,30 @@ class AddRule(Rule):
 
     Katharopoulos et al., "Transformers are RNNs" (arXiv 2006.16236), without their normaliser.
     """
+
+
+class LowRank(nn.Module):
+    """W x + b with W = up · down of low rank, in float32.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: of W.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = Float32Linear(in_features, rank, bias=False)
+        self.up = Float32Linear(rank, out_features)
+
+    def forward(self, x: Float[Tensor, "B T n"]) -> Float[Tensor, "B T m"]:
+        """Float32, whatever it is given."""
+        return self.up(self.down(x))
+
+
+def _gate(shape: RuleShape, width: int) -> Float32Linear | LowRank:
+    sizes = shape.hidden_size, shape.kv_heads * width
+    return LowRank(*sizes, shape.gate_rank) if shape.gate_rank else Float32Linear(*sizes)
 
 
 class DecayRule(Rule):
@@ -174,9 +218,8 @@ class DecayRule(Rule):
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)
-        self.key_gate = Float32Linear(shape.hidden_size, shape.kv_heads * shape.key_width)
-        value_gate = Float32Linear(shape.hidden_size, shape.kv_heads * shape.value_width) if shape.value_gate else None
-        self.value_gate = value_gate
+        self.key_gate = _gate(shape, shape.key_width)
+        self.value_gate = _gate(shape, shape.value_width) if shape.value_gate else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -185,6 +228,9 @@ class DecayRule(Rule):
         Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks" (arXiv 1910.09890).
         """
         for gate in filter(None, (self.key_gate, self.value_gate)):
+            if isinstance(gate, LowRank):
+                gate.down.reset_parameters()
+                gate = gate.up
             width = gate.out_features // self.shape.kv_heads
             gate.weight.zero_()
             gate.bias.copy_(torch.linspace(*self.shape.gate_bias, width).repeat(self.shape.kv_heads))

@@ -25,17 +25,18 @@ class WindowTokens(NamedTuple):
     """What a window is told of the new tokens."""
 
     q: Float[Tensor, "B T H D"]
-    k: Float[Tensor, "B T G D"]
+    k: Float[Tensor, "B T G D+E"]
+    """The window's D channels, and others that stay beside them in it."""
     v: Float[Tensor, "B T G V"]
     sink_q: Float[Tensor, "B T H D"]
     """The queries for sinks, from which a rotary embedding never takes them farther than the window and they reach."""
 
 
 class KeysAndValues(NamedTuple):
-    """The sinks of each row."""
+    """Of some tokens: sinks, or those that leave the window."""
 
-    k: Float[Tensor, "B S G D"]
-    v: Float[Tensor, "B S G V"]
+    k: Float[Tensor, "B L G D"]
+    v: Float[Tensor, "B L G V"]
 
 
 class Sinks(NamedTuple):
@@ -103,7 +104,7 @@ def windowed(
     sinks: int = 0,
     bias: Float[Tensor, "H bias"] | None = None,
     marks: TokenMarks | None = None,
-) -> Float[Tensor, "B T H V"]:
+) -> tuple[Float[Tensor, "B T H V"], KeysAndValues]:
     """Window attention of a stream of text: after what `cache` has kept, among padding and several documents.
 
     Padding takes no room in the window: each row's real tokens stand together at its end.
@@ -116,9 +117,13 @@ def windowed(
         sinks: first tokens of its document that a query sees besides.
         bias: added to the scaled q·k of each head: for W distances, then for S sinks.
         marks: padding and borders of documents among the new tokens.
+
+    Returns:
+        What each token sees; and the key (its other channels, where it has any) and the value of the token that each
+        one is the last to see in its window, zeros where that is none, or a sink.
     """
     real, starts = marks = marks or TokenMarks()
-    T, back = new.q.shape[1], None
+    (T, _, D), back = new.q.shape[1:], None
     before = 0 if cache is None else cache.document_length()
     index = token_index(T, before, marks, new.q.device)
     k, v = (new.k, new.v) if cache is None else cache.with_kept(new.k, new.v)
@@ -131,14 +136,17 @@ def windowed(
         index = index.gather(1, order)
     first = 0 if real is None else T - real.sum(1, keepdim=True)
     places = _Places(index, before, first, real is None and starts is None and isinstance(before, int))
+    near_k, other_k = k.split((D, k.shape[-1] - D), -1)
+    left = _leaving(KeysAndValues(other_k if other_k.shape[-1] else k, v), places, window, sinks)
+    new = new._replace(k=new.k[..., :D])
     seen_sinks = last_sinks = None
     if sinks:
         seen_sinks, last_sinks = _sinks(new, cache, places, window, sinks)
     if cache is not None:
         cache.keep(KeysAndValues(k, v), last_sinks, places.after())
     index = None if T == 1 and places.alike else index
-    o = window_attention(new.q, k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
-    return o if back is None else _take(o, back)
+    o = window_attention(new.q, near_k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
+    return (o, left) if back is None else (_take(o, back), KeysAndValues(*(_take(x, back) for x in left)))
 
 
 def _real_last(real: Bool[Tensor, "B T"], kept: int, before: int | Int[Tensor, "B 1"]) -> Int[Tensor, "B L"] | None:
@@ -150,6 +158,17 @@ def _real_last(real: Bool[Tensor, "B T"], kept: int, before: int | Int[Tensor, "
 
 def _take(x: Float[Tensor, "B L H D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T H D"]:
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+def _leaving(kept: KeysAndValues, places: _Places, window: int, sinks: int) -> KeysAndValues:
+    """Of the token W - 1 before each new one, zeros where its document has none there that is no sink."""
+    T, first = places.index.shape[1], window - 1 + sinks
+    front = T + window - 1 - kept.k.shape[1]
+    k, v = (pad(x[:, :T], (0, 0, 0, 0, front, 0))[:, :T] for x in kept)
+    if places.alike and isinstance(places.before, int) and places.before >= first:
+        return KeysAndValues(k, v)
+    none = (places.index < first)[:, :, None, None]
+    return KeysAndValues(k.masked_fill(none, 0), v.masked_fill(none, 0))
 
 
 def _sinks(

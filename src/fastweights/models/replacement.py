@@ -39,6 +39,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             value_width=shape.head_dim,
             value_gate=settings.value_gate,
             gate_bias=settings.gate_bias,
+            gate_rank=settings.gate_rank,
         )
         attention = FastWeightAttention(
             layer.get_submodule(row.attention),
@@ -49,6 +50,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             layer_idx=i,
             window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
             sinks=config.sinks if config.layer_types[i] == "hybrid_sliding" else 0,
+            write=settings.write or "all",
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,
             rotary=settings.rotary,

@@ -59,7 +59,21 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(StageConfig):
+class ConversionStageConfig(StageConfig):
+    """What the stages that train a conversion share."""
+
+    lora_rank: int = 0
+    """Rank of LoRA on the projections of the converted layers, whose own weights then stay as they are, like all others
+    of the base model: what was trained is an adapter. 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 0:
+            raise FastWeightsError(f"lora_rank is {self.lora_rank}; allowed are 0 (no LoRA) and ranks of 1 up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(ConversionStageConfig):
     """Training of the converted layers."""
 
     new_learning_rate: float | None = 3e-3
@@ -69,8 +83,11 @@ class TransferConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(StageConfig):
-    """Training of all weights."""
+class FinetuneConfig(ConversionStageConfig):
+    """Training of the whole model's output."""
+
+    weights: Literal["all", "attention"] = "all"
+    """What is trained: all weights, or those of the converted layers alone."""
 
     learning_rate: float = 3e-4
     new_learning_rate: float | None = 1e-3
@@ -81,6 +98,7 @@ class FinetuneConfig(StageConfig):
         super().__post_init__()
         if not 0 <= self.kl_weight <= 1:
             raise FastWeightsError(f"kl_weight is {self.kl_weight}; allowed are 0 (text alone) to 1 (teacher alone)")
+        check_name("weights", self.weights, ("all", "attention"))
 
 
 @dataclass(frozen=True, kw_only=True)

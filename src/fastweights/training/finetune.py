@@ -1,15 +1,19 @@
-"""Finetune: the whole model learns from text, and from the teacher's distribution over next tokens."""
+"""Finetune: the model as a whole learns from text, and from the teacher's distribution over next tokens."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.models.lora import add_lora
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.trainer import StageTrainer
+
+_ELEMENTS = 1 << 22
+"""Logits that are made distributions of at once."""
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -21,13 +25,22 @@ if TYPE_CHECKING:
 
 
 class FinetuneTrainer(StageTrainer):
-    """Trains all weights; the teacher is asked only where it counts."""
+    """Trains what the model makes of a text; the teacher is asked only where it counts."""
 
     config: FinetuneConfig
 
-    def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel | None, *args, **kwargs) -> None:
+    def __init__(
+        self,
+        student: FastWeightsForCausalLM,
+        teacher: PreTrainedModel | None,
+        config: FinetuneConfig,
+        *args,
+        **kwargs,
+    ) -> None:
         self.teacher = teacher
-        super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
+        if config.lora_rank or config.weights == "attention":
+            train_attention(student, config.lora_rank)
+        super().__init__(student, config, *args, **kwargs, new_parameters=student.new_parameter_names())
         if teacher is not None:
             teacher.to(self.args.device)  # type: ignore[arg-type]
 
@@ -51,6 +64,16 @@ class FinetuneTrainer(StageTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def train_attention(student: FastWeightsForCausalLM, lora_rank: int) -> None:
+    """Leave nothing to train but the converted layers, or what was added to them, LoRA included if it has a rank."""
+    if lora_rank:
+        add_lora(student, lora_rank)
+        return
+    student.requires_grad_(False)
+    for layer in student.fast_attentions():
+        layer.requires_grad_(True)
+
+
 def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Mean cross-entropy of each token but the first, in nats; where the label is -100, a token does not count.
 
@@ -66,7 +89,28 @@ def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor,
 def divergence(
     student_logits: Float[Tensor, "B T vocabulary"], teacher_logits: Float[Tensor, "B T vocabulary"]
 ) -> Float[Tensor, ""]:
-    """Mean KL(teacher || student) over all positions, in nats."""
-    student = log_softmax(student_logits.float(), -1).flatten(0, 1)
-    teacher = log_softmax(teacher_logits.float(), -1).flatten(0, 1)
-    return kl_div(student, teacher, reduction="batchmean", log_target=True)
+    """Mean KL(teacher || student) over all positions, in nats; differentiable in the student's logits, once."""
+    return _Divergence.apply(student_logits.flatten(0, 1), teacher_logits.flatten(0, 1))
+
+
+class _Divergence(torch.autograd.Function):
+    """A few rows at a time, with its derivative at once: all distributions of a large vocabulary would be gigabytes."""
+
+    @staticmethod
+    def forward(ctx, student_logits: Float[Tensor, "N vocabulary"], teacher_logits: Float[Tensor, "N vocabulary"]):
+        rows = max(1, _ELEMENTS // student_logits.shape[1])
+        total, derivative = student_logits.new_zeros((), dtype=torch.float32), torch.empty_like(student_logits)
+        parts = zip(*(x.split(rows) for x in (student_logits, teacher_logits, derivative)), strict=True)
+        for student, teacher, d_student in parts:
+            student, teacher = (log_softmax(logits.float(), -1) for logits in (student, teacher))
+            p = teacher.exp()
+            total += p.mul(teacher - student).sum()
+            d_student.copy_(student.exp_().sub_(p).div_(len(student_logits)))
+        ctx.save_for_backward(derivative)
+        return total / len(student_logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss: Float[Tensor, ""]):
+        (derivative,) = ctx.saved_tensors
+        return derivative * d_loss.to(derivative.dtype), None

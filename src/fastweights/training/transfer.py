@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastweights.training.blocks import positions_if_packed
+from fastweights.training.finetune import train_attention
 from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
 
@@ -27,13 +28,13 @@ class TransferTrainer(StageTrainer):
 
     config: TransferConfig
 
-    def __init__(self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, *args, **kwargs) -> None:
+    def __init__(
+        self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, config: TransferConfig, *args, **kwargs
+    ) -> None:
         self.teacher = teacher
         self.positions: Any = student.config.settings.positions
-        student.requires_grad_(False)
-        for layer in student.fast_attentions():
-            layer.requires_grad_(True)
-        super().__init__(student, *args, **kwargs, new_parameters=student.new_parameter_names())
+        train_attention(student, config.lora_rank)
+        super().__init__(student, config, *args, **kwargs, new_parameters=student.new_parameter_names())
         self.teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

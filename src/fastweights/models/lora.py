@@ -1,0 +1,83 @@
+"""LoRA on the projections of converted attention, by peft: little to train, and less to keep.
+
+E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastweights.errors import FastWeightsError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from fastweights.models.modeling import FastWeightsForCausalLM
+
+ADAPTER = "default"
+"""peft's name for the one adapter that a model has."""
+_LINEAR = (nn.Linear, Conv1D)
+
+
+def lora_config(model: FastWeightsForCausalLM, rank: int) -> LoraConfig:
+    """LoRA on each linear layer that converted attention has from the base model, at a scale of 2.
+
+    Raises:
+        FastWeightsError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise FastWeightsError("LoRA needs peft, which is not installed: pip install 'fastweights[lora]'") from error
+    layers = model.fast_attentions()
+    row = model.model.architecture
+    linear = {name: module for name, module in layers[0].named_children() if isinstance(module, _LINEAR)}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted(f"{row.attention}.{name}" for name in linear),
+        layers_to_transform=[layer.layer_idx for layer in layers],
+        layers_pattern=row.layers.rpartition(".")[2],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+    )
+
+
+def add_lora(model: FastWeightsForCausalLM, rank: int) -> None:
+    """Leave nothing to train but LoRA of this rank and what the conversion added; LoRA that is there already stays.
+
+    Args:
+        model: a conversion; it is changed in place, and computes what it did.
+        rank: of each projection's change.
+
+    Raises:
+        FastWeightsError: if peft is not installed.
+    """
+    config = lora_config(model, rank)
+    if not has_lora(model):
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model, ADAPTER)
+    new = set(model.new_parameter_names())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in new or "lora_" in name)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether projections have LoRA beside them."""
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+def merge_lora(model: FastWeightsForCausalLM) -> None:
+    """Add LoRA to the matrices beside which it stands, which are then plain linear layers again."""
+    if not has_lora(model):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.fast_attentions():
+        for name, module in list(layer.named_children()):
+            if isinstance(module, LoraLayer):
+                module.merge()  # type: ignore[operator]
+                layer.set_submodule(name, module.get_base_layer())

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import convert
+from fastweights.models.lora import add_lora, has_lora, merge_lora
+from fastweights.settings.conversion import ConversionConfig
+from tests import tolerances
+from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.ops.problems import error
+
+TYPES = ["full_attention", "hybrid_sliding", "linear_attention"]
+
+
+@pytest.fixture(params=[make_gpt2, make_llama])
+def model(request):
+    return convert(request.param(), ConversionConfig(layer_types=TYPES, window=8)).eval()
+
+
+def randomise(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+
+
+@torch.no_grad()
+def test_it_is_nothing_at_first_and_stands_beside_converted_attention_alone(model):
+    ids = random_ids(2, 30)
+    before, new = model(ids).logits, set(model.new_parameter_names())
+    add_lora(model, 2)
+    assert torch.equal(model(ids).logits, before)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert trained == new | lora
+    attention = [name for name, module in model.named_modules() if module in model.fast_attentions()]
+    assert all(name.startswith(tuple(attention)) for name in lora)
+    assert len(lora) == 2 * 2 * (2 if model.config.base.model_type == "gpt2" else 4)
+
+
+@torch.no_grad()
+def test_merging_leaves_the_model_that_it_was_with_lora(model):
+    ids, classes = random_ids(2, 30), [type(module) for module in model.modules()]
+    before = model(ids).logits
+    add_lora(model, 2)
+    randomise(model)
+    with_lora = model(ids).logits
+    assert error(with_lora, before) > 0.01
+    merge_lora(model)
+    assert not has_lora(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert error(model(ids).logits, with_lora) <= tolerances.FLOAT32
+    merge_lora(model)  # nothing to do
+
+
+def test_it_is_added_once(model):
+    add_lora(model, 2)
+    randomise(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    add_lora(model, 2)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_without_peft_it_says_what_to_install(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(FastWeightsError, match=r"pip install 'fastweights\[lora\]'"):
+        add_lora(model, 2)
