@@ -10,9 +10,11 @@ from .models.conversion import add_fast_weight_layer, convert
 from .models.loading import load_model
 from .models.modeling import FastWeightsForCausalLM
 from .reading.memory import Memory, load_memory, new_memory
+from .reading.sampling import sample
 from .settings.conversion import ConversionConfig
 from .settings.evaluation import DynamicEvaluationConfig, EvaluationConfig, HeldOutConfig, RecallConfig
 from .settings.fast_weight_layer import FastWeightLayerSettings
+from .settings.sampling import SamplingConfig
 from .settings.text import DataConfig
 from .settings.training import (
     FinetuneConfig,
@@ -47,6 +49,7 @@ __all__ = [
     "Recall",
     "RecallConfig",
     "RunConfig",
+    "SamplingConfig",
     "StageConfig",
     "TrainConfig",
     "TransferConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "new_memory",
     "pretrain",
     "recall",
+    "sample",
     "tokenize",
     "train",
     "without_fast_weights",

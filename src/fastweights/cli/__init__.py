@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, train
+from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, sample, train
 from fastweights.cli.console import note, printable, use_utf8
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
@@ -54,6 +54,7 @@ COMMANDS = {
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "read": read.read,
+    "sample": sample.sample,
     "demo": demo.demo,
 }
 
@@ -102,7 +103,9 @@ def make_app(*, show_all: bool = False) -> App:
 
 
 # What a command that is interrupted leaves behind.
-_LEFT: dict[str, str] = dict.fromkeys(("train", "pretrain"), "what was saved stays, and --resume goes on from there")
+_LEFT: dict[str, str] = dict.fromkeys(
+    ("train", "pretrain", "sample"), "what was saved stays, and --resume goes on from there"
+)
 _LEFT["demo"] = "what was saved stays, and the next demo starts anew with --overwrite"
 
 TRACEBACK = "FASTWEIGHTS_TRACEBACK"

@@ -18,6 +18,7 @@ from fastweights.settings.evaluation import (
     RmsConfig,
 )
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.sampling import SamplingConfig
 from fastweights.settings.text import DataConfig, HeldOutDataConfig
 from fastweights.settings.training import (
     FinetuneConfig,
@@ -62,6 +63,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     RecallConfig: ("repeats", "seed"),
     RmsConfig: _DYNAMIC,
     RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "save_minutes", "log_every", "report_to"),
+    SamplingConfig: (),
     ShortStageConfig: _STAGE,
     TrainConfig: (),
     TransferConfig: (*_STAGE, "calibrate"),

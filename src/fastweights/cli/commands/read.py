@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fastweights.cli.console import note, printable, say
+from fastweights.cli.stops import Stopped, Stops
 from fastweights.errors import FastWeightsError
 from fastweights.files import check_output_file, only_writer
 from fastweights.progress import BYTES, Progress
@@ -76,7 +74,7 @@ def read(
     loaded, tokenizer = load_model(source), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
     before, start, saved = remembered.tokens, time.perf_counter(), time.monotonic()
-    place, stops = _Place(0, skip), _Stops()
+    place, stops = _Place(0, skip), Stops()
     try:
         with only_writer(output), stops, PeakMemory(loaded.device) as peak:
             for _ in _read_all(remembered, files, tokenizer, place, stops):
@@ -85,7 +83,7 @@ def read(
                     saved = time.monotonic()
             seconds = time.perf_counter() - start
             remembered.save(output)
-    except _Stopped:
+    except Stopped:
         remembered.save(output)
         rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), "--memory", str(output)]
         command = shlex.join(["fastweights", "read", *rest, "-o", str(output), "--overwrite"])
@@ -121,48 +119,8 @@ class _Place:
     characters: int
 
 
-class _Stopped(BaseException):
-    """Somebody wants the reading to stop, and no piece is half read."""
-
-
-class _Stops:
-    """Within it Ctrl-C and SIGTERM raise `_Stopped`, but never in the middle of a piece, unless they come again."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        """Of the signal that came; 0 before."""
-        self._in_a_piece = False
-
-    def __enter__(self) -> None:
-        in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot be told of signals
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-        self._old = {number: signal.signal(number, self._note) for number in numbers}
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        if not self._in_a_piece:
-            raise _Stopped
-
-    @contextmanager
-    def after(self) -> Iterator[None]:
-        """Wait for the end of this block."""
-        self._in_a_piece = True
-        try:
-            yield
-        finally:
-            self._in_a_piece = False
-        if self.number:
-            raise _Stopped
-
-
 def _read_all(
-    memory: Memory, files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, place: _Place, stops: _Stops
+    memory: Memory, files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, place: _Place, stops: Stops
 ) -> Iterator[None]:
     """Read from a place on, which moves; between two pieces there is time for other things."""
     import torch
