@@ -52,6 +52,7 @@ BASES: dict[str, list[tuple[str, ...]]] = {
         ("PURE", "--memory", "MEMORY", "--max-new-tokens", "3"),
     ],
     "read": [("PURE", "TEXT", "-o", "OUT"), ("PURE", "TEXT", "-o", "OUT", "--memory", "MEMORY")],
+    "sample": [("PURE", "OUT.jsonl", "--tokens", "20"), ("GPT2", "OUT.jsonl.gz", "--length", "9", "--tokens", "20")],
     "demo": [("--output", "OUT")],
 }
 PLACES = ("GPT2", "PURE", "TEXT", "LINES", "MEMORY", "RUN", "OUT")

@@ -2,7 +2,15 @@
 
 import pytest
 
-from fastweights import ConversionConfig, EvaluationConfig, FastWeightsError, MetaConfig, TrainConfig, TransferConfig
+from fastweights import (
+    ConversionConfig,
+    EvaluationConfig,
+    FastWeightsError,
+    MetaConfig,
+    SamplingConfig,
+    TrainConfig,
+    TransferConfig,
+)
 from fastweights.evaluation.comparison import compare
 from fastweights.settings.demo import DemoConfig
 from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, RmsConfig
@@ -61,3 +69,24 @@ def test_a_transformer_that_cannot_be(sizes):
 def test_a_demo_of_nothing(settings):
     with pytest.raises(FastWeightsError, match="at least"):
         DemoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": 0},
+        {"length": 0},
+        {"batch_size": -1},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"temperature": 0.0},
+        {"temperature": float("inf")},
+        {"seed": -1},
+        {"precision": "fp8"},
+    ],
+    ids=str,
+)
+def test_samples_of_nothing(settings):
+    with pytest.raises(FastWeightsError, match=next(iter(settings))):
+        SamplingConfig(**settings)
