@@ -7,7 +7,7 @@ numbers of its own, by the seed and its own number: it does not matter, but for 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -260,15 +260,18 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Of models that part documents by one token, such as GPT-2 and the embedded one, this is that token.
     """
-    start = first_tokens(tokenizer)
-    return start or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+    return first_tokens(tokenizer) or _known(tokenizer.bos_token_id)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a document. A start token does, too: some models know no other end."""
     said = getattr(model.generation_config, "eos_token_id", None)
-    said = said if isinstance(said, list) else [said]
-    return sorted({*said, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
+    return sorted({*_known(said), *_known(tokenizer.eos_token_id), *_known(tokenizer.bos_token_id)})
+
+
+def _known(token: Any) -> list[int]:
+    """What may be a token, several or none."""
+    return [] if token is None else token if isinstance(token, list) else [token]
 
 
 def _warp(config: SamplingConfig) -> LogitsProcessorList:
