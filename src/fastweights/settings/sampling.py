@@ -30,7 +30,7 @@ class SamplingConfig:
     seed: int = 0
     """Seed of sampling, from which each document has random numbers of its own."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the model: bf16 takes half the memory, and on CPUs more time."""
+    """Of the model: bf16 takes half the memory; on CPUs it is faster with some models and slower with others."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "length", "top_k"):

@@ -123,4 +123,4 @@ def _prompts(files: tuple[Path, ...]) -> list[str]:
 
 
 def _told(samples: SampledText) -> str:
-    return f"{samples.path} has {samples.documents:,} documents, {samples.tokens:,} tokens"
+    return f"{samples.path}: {samples.documents:,} documents, {samples.tokens:,} tokens"
