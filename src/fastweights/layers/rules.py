@@ -83,6 +83,12 @@ class Rule(nn.Module):
         """Log gates of the key side and of the value side, in fp32; None for a gate of 1."""
         return None, None
 
+    def written(
+        self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G Kf"] | None
+    ) -> Float[Tensor, "B T G K"]:
+        """The key under which a token's value is written."""
+        return k
+
     def forward(
         self,
         x: Float[Tensor, "B T d"],
@@ -110,6 +116,7 @@ class Rule(nn.Module):
             inclusive: whether a token reads the state after its own decay and write, or before both.
         """
         key_gate, value_gate = self.log_gates(x)
+        k = self.written(k, key_gate)
         if marks.real is not None:
             padding = ~marks.real[..., None, None]
             k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
@@ -248,7 +255,23 @@ class DecayRule(Rule):
         return logsigmoid(logits).unflatten(-1, (self.shape.kv_heads, -1))
 
 
-RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule}
+class AverageRule(DecayRule):
+    """The decay rule, which writes under k_t ⊙ (1 - f_t): as much as it forgets.
+
+    Fast weights are then averages over a time that each key channel sets, and no sums, which grow for as long as a
+    channel remembers. The gated rule of H. Peng et al., "Random Feature Attention" (arXiv 2103.02143) writes so, with
+    one gate a head; Z. Qin et al., "HGRN2" (arXiv 2404.07904) with one a channel, in the place of keys.
+    """
+
+    def written(
+        self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G Kf"] | None
+    ) -> Float[Tensor, "B T G K"]:
+        """The key, each channel times what its gate lets go."""
+        assert key_gate is not None
+        return k * -torch.expm1(key_gate).to(k.dtype)
+
+
+RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule, "average": AverageRule}
 
 
 def make_rule(name: str, shape: RuleShape) -> Rule:

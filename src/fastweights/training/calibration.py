@@ -32,6 +32,8 @@ SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 _WORTH_A_GRADIENT = 1e-3
 # Every other one is fitted to, and the rest are for the loss: on the same text least squares look better than they are.
 _BLOCKS = 8
+# Of each block: what comes later in longer ones would not be worth the time.
+_LENGTH = 1024
 # Tokens that fix a layer's factors, of which there are one or two a head.
 _TOKENS = 1024
 
@@ -56,6 +58,7 @@ def calibrate(student: FastWeightsForCausalLM, teacher: PreTrainedModel, blocks:
         The share of least squares in the factors, one of `SHARES`.
     """
     spread = [blocks[i * len(blocks) // _BLOCKS] for i in range(_BLOCKS)]
+    spread = [{name: values[:_LENGTH] for name, values in block.items()} for block in spread]
     ids = torch.stack([block["input_ids"] for block in spread[::2]]).to(student.device)
     # These are taken for running text, both for the teacher and for the student.
     fit_layers(student, record_attention(teacher, ids, positions=student.config.settings.positions))  # type: ignore[arg-type]
