@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.fast_weight_layer
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.training
 
 docs: setup
 	$(BIN)/python -m fastweights.cli.reference docs/cli.md
