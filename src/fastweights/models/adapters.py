@@ -254,8 +254,8 @@ def _sample(model: FastWeightsForCausalLM) -> dict[str, Float[Tensor, " _"]]:
 
 
 def _spread(rows: list) -> list:
-    """At most `_ROWS` of them, from the first to the last."""
-    return [rows[i * (len(rows) - 1) // (_ROWS - 1)] for i in range(_ROWS)] if len(rows) > _ROWS else rows
+    """At most `_ROWS` of them, of all kinds and from all layers."""
+    return [rows[i * _STRIDE % len(rows)] for i in range(_ROWS)] if len(rows) > _ROWS else rows
 
 
 @torch.no_grad()

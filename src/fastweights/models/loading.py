@@ -101,6 +101,8 @@ def load_model(
         if config.model_type != FastWeightsConfig.model_type:
             architecture_of(config)
         _check_no_kernels(config, source)
+        if gguf_file is not None:
+            arguments["config"] = config  # it takes seconds to read once more
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
         )
