@@ -20,6 +20,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.models import add_fast_weight_layer, convert, load_model
 from fastweights.models.adapters import load_adapter, save_adapter
 from fastweights.models.loading import load_tokenizer
+from fastweights.models.lora import add_lora, merge_lora
 from fastweights.reading.memory import fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
@@ -28,7 +29,7 @@ from tests.ops.problems import error
 
 peft = pytest.importorskip("peft", reason="LoRA is peft's")
 KINDS = {
-    "pure": ConversionConfig(positions="drop"),
+    "pure": ConversionConfig(positions="drop", gate_rank=2),
     "hybrid": ConversionConfig(window=8),
     "partly": ConversionConfig(
         window=8, positions="drop", layer_types=["full_attention", "hybrid_sliding", "linear_attention"]
@@ -107,6 +108,18 @@ def test_lora_on_gates_is_part_of_it(base_folder, tmp_path, family):
     loaded, theirs = load_model(tmp_path / "adapter"), with_peft(base_folder, "hybrid", tmp_path / "adapter")
     assert error(loaded(ids).logits, model(ids).logits) < ROUNDING_TO_BF16
     assert error(theirs(input_ids=ids).logits, loaded(ids).logits) <= tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_what_training_with_lora_leaves_is_saved(base_folder, tmp_path):
+    model = convert(base_folder, KINDS["partly"])
+    add_lora(model, 4)
+    model, ids = train(model), random_ids(2, 30)
+    save_adapter(model, tmp_path / "adapter", base=base_folder)
+    trained = model(ids).logits
+    merge_lora(model)
+    assert error(model(ids).logits, trained) <= tolerances.FLOAT32
+    assert error(load_model(tmp_path / "adapter")(ids).logits, trained) < ROUNDING_TO_BF16
 
 
 def test_what_is_loaded_is_plain(adapter, base_folder):
@@ -319,6 +332,12 @@ def test_configs_that_are_no_json_are_refused(damaged, text):
 def test_configs_with_wrong_values_are_refused(damaged, wrong):
     change(damaged, **wrong)
     is_refused(damaged)
+
+
+def test_a_sample_that_is_cut_off_is_refused(damaged):
+    config = json.loads((damaged / "adapter_config.json").read_text(encoding="utf-8"))
+    change(damaged, _sample={name: row.split()[0] for name, row in config["fastweights"]["sample"].items()})
+    is_refused(damaged, "a sample of its weights that is damaged")
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 0.5, -1])

@@ -265,8 +265,12 @@ def _check_sample(expected: dict[str, Tensor], model: FastWeightsForCausalLM, wh
         raise FastWeightsError(f"{what}: only one of the two has {others[0]}")
     for ndim, most in _MOST.items():
         rows = [(found[name], row) for name, row in expected.items() if base.get_parameter(name).ndim == ndim]
-        differences = [(mine - row).norm() / row.norm().clamp(min=1e-30) for mine, row in rows if len(mine) == len(row)]
-        if len(differences) < len(rows) or not (difference := torch.stack(differences).mean()) <= most:
+        if any(len(mine) != len(row) for mine, row in rows):
+            raise FastWeightsError(f"{what}, which has a sample of its weights that is damaged: save the adapter again")
+        units = [row.norm().clamp(min=1e-30) for _, row in rows]  # rows of zeros, as biases may be, count for nothing
+        distances = [(mine - row).norm() / unit for (mine, row), unit in zip(rows, units, strict=True)]
+        sizes = [row.norm() / unit for (_, row), unit in zip(rows, units, strict=True)]
+        if not (difference := torch.stack(distances).norm() / torch.stack(sizes).norm()) <= most:
             raise FastWeightsError(
                 f"{what}: its {'matrices' if ndim > 1 else 'vectors'} differ by {difference:.0%} of their size, and a "
                 f"copy's by {most:.0%} at most; name the model that was converted"
