@@ -5,6 +5,7 @@ from .evaluation.parts import evaluate_parts, without_fast_weights, without_wind
 from .evaluation.perplexity import Evaluation, evaluate
 from .evaluation.recall import Recall, recall
 from .layers.fast_weight_layer import FastWeightLayer
+from .models.adapters import load_adapter, save_adapter
 from .models.configuration import FastWeightsConfig
 from .models.conversion import add_fast_weight_layer, convert
 from .models.loading import load_model
@@ -57,6 +58,7 @@ __all__ = [
     "convert",
     "evaluate",
     "evaluate_parts",
+    "load_adapter",
     "load_documents",
     "load_memory",
     "load_model",
@@ -64,6 +66,7 @@ __all__ = [
     "pretrain",
     "recall",
     "sample",
+    "save_adapter",
     "tokenize",
     "train",
     "without_fast_weights",

@@ -30,8 +30,10 @@ _OLD = "old"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _OF_A_MODEL = {"generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 _OF_A_MODEL |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
+_OF_A_MODEL |= {"adapter_config.json", "adapter_model.safetensors"}
 _OF_A_MODEL |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates"}
-_CONFIG = "config.json"
+_CONFIGS = {"config.json", "adapter_config.json"}
+"""Without one of these, a folder is neither a model nor an adapter."""
 
 
 @contextmanager
@@ -78,9 +80,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 @contextmanager
 def model_written_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside to save a model and its tokenizer in; once the block ends they are moved into `folder`.
+    """A folder beside to save a model and its tokenizer, or an adapter, in; at the end all is moved into `folder`.
 
-    Into a folder that exists, for instance of the run that made the model, files are moved one by one: config.json goes
+    Into a folder that exists, for instance of the run that made the model, files are moved one by one: the config goes
     first and comes last, so that a folder in which a kill left half of them is no model, until `recover` brings the old
     one back.
 
@@ -94,7 +96,7 @@ def model_written_whole(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Within a folder that exists, where its next run finds what a kill left of it.
-        with _beside(folder / _CONFIG if folder.exists() else folder) as partial:
+        with _beside(folder / "new" if folder.exists() else folder) as partial:
             partial.mkdir()
             yield partial
             for path in partial.rglob("*"):
@@ -119,12 +121,12 @@ def _move_into(partial: Path, folder: Path) -> None:
     old = [path for path in folder.iterdir() if path.name in new | _OF_A_MODEL or _WEIGHTS.fullmatch(path.name)]
     moved: list[tuple[Path, Path]] = []
     try:
-        moves = [(path, aside / path.name) for path in sorted(old, key=lambda path: path.name != _CONFIG)]
-        moves += [(partial / name, folder / name) for name in sorted(new, key=lambda name: name == _CONFIG)]
+        moves = [(path, aside / path.name) for path in sorted(old, key=lambda path: path.name not in _CONFIGS)]
+        moves += [(partial / name, folder / name) for name in sorted(new, key=lambda name: name in _CONFIGS)]
         for source, target in moves:
             os.replace(source, target)
             moved.append((source, target))
-            if _CONFIG in (source.name, target.name):
+            if source.name in _CONFIGS:
                 _flush(folder)
     except BaseException:
         for source, target in reversed(moved):
@@ -216,9 +218,13 @@ def recover(folder: Path) -> None:
 
 
 def _bring_back(old: Path, folder: Path) -> None:
-    if (old / _CONFIG).exists() and not (folder / _CONFIG).exists():
-        for path in sorted(old.iterdir(), key=lambda path: path.name == _CONFIG):
+    if _has_config(old) and not _has_config(folder):
+        for path in sorted(old.iterdir(), key=lambda path: path.name in _CONFIGS):
             os.replace(path, folder / path.name)
+
+
+def _has_config(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _CONFIGS)
 
 
 @contextmanager

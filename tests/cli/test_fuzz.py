@@ -37,6 +37,7 @@ STAGE = ("--transfer.steps", "1", "--transfer.batch-size", "1", "--finetune.step
 BASES: dict[str, list[tuple[str, ...]]] = {
     "pretrain": [(*DATA, *SHAPE, *STEPS, "--output", "OUT")],
     "convert": [("GPT2", "OUT"), ("GPT2", "OUT", "--positions", "drop", "--window", "2")],
+    "merge": [("GPT2", "OUT"), ("PURE", "OUT", "--base", "GPT2")],
     "train": [
         ("--model", "GPT2", *DATA, *STAGE, *FEW, "--output", "OUT"),
         ("--model", "PURE", "--teacher", "GPT2", *DATA, *STAGE, *FEW, "--output", "RUN", "--resume"),

@@ -7,6 +7,7 @@ import os
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import wrapt
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.cli.commands import convert, demo, evaluate, generate, pretrain, read, sample, train
+from fastweights.cli.commands import convert, demo, evaluate, generate, merge, pretrain, read, sample, train
 from fastweights.cli.console import note, printable, use_utf8
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
@@ -50,6 +51,7 @@ class Recipe:
 COMMANDS = {
     "pretrain": pretrain.pretrain,
     "convert": convert.convert,
+    "merge": merge.merge,
     "train": train.train,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
@@ -142,10 +144,16 @@ def _error_line(error: Exception) -> Text:
     return Text("error: ", style="bold red", end="").append(said, style="not bold default")
 
 
+def _without_bar(module: ModuleType) -> None:
+    module.tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]
+
+
 def _quiet_libraries() -> None:
     """Warnings and bars of the libraries below are for their callers, not for our users."""
     for module in ("transformers.utils.logging", "datasets.utils.logging", "huggingface_hub.utils.logging"):
         wrapt.register_post_import_hook(lambda logging: logging.set_verbosity_error(), module)
     wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "transformers.utils.logging")
     wrapt.register_post_import_hook(lambda bars: bars.disable_progress_bars(), "datasets.utils.tqdm")
+    # A bar that cannot be switched off.
+    wrapt.register_post_import_hook(_without_bar, "transformers.modeling_gguf_pytorch_utils")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its cache, where the home folder takes none

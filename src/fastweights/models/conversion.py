@@ -55,7 +55,7 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
         raise FastWeightsError(
             f"{type(base).__name__} has no unembedding: give the causal language model, with its head"
         )
-    return _with_config(base, config)
+    return with_config(base, config)
 
 
 def add_fast_weight_layer(
@@ -78,7 +78,7 @@ def add_fast_weight_layer(
     model = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     if not isinstance(model, FastWeightsForCausalLM):
         softmax = ConversionConfig(layer_types=["full_attention"] * model.config.num_hidden_layers)
-        return _with_config(model, softmax, settings)
+        return with_config(model, softmax, settings)
     if model.fast_weight_layer is not None:
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)
@@ -86,10 +86,16 @@ def add_fast_weight_layer(
     return model
 
 
-def _with_config(
+def with_config(
     base: PreTrainedModel, conversion: ConversionConfig, block: FastWeightLayerSettings | None = None
 ) -> FastWeightsForCausalLM:
-    """`base`, which is ours to change, as a model with fast weights."""
+    """A model with fast weights that takes `base` over, and changes it.
+
+    Args:
+        base: a causal language model.
+        conversion: how to convert it.
+        block: of a Fast Weight Layer before the unembedding; None for no such layer.
+    """
     config = FastWeightsConfig(
         base_config=base.config,
         conversion=asdict(conversion),

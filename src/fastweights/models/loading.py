@@ -1,40 +1,28 @@
-"""Models by name: a folder, a .gguf file, a name on the Hugging Face hub, or "embedded"; and their tokenizers."""
+"""Models by name (a folder, an adapter's folder, a .gguf file, a name on the hub, `names.py`), and their tokenizers."""
 
 from __future__ import annotations
 
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fastweights.embedded import MODEL_NAME
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import recover
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.names import resolve_model, without_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
 _CONFIG = "config.json"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALLOWED = "give a save_pretrained folder, a .gguf file or a hub name"
-
-
-def resolve_model(source: str | Path) -> str:
-    """The folder, file or hub name behind a name that a user may give."""
-    if str(source) != EMBEDDED:
-        return str(source)
-    folder = Path(str(files("fastweights.embedded"))) / MODEL_NAME
-    if not (folder / "model.safetensors").exists():
-        raise FastWeightsError("the embedded model is missing from this installation: install fastweights again")
-    return str(folder)
 
 
 def check_apart(source: str | Path, output: Path) -> None:
@@ -50,16 +38,21 @@ def check_apart(source: str | Path, output: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model.
+    """The tokenizer saved beside a model; an adapter's is its base model's.
 
     Args:
-        source: a `save_pretrained` folder, a .gguf file, a hub name or "embedded".
+        source: a `save_pretrained` folder, an adapter's, a .gguf file, a hub name, "embedded", "smollm2" or
+            "smollm2-base".
 
     Raises:
         FastWeightsError: there is none, it is damaged, it needs code of its own, or it has tokens that the model lacks.
     """
     from transformers import AutoTokenizer
 
+    if (adapter := _adapter(source)) is not None:
+        from fastweights.models.adapters import base_of
+
+        source = base_of(source, adapter)
     name, arguments = _located(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
@@ -85,7 +78,8 @@ def load_model(
     No code that comes with a model is ever run.
 
     Args:
-        source: a `save_pretrained` folder, a .gguf file, a hub name or "embedded".
+        source: a `save_pretrained` folder, one of `save_adapter`, a .gguf file, a hub name, "embedded", "smollm2" or
+            "smollm2-base".
         dtype: of the weights; states and gates are fp32 in any case.
         gguf_file: name of a GGUF file inside `source`.
 
@@ -96,6 +90,10 @@ def load_model(
         FastWeightsError: there is no such model, it is of no known family, or its weights are damaged or not those of
             its config.
     """
+    if gguf_file is None and _adapter(source) is not None:
+        from fastweights.models.adapters import load_adapter  # which loads its base model from here
+
+        return load_adapter(source, dtype=dtype)
     name, arguments = _located(source, gguf_file)
     gguf_file = arguments.get("gguf_file")
     try:
@@ -103,6 +101,8 @@ def load_model(
         if config.model_type != FastWeightsConfig.model_type:
             architecture_of(config)
         _check_no_kernels(config, source)
+        if gguf_file is not None:
+            arguments["config"] = config  # it takes seconds to read once more
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
         )
@@ -128,6 +128,18 @@ def load_model(
     return model.eval()
 
 
+def _adapter(source: str | Path) -> dict[str, Any] | None:
+    """The config of an adapter of ours, None where there is something else."""
+    from fastweights.models.adapters import CONFIG, adapter_config
+
+    folder = Path(resolve_model(source))
+    if not os.path.isdir(folder):
+        return None
+    if not any((folder / name).is_file() for name in (_CONFIG, CONFIG)):
+        recover(folder)
+    return adapter_config(folder)
+
+
 def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
     """The folder or hub name of a model, and the arguments of transformers' `from_pretrained` that go with it."""
     name = resolve_model(source)
@@ -138,8 +150,6 @@ def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dic
         arguments["gguf_file"] = gguf_file
     needed = gguf_file or _CONFIG
     if os.path.isdir(name):
-        if needed == _CONFIG and not os.path.isfile(os.path.join(name, needed)):
-            recover(Path(name))
         if not os.path.isfile(os.path.join(name, needed)):
             raise FastWeightsError(f"there is no {needed} in {source}, so it is no model's folder: {_ALLOWED}")
         return name, arguments
@@ -157,7 +167,7 @@ def _asked_from_hub(name: str, needed: str) -> bool:
 
     reason = why_not_on_hub(name, "model")
     if reason is not None and not isinstance(try_to_load_from_cache(name, needed), str):
-        raise FastWeightsError(f"there is no folder {name}, and {reason}: {_ALLOWED}")
+        raise FastWeightsError(f"there is no folder {name}, and {reason}: {without_hub(name) or _ALLOWED}")
     return reason is None
 
 

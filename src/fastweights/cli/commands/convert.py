@@ -21,7 +21,7 @@ def convert(
     Parameters
     ----------
     source
-        Model to convert: a folder, a .gguf file, a hub name or "embedded".
+        Model to convert: a folder, a .gguf file, a hub name, "embedded" or "smollm2-base".
     output
         Folder for the converted model.
     overwrite

@@ -48,7 +48,7 @@ def evaluate(
     Parameters
     ----------
     models
-        Models to compare: folders, .gguf files, hub names or "embedded".
+        Models to compare: folders, .gguf files, hub names, "embedded", "smollm2" or "smollm2-base".
     parts
         Read with each part of a hybrid model, too: its window alone, its fast weights alone, the window that its
         teacher gives untrained, and the teacher.

@@ -49,7 +49,7 @@ def generate(
     Parameters
     ----------
     model
-        A folder, a .gguf file, a hub name or "embedded".
+        A folder, a .gguf file, a hub name, "embedded", "smollm2" or "smollm2-base".
     prompt
         Text to go on with; "-" reads standard input. Without one, the model begins.
     prompt_file

@@ -1,0 +1,33 @@
+"""`fastweights merge`"""
+
+from pathlib import Path
+
+from fastweights.cli.console import say
+
+
+def merge(adapter: str, output: Path, *, base: str | None = None, overwrite: bool = False) -> None:
+    """Write an adapter and its base model as one model, which needs neither any more.
+
+    Parameters
+    ----------
+    adapter
+        Folder of an adapter with fast weights, or "smollm2".
+    output
+        Folder for the model.
+    base
+        Model that the adapter was trained on; by default where the adapter says.
+    overwrite
+        Replace the model that is in that folder.
+    """
+    from fastweights.files import check_output_folder, only_run, save_model
+    from fastweights.models.adapters import load_adapter
+    from fastweights.models.loading import check_apart, load_tokenizer
+
+    for source in (adapter, *([] if base is None else [base])):
+        check_apart(source, output)
+    check_output_folder(output, overwrite=overwrite)
+    model, tokenizer = load_adapter(adapter, base), load_tokenizer(base or adapter)
+    with only_run(output):
+        check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
+        save_model(model, tokenizer, output)
+    say(f"{output}: {model.num_parameters():,} parameters; next: fastweights generate {output}")
