@@ -35,7 +35,7 @@ def main() -> None:
             length = {"max_new_tokens": arguments.length, "min_new_tokens": arguments.length}
             ways = {
                 "sample": lambda sampler=sampler: sampler._batch(0, lambda tokens: None),
-                "generate": lambda start=start, model=model, length=length: model.generate(
+                "generate": lambda start=start, model=model, length=length: model.generate(  # type: ignore[operator]
                     start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, pad_token_id=0, **length
                 ),
             }

@@ -7,7 +7,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.models.lora import add_lora, has_lora, merge_lora
+from fastweights.models.lora import add_lora, lora_rank, merge_lora
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama, random_ids
@@ -51,7 +51,7 @@ def test_merging_leaves_the_model_that_it_was_with_lora(model):
     with_lora = model(ids).logits
     assert error(with_lora, before) > 0.01
     merge_lora(model)
-    assert not has_lora(model)
+    assert lora_rank(model) == 0
     assert [type(module) for module in model.modules()] == classes
     assert error(model(ids).logits, with_lora) <= tolerances.FLOAT32
     merge_lora(model)  # nothing to do
@@ -64,6 +64,8 @@ def test_it_is_added_once(model):
     add_lora(model, 2)
     assert before.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    with pytest.raises(FastWeightsError, match="lora_rank is 3, and the adapter to train on has 2"):
+        add_lora(model, 3)
 
 
 def test_without_peft_it_says_what_to_install(model, monkeypatch):

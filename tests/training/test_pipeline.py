@@ -1,18 +1,23 @@
 """What a run says of the model that it made."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastweights.data import load_documents, tokenize
+from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS, evaluate_parts
+from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import load_model
 from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.settings.text import DataConfig
-from fastweights.settings.training import FinetuneConfig, TrainConfig, TransferConfig
+from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
 from fastweights.training.pipeline import _without_the_end
 
@@ -60,3 +65,82 @@ def test_other_runs_have_none(config):
         replace(config, evaluation=replace(config.evaluation, parts_tokens=0), overwrite=True),
     ):
         assert all(result.parts is None for result in train(changed))
+
+
+def with_lora(config, rank=2, **changes):
+    stages = {name: replace(getattr(config, name), lora_rank=rank) for name in ("transfer", "finetune")}
+    return replace(config, **stages, **changes)
+
+
+def test_a_run_with_lora_leaves_an_adapter(config):
+    """Through both stages, and the same when it is resumed after the first."""
+    results = train(with_lora(config))
+    files = {file.name for file in config.output.iterdir() if file.is_file()} - {".fastweights.lock"}
+    assert sorted(files) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "results.json",
+        "run.json",
+    ]
+    adapter = json.loads((config.output / "adapter_config.json").read_text())
+    assert (adapter["r"], len(adapter["target_modules"])) == (2, 3 * 2)
+    model, teacher = load_model(config.output), load_model(config.model)
+    assert torch.equal(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+    held_out = tokenize(_without_the_end(load_documents(config.data))[1], load_tokenizer(config.model))
+    merged = evaluate(model, held_out, block_size=32, config=EvaluationConfig(max_tokens=400))
+    assert merged.loss == pytest.approx(results[-1].evaluation.loss, rel=1e-4)
+    shutil.rmtree(config.output / "finetune")
+    resumed = train(with_lora(config, resume=True))
+    assert resumed[-1].evaluation.loss == pytest.approx(results[-1].evaluation.loss, rel=1e-5)
+
+
+def test_an_adapter_is_trained_on(config, tmp_path):
+    train(with_lora(config))
+    further = replace(
+        with_lora(config),
+        model=str(config.output),
+        convert=ConversionConfig(),
+        stage="finetune",
+        transfer=TransferConfig(),
+    )
+    results = train(replace(further, output=tmp_path / "further"))
+    assert [result.stage for result in results] == ["teacher", "finetune"]
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (config.output, tmp_path / "further")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+    with pytest.raises(FastWeightsError, match="lora_rank is 3, and the adapter to train on has 2"):
+        train(replace(further, output=tmp_path / "other", finetune=replace(further.finetune, lora_rank=3)))
+    whole = train(replace(further, output=tmp_path / "whole", finetune=config.finetune))
+    assert whole[-1].stage == "finetune"
+    assert (tmp_path / "whole" / "config.json").exists()
+
+
+def test_a_killed_stage_with_lora_goes_on(config):
+    """From a checkpoint, to the same weights."""
+    config = with_lora(config, run=RunConfig(save_every=1))
+    train(config)
+    expected = load_file(config.output / "adapter_model.safetensors")
+    finetune = config.output / "finetune"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "finished"):
+        (finetune / name).unlink()
+    shutil.rmtree(finetune / "checkpoint-2")
+    train(replace(config, resume=True))
+    found = load_file(config.output / "adapter_model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_for_both_stages(config):
+    with pytest.raises(FastWeightsError, match=r"transfer.lora_rank 2 and finetune.lora_rank 0 were given"):
+        replace(config, transfer=TransferConfig(lora_rank=2))
+
+
+def test_attention_alone_is_trained(config):
+    train(replace(config, finetune=replace(config.finetune, weights="attention")))
+    trained, teacher = (dict(load_model(source).named_parameters()) for source in (config.output, config.model))
+    base = {name.replace("transformer.", "model.base."): parameter for name, parameter in teacher.items()}
+    moved = {name for name, parameter in base.items() if not torch.equal(trained[name], parameter)}
+    assert moved
+    assert all(".attn." in name for name in moved)

@@ -8,6 +8,7 @@ peft loads such a folder onto `convert(base, settings)` by itself, and `load_ada
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import model_written_whole
 from fastweights.models.conversion import convert, with_config
 from fastweights.models.loading import load_model
+from fastweights.models.lora import ADAPTER, add_lora
 from fastweights.models.names import find_base, lasting_name, resolve_model
 from fastweights.settings.conversion import ConversionConfig
 
@@ -95,7 +97,11 @@ def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str
 
 
 def load_adapter(
-    folder: str | Path, base: str | Path | None = None, *, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    merge: bool = True,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
 
@@ -105,11 +111,12 @@ def load_adapter(
 
     Args:
         folder: that `save_adapter` made, or "smollm2".
-        base: the base model, where it is not at the place that the adapter names.
+        base: the base model, which stays as it is, or its name, where it is not at the place that the adapter names.
         dtype: of the weights; gates and factors are fp32 in any case.
+        merge: whether LoRA goes into the weights; else it stands beside them, by peft, to be trained on.
 
     Returns:
-        The model in evaluation mode, with plain linear layers.
+        The model in evaluation mode, with plain linear layers if merged.
 
     Raises:
         FastWeightsError: the adapter is none, is damaged, or belongs to another base model, or that is not to be had.
@@ -117,16 +124,17 @@ def load_adapter(
     adapter = _read(Path(resolve_model(folder)))
     source = base_of(folder, adapter.config) if base is None else base
     try:
-        found = load_model(source, dtype=dtype)
+        found = copy.deepcopy(source) if isinstance(source, PreTrainedModel) else load_model(source, dtype=dtype)
     except FastWeightsError as error:
         raise FastWeightsError(f"the base model of the adapter {folder} is not to be had: {error}") from error
+    source = found.config.name_or_path if isinstance(source, PreTrainedModel) else source
     what = f"{source} is not the base model of the adapter {folder}"
     for name, value in adapter.sizes.items():
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
     model = with_config(found, adapter.settings)
     _check_sample(adapter.sample, model, what)
-    _merge(adapter, model)
+    _fill(adapter, model, merge=merge)
     model.config.name_or_path = str(adapter.folder)
     return model.eval()
 
@@ -278,8 +286,8 @@ def _check_sample(expected: dict[str, Tensor], model: FastWeightsForCausalLM, wh
 
 
 @torch.no_grad()
-def _merge(adapter: _Adapter, model: FastWeightsForCausalLM) -> None:
-    """Put the adapter into the weights of the model that it belongs to."""
+def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> None:
+    """Put the adapter into the weights of the model that it belongs to, or its LoRA beside them."""
     tensors, what = adapter.tensors, f"the weights of the adapter {adapter.folder}"
     new = {name: model.get_parameter(name) for name in model.new_parameter_names()}
     shapes = {name: parameter.shape for name, parameter in new.items()}
@@ -301,6 +309,12 @@ def _merge(adapter: _Adapter, model: FastWeightsForCausalLM) -> None:
         raise FastWeightsError(f"{what} have numbers in {bad} that are not finite: train or download it again")
     for name, parameter in new.items():
         parameter.copy_(tensors[name])
+    if adapter.targets and not merge:
+        add_lora(model, adapter.rank)
+        for name in adapter.targets:
+            for x in "AB":
+                model.get_parameter(f"{name}.lora_{x}.{ADAPTER}.weight").copy_(tensors[f"{name}.lora_{x}.weight"])
+        return
     for name in adapter.targets:
         a, b = (tensors[f"{name}.lora_{x}.weight"].float() for x in "AB")
         weight = _as_linear(linear[name])

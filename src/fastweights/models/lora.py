@@ -53,10 +53,12 @@ def add_lora(model: FastWeightsForCausalLM, rank: int) -> None:
         rank: of each projection's change.
 
     Raises:
-        FastWeightsError: if peft is not installed.
+        FastWeightsError: if peft is not installed, or LoRA of another rank is there.
     """
     config = lora_config(model, rank)
-    if not has_lora(model):
+    if (there := lora_rank(model)) not in (0, rank):
+        raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
+    if not there:
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, model, ADAPTER)
@@ -65,14 +67,14 @@ def add_lora(model: FastWeightsForCausalLM, rank: int) -> None:
         parameter.requires_grad_(name in new or "lora_" in name)
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether projections have LoRA beside them."""
-    return any("lora_" in name for name, _ in model.named_parameters())
+def lora_rank(model: nn.Module) -> int:
+    """Of LoRA beside the projections; 0 if there is none."""
+    return next((len(parameter) for name, parameter in model.named_parameters() if "lora_A" in name), 0)
 
 
 def merge_lora(model: FastWeightsForCausalLM) -> None:
     """Add LoRA to the matrices beside which it stands, which are then plain linear layers again."""
-    if not has_lora(model):
+    if not lora_rank(model):
         return
     from peft.tuners.lora import LoraLayer
 

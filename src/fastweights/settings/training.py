@@ -196,6 +196,11 @@ class TrainConfig:
             if getattr(self, name) != default:
                 raise FastWeightsError(f"{name} was given, but stage {self.stage} has no use for it: leave it out")
 
+        ranks = {name: getattr(self, name).lora_rank for name in self.stages if name != "meta"}
+        if len(set(ranks.values())) > 1:
+            given = " and ".join(f"{name}.lora_rank {rank}" for name, rank in ranks.items())
+            raise FastWeightsError(f"{given} were given, and one adapter goes through both stages: give both the same")
+
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that are trained, one after another."""

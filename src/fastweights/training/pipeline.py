@@ -17,7 +17,9 @@ from fastweights.evaluation.parts import evaluate_parts, is_hybrid
 from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
 from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
+from fastweights.models.adapters import adapter_config, load_adapter, save_adapter
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
+from fastweights.models.lora import lora_rank
 from fastweights.progress import Progress
 from fastweights.reading.memory import digest_of, fingerprint
 from fastweights.reading.stream import check_block_size
@@ -32,6 +34,7 @@ from fastweights.training.teacher import load_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
@@ -96,7 +99,7 @@ def _train_conversion(run: _Run) -> list[StageResult]:
         student = run.train(stage, student, teacher)
         run.evaluate(stage, student)
     run.evaluate_parts(student, teacher)
-    return run.end(student)
+    return run.end(student, teacher)
 
 
 def _train_meta(run: _Run) -> list[StageResult]:
@@ -165,7 +168,7 @@ class _Run:
         """The model that a stage makes, or has made in the run that this one goes on with.
 
         Args:
-            models: that the stage's trainer takes: the student, and the teacher where there is one.
+            models: that the stage's trainer takes: the model to train, and the teacher where there is one.
         """
         config, folder = self.config, self.config.output / stage
         if not (config.resume and damage(folder, FINISHED) is None):
@@ -175,7 +178,7 @@ class _Run:
             )
             trainer.run(resume=config.resume)
         self.tokens += tokens_seen(folder)
-        return self.place(load_model(folder))
+        return self.place(_load_trained(folder, *models[1:]))
 
     def evaluate(self, name: str, model: PreTrainedModel, **changes) -> None:
         """Add a result, and bring results.json up to date.
@@ -210,10 +213,13 @@ class _Run:
             text = json.dumps(plain([asdict(result) for result in self.results]), indent=2)
             write_text(self.config.output / RESULTS_FILE, text + "\n")
 
-    def end(self, model: PreTrainedModel) -> list[StageResult]:
-        """Save the model in the run's own folder; all results."""
+    def end(self, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> list[StageResult]:
+        """Save the model in the run's own folder, as an adapter of its teacher if it has LoRA; all results."""
         if self.process.is_main_process:
-            save_model(model, self.tokenizer, self.config.output)
+            if isinstance(model, FastWeightsForCausalLM) and teacher is not None and lora_rank(model):
+                save_adapter(model, self.config.output, base=teacher)
+            else:
+                save_model(model, self.tokenizer, self.config.output)
         self.process.wait_for_everyone()
         return self.results
 
@@ -257,8 +263,15 @@ def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
     return documents[:cut], documents[cut:]
 
 
+def _load_trained(folder: Path, base: PreTrainedModel | None = None) -> PreTrainedModel:
+    """What a stage has made, to go on from: LoRA stays beside the weights."""
+    return load_model(folder) if adapter_config(folder) is None else load_adapter(folder, base, merge=False)
+
+
 def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
-    model = load_model(config.model)
+    is_adapter = adapter_config(resolve_model(config.model)) is not None
+    lora = any(getattr(config, stage).lora_rank for stage in config.stages)
+    model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
     if isinstance(model, FastWeightsForCausalLM):
         _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
         if config.stage != "finetune" and not model.fast_attentions():

@@ -19,6 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from fastweights.errors import FastWeightsError
 from fastweights.files import model_written_whole, said
+from fastweights.models.adapters import save_adapter
+from fastweights.models.lora import lora_rank
 from fastweights.progress import Progress
 from fastweights.training.checkpoints import (
     CHECKPOINT,
@@ -46,6 +48,9 @@ logger = logging.getLogger("fastweights")
 
 class StageTrainer(Trainer):
     """The Trainer of every stage; a stage overrides `compute_loss`."""
+
+    teacher: PreTrainedModel | None = None
+    """The model that was converted, in stages that have one."""
 
     def __init__(
         self,
@@ -180,12 +185,20 @@ class StageTrainer(Trainer):
             raise SystemExit(143)
         with self._writing(self.output):
             main = self.is_world_process_zero()
-            with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
-                self.save_model(str(folder))
+            self._write_model(main)
             self.save_state()
             if main:
                 seal(self.output, (file for file in self.output.iterdir() if file.is_file()), FINISHED)
         self.accelerator.wait_for_everyone()
+
+    def _write_model(self, main: bool) -> None:
+        """The model with its tokenizer, or of one with LoRA the adapter."""
+        if lora_rank(self.model):  # type: ignore[arg-type]
+            if main:
+                save_adapter(self.model, self.output, base=self.teacher)  # type: ignore[arg-type]
+            return
+        with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
+            self.save_model(str(folder))
 
 
 @contextmanager

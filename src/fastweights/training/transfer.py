@@ -27,6 +27,7 @@ class TransferTrainer(StageTrainer):
     """Trains the converted layers alone; everything else in the model stays as it is."""
 
     config: TransferConfig
+    teacher: PreTrainedModel
 
     def __init__(
         self, student: FastWeightsForCausalLM, teacher: PreTrainedModel, config: TransferConfig, *args, **kwargs
