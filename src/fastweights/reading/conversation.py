@@ -11,7 +11,7 @@ import torch
 
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.models.cache import state_bytes
-from fastweights.reading.generation import Continuation, end_tokens, go_on, read_prompt, speak
+from fastweights.reading.generation import CONTEXT, Continuation, end_tokens, go_on, read_prompt, speak
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.reading.stream import PIECE, Stream, last_position, reads_without_end
 from fastweights.reading.text import first_tokens, tokens_in_pieces
@@ -46,8 +46,8 @@ class ChatTemplate:
         self.plain = not tokenizer.chat_template
         """Whether the tokenizer has none."""
         self._system = [] if system is None else [{"role": "system", "content": system}]
-        self.first(_PLACE)
-        self.next(_PLACE)
+        self.first("a")
+        self.next("a")
 
     def first(self, said: str) -> str:
         """The text of the first turn, up to where its answer begins."""
@@ -115,56 +115,30 @@ class Conversation:
         self.generated, self.seconds = 0, 0.0
         """Tokens of answers, and how long these took."""
         self._last: list[int] = []  # the last token: known, but read only with what follows it
+        self._before: list[int] = []  # those before an answer, by which it is decoded
         # A model may not say of itself how the template ends a turn.
-        end = self._tokens(self.template.next(_PLACE), inside=True)[:1].tolist()
+        end = self._tokens(self.template.next("a"), inside=True)[:1].tolist()
         self._ends = end_tokens(model) | (set(end) & tokenizer.added_tokens_decoder.keys())
 
-    def turn(self, said: str) -> Int[Tensor, " n"]:
-        """The tokens of a turn, for `answer`; nothing is read yet.
+    @torch.no_grad()
+    def read(
+        self,
+        said: str,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], object] = lambda read, total: None,
+    ) -> None:
+        """Read a turn, up to where its answer begins.
 
         Args:
             said: what is said to the model.
+            interrupted: asked before each piece of a long turn whether to leave out the rest.
+            progress: called after each piece with the tokens that were read, and their number.
 
         Raises:
-            FastWeightsError: it is no text, or there is no room for it.
+            FastWeightsError: it is no text, or there is no room for it; nothing was read.
         """
-        try:
-            said.encode()
-        except UnicodeError as error:
-            raise FastWeightsError(f"this is no UTF-8 text ({error}): say it in other characters") from error
-        text = self.template.next(said) if self.turns else self.template.first(said)
-        ids = self._tokens(text, inside=self.tokens > 0)
-        if self.template.plain and not self.tokens:
-            ids = torch.cat((torch.tensor(first_tokens(self.tokenizer), dtype=torch.long), ids))
-        if self._room(len(ids)) < 1:
-            raise FastWeightsError(
-                f"the conversation has {self.tokens} tokens, this turn {len(ids)}, and this model's absolute positions "
-                f"end at {last_position(self.model)}: say less, begin anew, or take a model that was converted with "
-                "--positions drop"
-            )
-        return ids
-
-    @torch.no_grad()
-    def answer(
-        self,
-        turn: Int[Tensor, " n"],
-        *,
-        write: Callable[[str], object] = lambda text: None,
-        interrupted: Callable[[], bool] = lambda: False,
-        progress: Callable[[int, int], object] = lambda read, total: None,
-    ) -> str:
-        """What the model says to a turn; the next one goes on after it, however it ended.
-
-        Args:
-            turn: `turn` gives it.
-            write: called with each bit of the answer.
-            interrupted: asked after each token, and each piece of a long turn, whether to leave it at that.
-            progress: called with the tokens of the turn that were read, and their number.
-
-        Raises:
-            FastWeightsError: the model predicts nothing; the conversation is over then.
-        """
-        room = self._room(len(turn))
+        turn = self._turn(said)
         if self._has_ended():  # the template ends it in its own way
             self.tokens, self._last = self.tokens - 1, []
         self.turns += 1
@@ -172,15 +146,30 @@ class Conversation:
         for piece in turn.split(PIECE):
             if interrupted():
                 self._read(self._tokens(self.template.opening(), inside=True))
-                return ""
+                return
             self._read(piece)
             progress(read := read + len(piece), len(turn))
+
+    @torch.no_grad()
+    def answer(
+        self, *, write: Callable[[str], object] = lambda text: None, interrupted: Callable[[], bool] = lambda: False
+    ) -> str:
+        """What the model says to the turn that was read; the next one goes on after it, however it ended.
+
+        Args:
+            write: called with each bit of the answer.
+            interrupted: asked after each token whether to leave it at that.
+
+        Raises:
+            FastWeightsError: the model predicts nothing; the conversation is over then.
+        """
         if interrupted():
             return ""
         if reads_without_end(self.model):
             self.cache.begin_here()  # type: ignore[attr-defined]
-        told = Continuation(self.tokenizer, turn.tolist(), write=write, interrupted=interrupted)
-        new = {"max_new_tokens": min(self.settings["max_new_tokens"], room), "eos_token_id": sorted(self._ends) or None}
+        told = Continuation(self.tokenizer, self._before, write=write, interrupted=interrupted)
+        new = {"max_new_tokens": min(self.settings["max_new_tokens"], self._room())}
+        new["eos_token_id"] = sorted(self._ends) or None
         start = time.perf_counter()
         ids = speak(partial(go_on, self.model, torch.tensor(self._last), self.cache), self.settings | new, told, 1)
         self.seconds, self.generated = self.seconds + time.perf_counter() - start, self.generated + len(ids)
@@ -224,16 +213,34 @@ class Conversation:
         """Whether the last token of all says that the answer ends with it."""
         return bool(self.turns and self._last and self._last[0] in self._ends)
 
-    def _room(self, turn: int) -> float:
-        """Tokens of an answer for which there are positions after a turn of so many."""
+    def _room(self) -> float:
+        """Tokens for which there are positions."""
         limit = last_position(self.model)
-        before = self.tokens - self._has_ended()
-        return float("inf") if limit is None else limit + 1 - before - turn  # the last token is not read
+        return float("inf") if limit is None else limit + 1 - self.tokens  # the last token is not read
+
+    def _turn(self, said: str) -> Int[Tensor, " n"]:
+        """The tokens of a turn."""
+        try:
+            said.encode()
+        except UnicodeError as error:
+            raise FastWeightsError(f"this is no UTF-8 text ({error}): say it in other characters") from error
+        text = self.template.next(said) if self.turns else self.template.first(said)
+        ids = self._tokens(text, inside=self.tokens > 0)
+        if self.template.plain and not self.tokens:
+            ids = torch.cat((torch.tensor(first_tokens(self.tokenizer), dtype=torch.long), ids))
+        if self._room() + self._has_ended() <= len(ids):
+            raise FastWeightsError(
+                f"the conversation has {self.tokens} tokens, this turn {len(ids)}, and this model's absolute positions "
+                f"end at {last_position(self.model)}: say less, begin anew, or take a model that was converted with "
+                "--positions drop"
+            )
+        return ids
 
     def _read(self, ids: Int[Tensor, " n"]) -> None:
         self.tokens += len(ids)
         ids = torch.cat((torch.tensor(self._last, dtype=torch.long), ids))
         self.cache, self._last = read_prompt(self.model, ids, self.cache), ids[-1:].tolist()
+        self._before = ids[-CONTEXT:].tolist()
 
     def _tokens(self, text: str, *, inside: bool) -> Int[Tensor, " n"]:
         pieces = [ids for _, ids in tokens_in_pieces([text], self.tokenizer, inside=inside)]

@@ -98,7 +98,9 @@ def chat(
             if not typed:
                 raise
     if talk.refused and not typed:
-        raise FastWeightsError(f"{talk.refused} lines were refused, each with a line above; the others were answered")
+        raise FastWeightsError(
+            f"lines that were refused: {talk.refused}, each with a line above; the others were answered"
+        )
 
 
 class _Talk:
@@ -113,21 +115,22 @@ class _Talk:
         """Answer a line, or do what it says; False at the end."""
         if not line.strip():
             return True
-        try:
-            if line.startswith("/"):
-                return self._do(*line.split(maxsplit=1))
-            turn = self.conversation.turn(line)
-        except (ValueError, OSError) as error:  # names of files may be of all kinds
-            note(str(error))
-            self.refused += 1
-            return True
-        printed = Line()
-        try:
-            with _interrupts() as interrupted, Progress("reading", unit="tokens", quick=True) as progress:
-                self.conversation.answer(turn, write=printed.write, interrupted=interrupted, progress=progress)
-        except BaseException:
-            printed.end()
-            raise
+        with _interrupts() as interrupted:
+            try:
+                if line.startswith("/"):
+                    return self._do(*line.split(maxsplit=1))
+                with Progress("reading", unit="tokens", quick=True) as progress:
+                    self.conversation.read(line, interrupted=interrupted, progress=progress)
+            except (ValueError, OSError) as error:  # names of files may be of all kinds
+                note(str(error))
+                self.refused += 1
+                return True
+            printed = Line()
+            try:
+                self.conversation.answer(write=printed.write, interrupted=interrupted)
+            except BaseException:
+                printed.end()
+                raise
         print(flush=True)
         return True
 
@@ -162,8 +165,8 @@ class _Talk:
 
     def _stats(self) -> str:
         talk = self.conversation
-        speed = f", {1000 * talk.seconds / talk.generated:.1f} ms a token" if talk.generated else ""
-        return f"{talk.tokens:,} tokens in {talk.turns:,} turns, state {talk.size() / 1e6:.2f} MB{speed}"
+        speed = f", ms a token: {1000 * talk.seconds / talk.generated:.1f}" if talk.generated else ""
+        return f"tokens so far: {talk.tokens:,}, turns: {talk.turns:,}, state: {talk.size() / 1e6:.2f} MB{speed}"
 
 
 @contextmanager
