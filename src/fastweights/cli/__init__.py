@@ -56,6 +56,7 @@ COMMANDS = {
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "read": read.read,
+    "chat": chat.chat,
     "sample": sample.sample,
     "demo": demo.demo,
 }
