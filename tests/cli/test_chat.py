@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import time
 
 import pytest
 
+from fastweights.cli.commands.chat import _typed
 from fastweights.embedded import byte_tokenizer
 from fastweights.models import load_model
 from fastweights.reading.conversation import Conversation
@@ -173,6 +176,21 @@ def test_ctrl_c_ends_an_answer_of_a_pipe_and_not_the_program(monkeypatch, chat, 
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_ctrl_c_at_the_prompt_gives_another_and_ctrl_d_ends(monkeypatch, capsys):
+    keys = iter([KeyboardInterrupt, "one", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), "two", EOFError])
+
+    def typed(prompt):
+        if isinstance(key := next(keys), str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(_typed()) == ["one", "two"]
+    printed = capsys.readouterr()
+    assert printed.out == "\n\n"
+    assert "this is no UTF-8 text" in printed.err
+
+
 class Terminal:
     """A process at a terminal of its own."""
 
@@ -205,9 +223,12 @@ class Terminal:
         return found + expected
 
 
-def test_at_a_terminal(endless_folder):
+def test_at_a_terminal(endless_folder, tmp_path):
     """An answer that would never end is ended; lines are edited and come back, and what they hold shows as it is."""
-    terminal = Terminal("chat", endless_folder, "--temperature", 0, "--max-new-tokens", 10**6)
+    folder = shutil.copytree(endless_folder, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": None}))
+    terminal = Terminal("chat", folder, "--temperature", 0, "--max-new-tokens", 10**6)
     try:
         assert PLAIN.strip() in terminal.until("Ctrl-D the conversation\r\n> ")
         for turns in (1, 2):
@@ -221,8 +242,6 @@ def test_at_a_terminal(endless_folder):
             terminal.until("\r\n> ")
             terminal.type("\x1b[A\n")
             assert "turns" in terminal.until("a token: ")
-            terminal.until("\r\n> ")
-            terminal.type("half a line\x03")
             terminal.until("\r\n> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
