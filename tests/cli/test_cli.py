@@ -11,7 +11,7 @@ from fastweights.cli import Recipe, main, make_app
 from fastweights.evaluation.parts import PARTS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
-COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "demo")
+COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "chat", "demo")
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

@@ -54,6 +54,7 @@ BASES: dict[str, list[tuple[str, ...]]] = {
     ],
     "read": [("PURE", "TEXT", "-o", "OUT"), ("PURE", "TEXT", "-o", "OUT", "--memory", "MEMORY")],
     "sample": [("PURE", "OUT.jsonl", "--tokens", "20"), ("GPT2", "OUT.jsonl.gz", "--length", "9", "--tokens", "20")],
+    "chat": [("PURE", "--max-new-tokens", "3"), ("GPT2", "--max-new-tokens", "3", "--system", "a")],
     "demo": [("--output", "OUT")],
 }
 PLACES = ("GPT2", "PURE", "TEXT", "LINES", "MEMORY", "RUN", "OUT")

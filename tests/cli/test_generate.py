@@ -11,9 +11,8 @@ import sys
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from fastweights.cli.commands.generate import _settings
 from fastweights.embedded import byte_tokenizer
 from fastweights.models import load_model
 from tests.cli.test_cli import run
@@ -155,20 +154,6 @@ def test_it_stops_at_the_end(monkeypatch, capsys, tmp_path):
     _, out, _ = run(monkeypatch, capsys, "generate", tmp_path, "--prompt", "a", "--temperature", 0, "--json")
     (answer,) = answers(out)
     assert (answer["tokens"], answer["stop"]) == (1, "end")
-
-
-def test_settings_are_the_users_then_the_models_then_ours():
-    nothing = dict.fromkeys(("temperature", "top_k", "top_p", "repetition_penalty"))
-    ours = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
-    assert _settings(GenerationConfig(), nothing, 1) == ours | {"do_sample": True, "num_beams": 1}
-    theirs = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
-    found = _settings(theirs, nothing | {"top_k": 5}, 1)
-    assert found.items() >= {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0}.items()
-    greedy = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "do_sample": False}
-    assert _settings(theirs, nothing | {"temperature": 0.0}, 1).items() >= greedy.items()
-    assert _settings(GenerationConfig(), nothing, 2).items() >= greedy.items()
-    assert _settings(GenerationConfig(), nothing | {"temperature": 1.0}, 2)["do_sample"]
-    assert _settings(GenerationConfig(repetition_penalty=1.3), nothing, 1)["repetition_penalty"] == 1.3
 
 
 def test_a_repetition_penalty_is_for_what_was_generated(monkeypatch, capsys, endless_folder, model_folder):

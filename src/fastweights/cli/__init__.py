@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.cli.commands import convert, demo, evaluate, generate, merge, pretrain, read, sample, train
+from fastweights.cli.commands import chat, convert, demo, evaluate, generate, merge, pretrain, read, sample, train
 from fastweights.cli.console import note, printable, use_utf8
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
@@ -56,6 +56,7 @@ COMMANDS = {
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "read": read.read,
+    "chat": chat.chat,
     "sample": sample.sample,
     "demo": demo.demo,
 }

@@ -8,11 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastweights.errors import FastWeightsError
 from fastweights.progress import BYTES, Progress
-from fastweights.reading.generation import CONTEXT, Continuation, FiniteLogits, go_on, read_prompt
+from fastweights.reading.generation import CONTEXT, Continuation, end_tokens, go_on, read_prompt, speak
 from fastweights.reading.memory import new_memory
 from fastweights.reading.stream import last_position, reads_without_end
 from fastweights.reading.text import first_tokens, tokens_in_pieces
@@ -66,32 +65,9 @@ class Speaker:
         generate, tail, given = self._read(prompt)
         self.write(prompt)  # not before, as what reading says of itself would stand in the same line
         told = Continuation(self.tokenizer, tail, stop=self.stop, write=self.write)
-        # Of what was generated alone: a memory does not know the tokens before.
-        penalty = RepetitionPenaltyLogitsProcessor(self.settings["repetition_penalty"], prompt_ignore_length=given)
-        arguments = self.settings | {"repetition_penalty": 1.0, "logits_processor": [FiniteLogits(), penalty]}
-        if arguments["num_beams"] == 1:
-            arguments |= {"streamer": told, "stopping_criteria": [told]}
-        output = self._generated(generate, arguments)
-        if arguments["num_beams"] > 1:
-            told.add(output)
-            told.end()
-        stop = "stop" if told.stopped else "end" if self._ends(output[-1]) else "length"
+        output = speak(generate, self.settings, told, given)
+        stop = "stop" if told.stopped else "end" if output[-1] in end_tokens(self.model) else "length"
         return Answer(told.text, len(output), time.perf_counter() - start, stop)
-
-    def _generated(self, generate: Callable[..., Tensor], arguments: dict[str, Any]) -> list[int]:
-        try:
-            return generate(**arguments).tolist()
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise FastWeightsError(
-                f"no token can be drawn at temperature {arguments['temperature']}: divided by so low a temperature the "
-                "model's logits are not finite; take 0 for the likeliest token"
-            ) from error
-
-    def _ends(self, token: int) -> bool:
-        ends = self.model.generation_config.eos_token_id
-        return token in ends if isinstance(ends, list) else token == ends
 
     def _read(self, prompt: str) -> tuple[Callable[..., Tensor], list[int], int]:
         """What goes on from the prompt; its last tokens; how many of its tokens `generate` is given."""

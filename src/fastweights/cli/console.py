@@ -45,6 +45,23 @@ def shown(text: str, file: TextIO | None) -> str:
     return printable(text) if file is not None and file.isatty() else text
 
 
+class Line:
+    """What is printed bit by bit; if it is broken off, whatever is said of that stands on a line of its own."""
+
+    begun = False
+
+    def write(self, text: str) -> None:
+        """Go on with the line."""
+        print(shown(text, sys.stdout), end="", flush=True)
+        self.begun = self.begun or bool(text)
+
+    def end(self) -> None:
+        """End it if it was begun."""
+        if self.begun:
+            print(flush=True)
+        self.begun = False
+
+
 def use_utf8() -> None:
     """Take names, texts and both standard streams for UTF-8, whatever the locale says.
 

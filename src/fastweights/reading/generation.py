@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import PIECE, Stream, check_logits
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def read_prompt(
         cache: state to go on from, which is changed; by default none.
         progress: called after each piece with the number of tokens read so far.
     """
-    stream, read = Stream(model, max(1, len(ids) - 1), cache), 0
+    before = 0 if cache is None else cache.get_seq_length()
+    stream, read = Stream(model, max(1, before + len(ids) - 1), cache), 0
     for part in ids[:-1].split(PIECE):
         if len(part):
             stream.read(part[None].to(model.device), logits_to_keep=1)
@@ -53,8 +55,8 @@ def go_on(
 
     Args:
         model: any causal LM.
-        ids: the prompt.
-        cache: `read_prompt` gives it; it is changed.
+        ids: the prompt, or the end of it.
+        cache: `read_prompt` gives it; it is changed, and has then read all but the last of the new tokens.
         **arguments: of transformers' `generate`.
 
     Returns:
@@ -67,10 +69,49 @@ def go_on(
     if max(beams, returned) > 1:
         cache.batch_repeat_interleave(max(beams, returned))
     inputs = ids[None].to(model.device)
-    output = model.generate(  # type: ignore[operator]
-        inputs, attention_mask=torch.ones_like(inputs), cache=cache, **arguments
-    )
+    mask = inputs.new_ones(
+        1, cache.get_seq_length() + 1
+    )  # of all tokens so far, by which `generate` finds the new ones
+    output = model.generate(inputs, attention_mask=mask, cache=cache, **arguments)  # type: ignore[operator]
     return output[0, len(ids) :] if returned == 1 else output[:, len(ids) :]
+
+
+def speak(generate: Callable[..., Tensor], settings: dict[str, Any], told: Continuation, given: int) -> list[int]:
+    """The tokens that a model goes on with, told as they come; those of a beam search at its end.
+
+    Args:
+        generate: goes on with a prompt, as `go_on` and a memory's `generate` do.
+        settings: for transformers' `generate`, repetition_penalty, temperature and num_beams among them.
+        told: what tells them.
+        given: tokens that `generate` is given.
+
+    Raises:
+        FastWeightsError: the model predicts nothing, or nothing can be drawn from what it predicts.
+    """
+    # Of what was generated alone: a memory does not know the tokens before.
+    penalty = RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"], prompt_ignore_length=given)
+    arguments = settings | {"repetition_penalty": 1.0, "logits_processor": [FiniteLogits(), penalty]}
+    if settings["num_beams"] == 1:
+        arguments |= {"streamer": told, "stopping_criteria": [told]}
+    try:
+        output = generate(**arguments).tolist()
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise FastWeightsError(
+            f"no token can be drawn at temperature {settings['temperature']}: divided by so low a temperature the "
+            "model's logits are not finite; take 0 for the likeliest token"
+        ) from error
+    if settings["num_beams"] > 1:
+        told.add(output)
+        told.end()
+    return output
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Those that end what a model says, by its generation_config."""
+    ends: int | list[int] | None = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return set(ends) if isinstance(ends, list) else {ends} - {None}  # type: ignore[return-value]
 
 
 class FiniteLogits(LogitsProcessor):
@@ -93,6 +134,7 @@ class Continuation(BaseStreamer, StoppingCriteria):
         before: tokens before it, of which the last few matter.
         stop: texts before which it ends, none of them empty.
         write: called with each bit of text.
+        interrupted: asked after each token whether somebody wants no more.
     """
 
     def __init__(
@@ -102,8 +144,9 @@ class Continuation(BaseStreamer, StoppingCriteria):
         *,
         stop: Sequence[str] = (),
         write: Callable[[str], object] = lambda text: None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.tokenizer, self.stop, self.write = tokenizer, stop, write
+        self.tokenizer, self.stop, self.write, self.interrupted = tokenizer, stop, write, interrupted
         self.text = ""
         """What was told."""
         self.stopped = False
@@ -136,7 +179,7 @@ class Continuation(BaseStreamer, StoppingCriteria):
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: object, **kwargs) -> Bool[Tensor, " B"]:
         """Whether to stop."""
-        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+        return torch.full((len(input_ids),), self.stopped or self.interrupted(), device=input_ids.device)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[return-value]

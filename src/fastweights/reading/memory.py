@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,12 @@ class Memory:
     """Tokens that were read."""
     last_token: int | None
     """The last token of the text: known, but read only with what follows it, as its prediction is wanted then."""
+    turns: int = 0
+    """Of the conversation that the text ends with; 0 for a text that is none."""
 
     def fork(self) -> Memory:
         """A copy that can go on by itself."""
-        return Memory(self.model, copy.deepcopy(self.cache), self.tokens, self.last_token)
+        return replace(self, cache=copy.deepcopy(self.cache))
 
     def size(self) -> int:
         """Bytes of the state."""
@@ -85,7 +87,7 @@ class Memory:
         ready = torch.cat((before, part[:-1]))
         if len(ready):
             check_logits(stream.read(ready[None].to(self.model.device), logits_to_keep=1))
-        self.last_token, self.tokens = int(part[-1]), self.tokens + len(part)
+        self.last_token, self.tokens, self.turns = int(part[-1]), self.tokens + len(part), 0
 
     def generate(
         self, prompt: Int[Tensor, " n"] | None = None, **arguments
@@ -132,6 +134,7 @@ class Memory:
             "model": fingerprint(self.model),
             "tokens": json.dumps(self.tokens),
             "last_token": json.dumps(self.last_token),
+            "turns": json.dumps(self.turns),
         }
         whole = save(tensors, about | {"checksum": _checksum(tensors, about)})
         with written_whole(path) as partial:
@@ -191,7 +194,7 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
             f"{path} was made by another model than the one given; a memory is of use to its own model alone: "
             "give that model, or read the text again with this one"
         )
-    memory.tokens, memory.last_token = _place_in_text(path, about, model)
+    memory.tokens, memory.last_token, memory.turns = _place_in_text(path, about, model)
     _check_tensors(path, tensors, _tensors_after(memory.model, memory.tokens))
     for i, layer in enumerate(memory.cache.layers):
         prefix = f"{i}."
@@ -215,10 +218,11 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
-def _place_in_text(path: Path, about: dict[str, str], model: PreTrainedModel) -> tuple[int, int | None]:
-    """How many tokens were read, and the last of them."""
+def _place_in_text(path: Path, about: dict[str, str], model: PreTrainedModel) -> tuple[int, int | None, int]:
+    """How many tokens were read, the last of them, and how many turns they end with."""
     try:
         tokens, last = json.loads(about["tokens"]), json.loads(about["last_token"])
+        turns = json.loads(about.get("turns", "0"))
     except (KeyError, ValueError, RecursionError) as error:
         raise FastWeightsError(f"{path} does not say what was read: read the text again") from error
     if type(tokens) is not int or not 0 <= tokens < _MOST_TOKENS:
@@ -226,7 +230,9 @@ def _place_in_text(path: Path, about: dict[str, str], model: PreTrainedModel) ->
     known = last is None if tokens == 0 else type(last) is int and 0 <= last < model.config.vocab_size
     if not known:
         raise FastWeightsError(f"{path} ends with a token that its model does not have: read the text again")
-    return tokens, last
+    if type(turns) is not int or not 0 <= turns <= tokens:
+        raise FastWeightsError(f"{path} is of no number of turns that can be: read the text again")
+    return tokens, last, turns
 
 
 def _tensors_after(model: FastWeightsForCausalLM, tokens: int) -> dict[str, Any]:

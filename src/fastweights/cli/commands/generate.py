@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import io
 import json as json_format
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fastweights.cli.console import note, shown
+from fastweights.cli.console import Line, note
+from fastweights.cli.sampling import check_sampling, sampling_settings
 from fastweights.errors import FastWeightsError, check_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import GenerationConfig
-
 EMBEDDED_START = "def "
 """Prompt of the embedded model where none is given: it knows Python alone."""
-_SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
-
-_TOKENS_ALONE = {"num_return_sequences": 1, "return_dict_in_generate": False}
-"""What `generate` is to return, whatever a model's own settings say."""
 
 
 def generate(
@@ -79,7 +73,9 @@ def generate(
         Print a line of JSON for each prompt: prompt, text, tokens, seconds, and why it stops ("end", "length", "stop").
     """
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    _check(asked, max_new_tokens, beams, stop)
+    check_sampling(asked, max_new_tokens=max_new_tokens, beams=beams)
+    if "" in stop:
+        raise FastWeightsError("a stop text is empty: give one of a character or more")
     check_seed(seed)
     prompts = _prompts(model, prompt, prompt_file, lines, memory)
 
@@ -91,8 +87,8 @@ def generate(
 
     tokenizer, loaded = load_tokenizer(model), load_model(model)
     remembered = None if memory is None else load_memory(loaded, memory)
-    settings = _settings(loaded.generation_config, asked, beams) | {"max_new_tokens": max_new_tokens} | _TOKENS_ALONE
-    line = _Line()
+    settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens, beams=beams)
+    line = Line()
     speaker = Speaker(loaded, tokenizer, remembered, settings, stop, write=_ignore if json else line.write)
     refused = 0
     for number, text in enumerate(prompts, 1):
@@ -111,25 +107,6 @@ def generate(
     if refused:
         raise FastWeightsError(
             f"{refused} of {number} prompts were refused, each with a line above; the others were answered"
-        )
-
-
-def _check(asked: dict[str, Any], max_new_tokens: int, beams: int, stop: tuple[str, ...]) -> None:
-    temperature, top_k, top_p, penalty = (1 if value is None else value for value in asked.values())
-    allowed = max_new_tokens >= 1 and beams >= 1 and top_k >= 1 and 0 <= temperature < float("inf")
-    if not (allowed and 0 < top_p <= 1 and 0 < penalty < float("inf")):
-        given = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
-        raise FastWeightsError(
-            f"max_new_tokens is {max_new_tokens}, beams {beams}{given and f', {given}'}; allowed are at least 1, 1, "
-            "temperature from 0, top_k from 1, top_p above 0 and up to 1, repetition_penalty above 0"
-        )
-    if "" in stop:
-        raise FastWeightsError("a stop text is empty: give one of a character or more")
-    sampling = [name for name in ("top_k", "top_p") if asked[name] is not None]
-    if sampling and (asked["temperature"] == 0 or (beams > 1 and asked["temperature"] is None)):
-        raise FastWeightsError(
-            f"{sampling[0]} says what to sample from, and at temperature 0, which beams have by default, nothing is: "
-            "leave it out, or give a temperature above 0"
         )
 
 
@@ -157,36 +134,6 @@ def _prompts(
     if lines:
         return (line for file in files for line in text_lines(file))
     return map(whole_text, files)
-
-
-def _settings(own: GenerationConfig, asked: dict[str, Any], beams: int) -> dict[str, Any]:
-    """For transformers' `generate`: what was asked for, else what the model's makers say, else what reads well."""
-    greedy = asked["temperature"] == 0 or (beams > 1 and asked["temperature"] is None)
-    if greedy:
-        usual = dict.fromkeys(_SAMPLING) | {"repetition_penalty": 1.0}
-        asked = asked | {"temperature": None}
-    elif own.do_sample:
-        said = {name: getattr(own, name) for name in _SAMPLING}
-        usual = said | {"temperature": own.temperature or 1.0, "repetition_penalty": 1.0}
-    else:
-        usual = dict(_SAMPLING)
-    usual["repetition_penalty"] = own.repetition_penalty or usual["repetition_penalty"]
-    found = {name: usual[name] if value is None else value for name, value in asked.items()}
-    return {**found, "do_sample": not greedy, "num_beams": beams}
-
-
-class _Line:
-    """What is printed bit by bit; if it is broken off, whatever is said of that stands on a line of its own."""
-
-    begun = False
-
-    def write(self, text: str) -> None:
-        print(shown(text, sys.stdout), end="", flush=True)
-        self.begun = self.begun or bool(text)
-
-    def end(self) -> None:
-        if self.begun:
-            print(flush=True)
 
 
 def _ignore(text: str) -> None:
