@@ -144,3 +144,11 @@ def test_attention_alone_is_trained(config):
     moved = {name for name, parameter in base.items() if not torch.equal(trained[name], parameter)}
     assert moved
     assert all(".attn." in name for name in moved)
+
+
+def test_divergence_from_the_first_step_needs_no_other_stage(config):
+    alone = replace(config, stage="finetune", transfer=TransferConfig())
+    results = train(alone)
+    assert [result.stage for result in results] == ["teacher", "converted", "finetune"]
+    with pytest.raises(FastWeightsError, match="has no fast weights to finetune: say how to convert it"):
+        train(replace(alone, convert=ConversionConfig(), output=config.output / "other"))

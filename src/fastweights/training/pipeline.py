@@ -280,8 +280,11 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
                 "meta, or convert the model that it was made from"
             )
         return model, load_teacher(model, config.teacher)
-    if config.stage == "finetune":
-        raise FastWeightsError(f"{config.model} has no fast weights to finetune: convert it first, or use --stage all")
+    if config.stage == "finetune" and config.convert == ConversionConfig():
+        raise FastWeightsError(
+            f"{config.model} has no fast weights to finetune: say how to convert it (convert.window, for example), "
+            "convert it first, or use --stage all"
+        )
     _refuse(config.teacher, None, "teacher", f"{config.model} is still to be converted and its own teacher")
     transformers.set_seed(config.run.seed)
     student = convert(model, config.convert)
