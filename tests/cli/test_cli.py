@@ -285,7 +285,7 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         ),
         (("train", "--evaluation.parts-tokens", "1"), "parts_tokens is 1"),
         (("generate", "MODEL", "--memory", "x.memory"), "fastweights read"),
-        (("generate", "MODEL", "--max-new-tokens", "0"), "max_new_tokens is 0"),
+        (("generate", "MODEL", "--max-new-tokens", "0"), "given are max_new_tokens 0"),
         (("generate", "MODEL", "--prompt", "text"), "absolute positions end at 128"),
         (("generate", "MODEL", "--temperature", "0.7", "--top-k", "-3"), "top_k -3"),
         (("--config", "missing.toml", "train"), "missing.toml does not exist"),
