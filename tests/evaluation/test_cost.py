@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
-from fastweights.evaluation.cost import decode_costs
+from fastweights.evaluation.cost import decode_costs, longest_that_fits
 from fastweights.models import add_fast_weight_layer, convert
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama
@@ -24,3 +26,11 @@ def test_softmax_grows():
     assert many.state_bytes == 4 * few.state_bytes
     assert len({cost.state_bytes for cost in costs["pure"]}) == 1
     assert [cost.context for cost in costs["pure"]] == [16, 64, 100]
+
+
+@pytest.mark.parametrize(("room", "longest"), [(0, 0), (16, 16), (80, 64), (179, 64), (180, 100)])
+def test_caches_of_all_contexts_have_to_fit_together(monkeypatch, room, longest):
+    a_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    free = SimpleNamespace(available=a_token * room / 0.8 + 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert longest_that_fits(make_llama(), [16, 64, 100]) == longest

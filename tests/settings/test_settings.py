@@ -65,7 +65,9 @@ def test_a_transformer_that_cannot_be(sizes):
         GPT2Shape(**sizes)
 
 
-@pytest.mark.parametrize("settings", [{"window": 1}, {"meta_steps": 0}, {"tokens": 0}, {"held_out_tokens": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"window": 1}, {"meta_steps": 0}, {"tokens": 0}, {"held_out_tokens": 1}, {"read_tokens": 0}]
+)
 def test_a_demo_of_nothing(settings):
     with pytest.raises(FastWeightsError, match="at least"):
         DemoConfig(**settings)

@@ -2,19 +2,20 @@
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
 a state of constant size. Then the hybrid model gets a Fast Weight Layer, and the same unseen text is read static, with
-dynamic evaluation and with the layer.
+dynamic evaluation and with the layer. `demo_smollm2.py` goes on with a real model.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import set_seed
 
+from fastweights.cli.demo_smollm2 import RealResult, run_smollm2
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
 from fastweights.evaluation.comparison import MethodResult, compare
@@ -45,6 +46,7 @@ class DemoResult:
     decode: dict[str, list[DecodeCost]]
     samples: dict[str, str]
     comparison: list[MethodResult]
+    real: RealResult | None = None
     files: list[Path] = field(default_factory=list)
 
 
@@ -112,8 +114,17 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
     plot_comparison(compared, files[2])
-    write_text(files[3], json.dumps(results(stages, decode, samples, compared), indent=2) + "\n")
-    return DemoResult(stages, decode, samples, compared, files)
+    result = DemoResult(stages, decode, samples, compared, files=files)
+    _write(result, files[3])
+    real = run_smollm2(config, say) if config.real else None
+    if real is not None:
+        result = replace(result, real=real, files=[*files, *real.files])
+        _write(result, files[3])
+    return result
+
+
+def _write(result: DemoResult, file: Path) -> None:
+    write_text(file, json.dumps(results(result), indent=2) + "\n")
 
 
 def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
@@ -144,21 +155,18 @@ def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodRes
     )
 
 
-def results(
-    stages: dict[str, list[StageResult]],
-    decode: dict[str, list[DecodeCost]],
-    samples: dict[str, str],
-    comparison: list[MethodResult],
-) -> dict[str, object]:
+def results(result: DemoResult) -> dict[str, object]:
     """What results.json holds."""
+    stages = result.stages
     return {
         "retention": {name: run[-1].retention for name, run in stages.items()},
         "tokens": {name: run[-1].tokens for name, run in stages.items()},
-        "loss": {name: {result.stage: result.evaluation.loss for result in run} for name, run in stages.items()},
+        "loss": {name: {stage.stage: stage.evaluation.loss for stage in run} for name, run in stages.items()},
         "parts": {name: asdict(run[-1])["parts"] for name, run in stages.items() if run[-1].parts},
-        "decode": {name: [asdict(cost) for cost in costs] for name, costs in decode.items()},
-        "samples": samples,
-        "comparison": [result.plain() for result in comparison],
+        "decode": {name: [asdict(cost) for cost in costs] for name, costs in result.decode.items()},
+        "samples": result.samples,
+        "comparison": [method.plain() for method in result.comparison],
+        "smollm2": result.real and result.real.plain(),
     }
 
 

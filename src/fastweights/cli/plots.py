@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastweights.evaluation.gains import Gain
 
 _COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
+_COLORS |= {"smollm2-base": "#444444", "smollm2": "#00798c"}
 _METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
 _METHOD_COLORS |= {"window alone": "#8d6a9f", "fast weights alone": "#66a182", "untrained window": "#b08968"}
 _METHOD_COLORS |= {"teacher": "#999999"}
@@ -62,7 +63,7 @@ def plot_decoding(costs: dict[str, list[DecodeCost]], trained_length: int, outpu
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.axvline(trained_length, color="#bbbbbb", linestyle=":", label="trained length")
-        ticks = [cost.context for cost in next(iter(costs.values()))]
+        ticks = [cost.context for cost in max(costs.values(), key=len)]
         panel.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
         _label(panel, x="context (tokens)", y=label)
     _save(figure, output)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.perplexity import Evaluation
     from fastweights.evaluation.recall import Recall
     from fastweights.training.pipeline import StageResult
 
@@ -46,11 +47,15 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
 
 def print_parts(runs: dict[str, list[StageResult]]) -> None:
     """One row for each part of each run's hybrid model, if any is one."""
-    found = {name: results[-1].parts for name, results in runs.items() if results[-1].parts}
-    if not found:
-        return
-    tokens = next(iter(found.values()))["all"].tokens
-    table = Table(title=f"what its parts are worth, on {tokens:,} tokens", title_justify="left")
+    found = {name: parts for name, results in runs.items() if (parts := results[-1].parts)}
+    if found:
+        tokens = next(iter(found.values()))["all"].tokens
+        print_evaluated_parts(found, f"what its parts are worth, on {tokens:,} tokens")
+
+
+def print_evaluated_parts(found: dict[str, dict[str, Evaluation]], title: str) -> None:
+    """One row for each part of each hybrid model."""
+    table = Table(title=as_it_is(title), title_justify="left")
     table.add_column("model", overflow="fold")
     table.add_column("read with", no_wrap=True)
     for column in ("loss", "ppl", "bits/byte", "retention"):

@@ -35,8 +35,8 @@ def stdlib_documents(split: str) -> list[str]:
     if split not in SPLITS:
         raise FastWeightsError(f"the standard library has no split {split!r}; it has {', '.join(SPLITS)}")
     sources = [text for path in _sources() if split_of(_module(path)) == split and (text := _read(path)).strip()]
-    manual = [text.strip() + "\n" for topic, text in _manual().items() if split_of(f"topic:{topic}") == split]
-    return sources + manual
+    topics = [text.strip() + "\n" for topic, text in manual().items() if split_of(f"topic:{topic}") == split]
+    return sources + topics
 
 
 def _root() -> Path:
@@ -61,7 +61,8 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _manual() -> dict[str, str]:
+def manual() -> dict[str, str]:
+    """The topics of Python's manual by name; none where it was left out of the installation."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions package Python's manual apart

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from transformers import DynamicCache
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _PREFILL = 1024
 _STEPS_A_TURN = 3
+_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,23 @@ def decode_costs(
     for name, context in caches:
         costs[name].append(DecodeCost(context, 1000 * median(times[name, context]), sizes[name, context]))
     return costs
+
+
+def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
+    """The longest context up to which a softmax model can be timed at all of them in the memory that is free now.
+
+    Args:
+        model: with softmax attention, on the CPU.
+        contexts: in rising order.
+
+    Returns:
+        One of the contexts, or 0.
+    """
+    a_token, room = state_bytes(_random_cache(model, 1)), _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    return max(
+        (n for n, all_so_far in zip(contexts, accumulate(contexts), strict=True) if a_token * all_so_far <= room),
+        default=0,
+    )
 
 
 def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
