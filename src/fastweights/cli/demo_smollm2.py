@@ -136,7 +136,7 @@ def run_smollm2(config: DemoConfig, say: Callable[[str], None]) -> RealResult | 
 def _quality(
     model: FastWeightsForCausalLM, base: PreTrainedModel, text: TokenizedText, config: DemoConfig
 ) -> dict[str, Evaluation]:
-    settings = EvaluationConfig(max_tokens=config.real_held_out_tokens)
+    settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
     with Progress("Python's manual", unit="tokens", quick=True) as progress:
         return evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
 
