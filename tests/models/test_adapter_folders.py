@@ -39,10 +39,10 @@ PROJECTIONS = {"gpt2": ["c_attn", "attn.c_proj"], "llama": ["q_proj", "k_proj", 
 ROUNDING_TO_BF16 = 0.02
 
 
-def train(model, targets=None, rank: int = 4):
+def train(model, targets=None, rank: int = 4, alpha: int | None = None):
     """As if: all that may be trained is some random value."""
     if targets:
-        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        settings = peft.LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft, of GPT-2's Conv1D
             peft.inject_adapter_in_model(settings, model, "default")
@@ -120,6 +120,19 @@ def test_what_training_with_lora_leaves_is_saved(base_folder, tmp_path):
     merge_lora(model)
     assert error(model(ids).logits, trained) <= tolerances.FLOAT32
     assert error(load_model(tmp_path / "adapter")(ids).logits, trained) < ROUNDING_TO_BF16
+
+
+@torch.no_grad()
+def test_lora_of_any_scale_and_place_can_stand_beside_the_weights(base_folder, tmp_path, family):
+    places = [PROJECTIONS[family][0], "key_gate", {"gpt2": "c_fc", "llama": "up_proj"}[family]]
+    model = train(convert(base_folder, KINDS["hybrid"]), places, alpha=3)
+    save_adapter(model, tmp_path / "adapter", base=base_folder)
+    ids, beside = random_ids(2, 30), load_adapter(tmp_path / "adapter", merge=False)
+    assert error(beside(ids).logits, load_model(tmp_path / "adapter")(ids).logits) <= tolerances.FLOAT32
+    before = {name for name, _ in beside.named_parameters()}
+    add_lora(beside, 4)
+    assert before == {name for name, parameter in beside.named_parameters()}
+    assert all(parameter.requires_grad for name, parameter in beside.named_parameters() if "lora_" in name)
 
 
 def test_what_is_loaded_is_plain(adapter, base_folder):

@@ -310,7 +310,7 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
     for name, parameter in new.items():
         parameter.copy_(tensors[name])
     if adapter.targets and not merge:
-        add_lora(model, adapter.rank)
+        add_lora(model, adapter.rank, alpha=adapter.config["lora_alpha"], targets=adapter.targets)
         for name in adapter.targets:
             for x in "AB":
                 model.get_parameter(f"{name}.lora_{x}.{ADAPTER}.weight").copy_(tensors[f"{name}.lora_{x}.weight"])

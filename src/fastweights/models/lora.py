@@ -22,8 +22,16 @@ ADAPTER = "default"
 _LINEAR = (nn.Linear, Conv1D)
 
 
-def lora_config(model: FastWeightsForCausalLM, rank: int) -> LoraConfig:
+def lora_config(
+    model: FastWeightsForCausalLM, rank: int, *, alpha: float | None = None, targets: list[str] | None = None
+) -> LoraConfig:
     """LoRA on each linear layer that converted attention has from the base model, at a scale of 2.
+
+    Args:
+        model: a conversion.
+        rank: of each layer's change.
+        alpha: the rank times another scale.
+        targets: full names of other layers.
 
     Raises:
         FastWeightsError: if peft is not installed.
@@ -32,12 +40,16 @@ def lora_config(model: FastWeightsForCausalLM, rank: int) -> LoraConfig:
         from peft import LoraConfig
     except ImportError as error:
         raise FastWeightsError("LoRA needs peft, which is not installed: pip install 'fastweights[lora]'") from error
+    alpha = 2 * rank if alpha is None else alpha
+    if targets is not None:
+        transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=transposed)  # type: ignore[arg-type]
     layers = model.fast_attentions()
     row = model.model.architecture
     linear = {name: module for name, module in layers[0].named_children() if isinstance(module, _LINEAR)}
     return LoraConfig(
         r=rank,
-        lora_alpha=2 * rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=sorted(f"{row.attention}.{name}" for name in linear),
         layers_to_transform=[layer.layer_idx for layer in layers],
         layers_pattern=row.layers.rpartition(".")[2],
@@ -45,17 +57,21 @@ def lora_config(model: FastWeightsForCausalLM, rank: int) -> LoraConfig:
     )
 
 
-def add_lora(model: FastWeightsForCausalLM, rank: int) -> None:
+def add_lora(
+    model: FastWeightsForCausalLM, rank: int, *, alpha: float | None = None, targets: list[str] | None = None
+) -> None:
     """Leave nothing to train but LoRA of this rank and what the conversion added; LoRA that is there already stays.
 
     Args:
         model: a conversion; it is changed in place, and computes what it did.
         rank: of each projection's change.
+        alpha: as for `lora_config`.
+        targets: as for `lora_config`.
 
     Raises:
         FastWeightsError: if peft is not installed, or LoRA of another rank is there.
     """
-    config = lora_config(model, rank)
+    config = lora_config(model, rank, alpha=alpha, targets=targets)
     if (there := lora_rank(model)) not in (0, rank):
         raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
     if not there:
