@@ -92,6 +92,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+def test_lora_without_the_model_it_is_an_adapter_of_is_refused_at_once():
+    with pytest.raises(FastWeightsError, match="give that as teacher"):
+        FinetuneTrainer(convert(make_gpt2()), None, FinetuneConfig(lora_rank=2, kl_weight=0.0))
+
+
 def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
     teacher, student = torch.randn(2, 2, 5, 7)
     assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)

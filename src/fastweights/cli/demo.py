@@ -67,7 +67,13 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
         convert = ConversionConfig(positions="drop", window=config.window)
         steps = max(1, config.tokens // 6 // 4096)
         transfer = TransferConfig(steps=3 * steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2)
-        finetune = FinetuneConfig(steps=steps, learning_rate=3e-4, new_learning_rate=1e-3, warmup_steps=min(2, steps))
+        finetune = FinetuneConfig(
+            steps=steps,
+            learning_rate=3e-4,
+            new_learning_rate=1e-3,
+            warmup_steps=min(2, steps),
+            weights="attention",
+        )
     return TrainConfig(
         output=config.output / name,
         overwrite=config.overwrite,

@@ -55,8 +55,8 @@ class TokenMarks(NamedTuple):
 class Rule(nn.Module):
     """S_t = (f_t z_tᵀ) ⊙ S_{t-1} + k_t v_tᵀ, with the gates that a subclass makes, or none.
 
-    A rule that writes in another way overrides `update`, which padding and borders of documents reach as keys, values
-    and gates.
+    A rule that writes under other keys overrides `written`; one with another recurrence `update`, which padding and
+    borders of documents reach as keys, values and gates.
 
     Args:
         shape: sizes of the layer.

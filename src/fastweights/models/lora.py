@@ -86,16 +86,3 @@ def add_lora(
 def lora_rank(model: nn.Module) -> int:
     """Of LoRA beside the projections; 0 if there is none."""
     return next((len(parameter) for name, parameter in model.named_parameters() if "lora_A" in name), 0)
-
-
-def merge_lora(model: FastWeightsForCausalLM) -> None:
-    """Add LoRA to the matrices beside which it stands, which are then plain linear layers again."""
-    if not lora_rank(model):
-        return
-    from peft.tuners.lora import LoraLayer
-
-    for layer in model.fast_attentions():
-        for name, module in list(layer.named_children()):
-            if isinstance(module, LoraLayer):
-                module.merge()  # type: ignore[operator]
-                layer.set_submodule(name, module.get_base_layer())

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-FORMAT = "fastweights-memory-5"
+FORMAT = "fastweights-memory-6"
 _MOST_TOKENS = 2**62
 
 

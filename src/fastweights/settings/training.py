@@ -87,7 +87,7 @@ class FinetuneConfig(ConversionStageConfig):
     """Training of the whole model's output."""
 
     weights: Literal["all", "attention"] = "all"
-    """What is trained: all weights, or those of the converted layers alone."""
+    """What is trained without LoRA: all weights, or those of the converted layers alone."""
 
     learning_rate: float = 3e-4
     new_learning_rate: float | None = 1e-3

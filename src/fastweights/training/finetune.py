@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fastweights.errors import FastWeightsError
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.models.lora import add_lora
 from fastweights.training.blocks import positions_if_packed
@@ -38,6 +39,8 @@ class FinetuneTrainer(StageTrainer):
         **kwargs,
     ) -> None:
         self.teacher = teacher
+        if config.lora_rank and teacher is None:
+            raise FastWeightsError("LoRA is kept as an adapter of the model that was converted: give that as teacher")
         if config.lora_rank or config.weights == "attention":
             train_attention(student, config.lora_rank)
         super().__init__(student, config, *args, **kwargs, new_parameters=student.new_parameter_names())
