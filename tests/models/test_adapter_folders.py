@@ -121,6 +121,24 @@ def test_what_training_with_lora_leaves_is_saved(base_folder, tmp_path):
 
 
 @torch.no_grad()
+def test_a_longer_window_needs_no_training(tmp_path):
+    """With one as long as the text, and factors that leave it as it is, the base model's own logits."""
+    base, ids = make_llama(), random_ids(1, 40)
+    base.save_pretrained(tmp_path / "base")
+    model = convert(tmp_path / "base", ConversionConfig(window=4))
+    save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
+    assert load_adapter(tmp_path / "adapter").config.sliding_window == 4
+    longer = load_adapter(tmp_path / "adapter", window=40)
+    assert longer.config.sliding_window == 40
+    assert error(longer(ids).logits, base(ids).logits) <= tolerances.FLOAT32
+    pure = convert(tmp_path / "base")
+    save_adapter(pure, tmp_path / "pure", base=tmp_path / "base")
+    for folder, window in (("adapter", 1), ("pure", 8)):
+        with pytest.raises(FastWeightsError, match=f"window is {window}, and that of the adapter .*{folder}"):
+            load_adapter(tmp_path / folder, window=window)
+
+
+@torch.no_grad()
 def test_lora_of_any_scale_and_place_can_stand_beside_the_weights(base_folder, tmp_path, family):
     places = [PROJECTIONS[family][0], "key_gate", {"gpt2": "c_fc", "llama": "up_proj"}[family]]
     model = train(convert(base_folder, KINDS["hybrid"]), places, alpha=3)

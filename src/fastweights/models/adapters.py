@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ def load_adapter(
     *,
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
+    window: int | None = None,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
 
@@ -114,6 +115,8 @@ def load_adapter(
         base: the base model, which stays as it is, or its name, where it is not at the place that the adapter names.
         dtype: of the weights; gates and factors are fp32 in any case.
         merge: whether LoRA goes into the weights; else it stands beside them, by peft, to be trained on.
+        window: of its hybrid layers, where it is to be another than the adapter's: a longer one takes more memory and
+            keeps more, without any training.
 
     Returns:
         The model in evaluation mode, with plain linear layers if merged.
@@ -132,7 +135,8 @@ def load_adapter(
     for name, value in adapter.sizes.items():
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
-    model = with_config(found, adapter.settings)
+    settings = adapter.settings if window is None else _with_window(adapter.settings, window, what=str(folder))
+    model = with_config(found, settings)
     _check_sample(adapter.sample, model, what)
     _fill(adapter, model, merge=merge)
     model.config.name_or_path = str(adapter.folder)
@@ -163,6 +167,15 @@ def base_of(folder: str | Path, config: dict[str, Any]) -> str:
             f"the adapter {folder} does not name its base model: fastweights merge takes it as --base"
         )
     return find_base(name)
+
+
+def _with_window(settings: ConversionConfig, window: int, what: str) -> ConversionConfig:
+    if settings.window == 0 or window < 2:
+        raise FastWeightsError(
+            f"window is {window}, and that of the adapter {what} {settings.window}: one that has a window can be given "
+            "another, of 2 tokens up"
+        )
+    return replace(settings, window=window)
 
 
 @dataclass(frozen=True)

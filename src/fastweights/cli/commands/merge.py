@@ -5,7 +5,9 @@ from pathlib import Path
 from fastweights.cli.console import say
 
 
-def merge(adapter: str, output: Path, *, base: str | None = None, overwrite: bool = False) -> None:
+def merge(
+    adapter: str, output: Path, *, base: str | None = None, window: int | None = None, overwrite: bool = False
+) -> None:
     """Write an adapter and its base model as one model, which needs neither any more.
 
     Parameters
@@ -16,6 +18,8 @@ def merge(adapter: str, output: Path, *, base: str | None = None, overwrite: boo
         Folder for the model.
     base
         Model that the adapter was trained on; by default where the adapter says.
+    window
+        Another window than the adapter's: a longer one takes more memory and keeps more, without any training.
     overwrite
         Replace the model that is in that folder.
     """
@@ -26,7 +30,7 @@ def merge(adapter: str, output: Path, *, base: str | None = None, overwrite: boo
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    model, tokenizer = load_adapter(adapter, base), load_tokenizer(base or adapter)
+    model, tokenizer = load_adapter(adapter, base, window=window), load_tokenizer(base or adapter)
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
