@@ -85,7 +85,7 @@ def test_a_window_alone_is_at_chance_beyond_its_reach(tokenizer):
             assert result.rank == pytest.approx(5.5)
             assert result.loss > 2.4
     assert model.training
-    assert recall(model, tokenizer, config)[0].rank != pytest.approx(5.5)
+    assert any(result.rank != pytest.approx(5.5) for result in recall(model, tokenizer, config))
 
 
 def test_summary():
