@@ -77,7 +77,7 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
             begins[:, part] if begins[:, part].any() else None,
         )
         new = WindowTokens(*(x[:, part] for x in tokens))
-        arguments = {"window": window, "scale": 0.3, "sinks": sinks, "bias": bias, "marks": marks}
+        arguments = {"window": window, "scale": 0.3, "sinks": sinks, "bias": bias, "marks": marks, "leaving": True}
         o, of_leaving = windowed(new, cache, **arguments)
         found.append(o)
         left.append(of_leaving)

@@ -239,8 +239,9 @@ class FastWeightAttention(KeepsFloat32):
                 sinks=self.sinks,
                 bias=self.window_bias,
                 marks=marks,
+                leaving=self.writes_leaving,
             )
-            if self.writes_leaving:
+            if left is not None:
                 k, v = left
         fast, state = self.rule(
             x,

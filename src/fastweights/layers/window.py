@@ -104,7 +104,8 @@ def windowed(
     sinks: int = 0,
     bias: Float[Tensor, "H bias"] | None = None,
     marks: TokenMarks | None = None,
-) -> tuple[Float[Tensor, "B T H V"], KeysAndValues]:
+    leaving: bool = False,
+) -> tuple[Float[Tensor, "B T H V"], KeysAndValues | None]:
     """Window attention of a stream of text: after what `cache` has kept, among padding and several documents.
 
     Padding takes no room in the window: each row's real tokens stand together at its end.
@@ -117,10 +118,11 @@ def windowed(
         sinks: first tokens of its document that a query sees besides.
         bias: added to the scaled q·k of each head: for W distances, then for S sinks.
         marks: padding and borders of documents among the new tokens.
+        leaving: whether what leaves the window is wanted.
 
     Returns:
-        What each token sees; and the key (its other channels, where it has any) and the value of the token that each
-        one is the last to see in its window, zeros where that is none, or a sink.
+        What each token sees; and if wanted the key (its other channels, where it has any) and the value of the token
+        that each one is the last to see in its window, zeros where that is none, or a sink.
     """
     real, starts = marks = marks or TokenMarks()
     (T, _, D), back = new.q.shape[1:], None
@@ -137,7 +139,9 @@ def windowed(
     first = 0 if real is None else T - real.sum(1, keepdim=True)
     places = _Places(index, before, first, real is None and starts is None and isinstance(before, int))
     near_k, other_k = k.split((D, k.shape[-1] - D), -1)
-    left = _leaving(KeysAndValues(other_k if other_k.shape[-1] else k, v), places, window, sinks)
+    left = None
+    if leaving:
+        left = _leaving(KeysAndValues(other_k if other_k.shape[-1] else k, v), places, window, sinks)
     new = new._replace(k=new.k[..., :D])
     seen_sinks = last_sinks = None
     if sinks:
@@ -146,7 +150,9 @@ def windowed(
         cache.keep(KeysAndValues(k, v), last_sinks, places.after())
     index = None if T == 1 and places.alike else index
     o = window_attention(new.q, near_k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
-    return (o, left) if back is None else (_take(o, back), KeysAndValues(*(_take(x, back) for x in left)))
+    if back is None:
+        return o, left
+    return _take(o, back), None if left is None else KeysAndValues(*(_take(x, back) for x in left))
 
 
 def _real_last(real: Bool[Tensor, "B T"], kept: int, before: int | Int[Tensor, "B 1"]) -> Int[Tensor, "B L"] | None:

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import model_written_whole
 from fastweights.models.conversion import convert, with_config
-from fastweights.models.loading import load_model
+from fastweights.models.loading import load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora
 from fastweights.models.names import find_base, lasting_name, resolve_model
 from fastweights.settings.conversion import ConversionConfig
@@ -76,7 +76,7 @@ def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str
         if name in new or _LORA.search(name)
     }
     kept = {name: x.to(torch.bfloat16 if x.ndim > 1 else torch.float32) for name, x in kept.items()}
-    if bad := _not_finite(kept):
+    if bad := not_finite(kept):
         raise FastWeightsError(f"{bad} of the model is not finite, and no adapter was saved: train it again")
     config = {
         "peft_type": "LORA",
@@ -318,7 +318,7 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
         if tensors[name].shape != shape:
             given, needed = tuple(tensors[name].shape), tuple(shape)
             raise FastWeightsError(f"{what} have {name} of shape {given}, and the model of {needed}: save it again")
-    if bad := _not_finite(tensors):
+    if bad := not_finite(tensors):
         raise FastWeightsError(f"{what} have numbers in {bad} that are not finite: train or download it again")
     for name, parameter in new.items():
         parameter.copy_(tensors[name])
@@ -337,7 +337,3 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
 def _as_linear(layer: nn.Linear | Conv1D) -> Tensor:
     """The matrix as nn.Linear has it; GPT-2's layers have it transposed."""
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-
-
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

@@ -18,6 +18,9 @@ from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.names import resolve_model, without_hub
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG = "config.json"
@@ -188,6 +191,11 @@ def _not_loaded(what: str, source: str | Path, error: Exception) -> FastWeightsE
             "transformers itself has"
         )
     return FastWeightsError(f"cannot load {what} from {source}: {reason_of(error)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of one with a number that is not finite; None if there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.attention import FastWeightAttention
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -40,20 +41,19 @@ def lora_config(
         from peft import LoraConfig
     except ImportError as error:
         raise FastWeightsError("LoRA needs peft, which is not installed: pip install 'fastweights[lora]'") from error
-    alpha = 2 * rank if alpha is None else alpha
-    if targets is not None:
-        transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=transposed)  # type: ignore[arg-type]
-    layers = model.fast_attentions()
-    row = model.model.architecture
-    linear = {name: module for name, module in layers[0].named_children() if isinstance(module, _LINEAR)}
+    if targets is None:
+        targets = [
+            f"{name}.{child}"
+            for name, attention in model.named_modules()
+            if isinstance(attention, FastWeightAttention)
+            for child, module in attention.named_children()
+            if isinstance(module, _LINEAR)
+        ]
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=sorted(f"{row.attention}.{name}" for name in linear),
-        layers_to_transform=[layer.layer_idx for layer in layers],
-        layers_pattern=row.layers.rpartition(".")[2],
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
 
 
@@ -71,10 +71,10 @@ def add_lora(
     Raises:
         FastWeightsError: if peft is not installed, or LoRA of another rank is there.
     """
-    config = lora_config(model, rank, alpha=alpha, targets=targets)
     if (there := lora_rank(model)) not in (0, rank):
         raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
     if not there:
+        config = lora_config(model, rank, alpha=alpha, targets=targets)
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, model, ADAPTER)

@@ -21,6 +21,7 @@ from fastweights.errors import FastWeightsError, check_file, check_new_file, rea
 from fastweights.files import written_whole
 from fastweights.layers.window import KeysAndValues
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
+from fastweights.models.loading import not_finite
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.generation import go_on, read_prompt
 from fastweights.reading.stream import PIECE, Stream, check_logits, reads_without_end
@@ -127,7 +128,7 @@ class Memory:
         path = Path(path)
         check_new_file(path, "save the memory elsewhere")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(self.cache).items()}
-        if bad := _not_finite(tensors):
+        if bad := not_finite(tensors):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
         about = {
             "format": FORMAT,
@@ -214,10 +215,6 @@ def _tokens_in_cache(tokens: int) -> int:
     return max(0, tokens - 1)  # the last is read with what follows it
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-
-
 def _place_in_text(path: Path, about: dict[str, str], model: PreTrainedModel) -> tuple[int, int | None, int]:
     """How many tokens were read, the last of them, and how many turns they end with."""
     try:
@@ -254,7 +251,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, A
     for name, tensor in tensors.items():
         if ([*tensor.shape], tensor.dtype) != expected[name]:
             raise FastWeightsError(f"{name} in {path} is not of the shape and type of its model: read the text again")
-    if bad := _not_finite(tensors):
+    if bad := not_finite(tensors):
         raise FastWeightsError(f"{bad} in {path} is not finite: read the text again")
 
 

@@ -7,7 +7,7 @@ numbers of its own, by the seed and its own number: it does not matter, but for 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fastweights.data import token_ids
 from fastweights.errors import FastWeightsError
 from fastweights.models.cache import FastWeightsCache
 from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.reading.generation import end_tokens
 from fastweights.reading.stream import check_logits, last_position
 from fastweights.reading.text import first_tokens
 from fastweights.settings.sampling import SamplingConfig
@@ -260,18 +261,13 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Of models that part documents by one token, such as GPT-2 and the embedded one, this is that token.
     """
-    return first_tokens(tokenizer) or _known(tokenizer.bos_token_id)
+    start: int | None = tokenizer.bos_token_id  # type: ignore[assignment]
+    return first_tokens(tokenizer) or ([] if start is None else [start])
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a document. A start token does, too: some models know no other end."""
-    said = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({*_known(said), *_known(tokenizer.eos_token_id), *_known(tokenizer.bos_token_id)})
-
-
-def _known(token: Any) -> list[int]:
-    """What may be a token, several or none."""
-    return [] if token is None else token if isinstance(token, list) else [token]
+    return sorted(end_tokens(model) | ({tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}))  # type: ignore[arg-type]
 
 
 def _warp(config: SamplingConfig) -> LogitsProcessorList:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastweights.errors import FastWeightsError
 from fastweights.files import model_written_whole, said
 from fastweights.models.adapters import save_adapter
+from fastweights.models.loading import not_finite
 from fastweights.models.lora import lora_rank
 from fastweights.progress import Progress
 from fastweights.training.checkpoints import (
@@ -113,9 +114,8 @@ class StageTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model, trial) -> None:
-        for name, parameter in self.model.named_parameters():  # type: ignore[union-attr]
-            if not torch.isfinite(parameter).all():
-                raise FastWeightsError(self._stopped(f"{name} is no longer finite"))
+        if bad := not_finite(dict(self.model.named_parameters())):  # type: ignore[union-attr]
+            raise FastWeightsError(self._stopped(f"{bad} is no longer finite"))
         folder = self.output / f"{CHECKPOINT}-{self.state.global_step}"
         with self._writing(folder):
             super()._save_checkpoint(model, trial)
