@@ -63,3 +63,16 @@ def test_the_model_itself_stays(monkeypatch, capsys, model_folder):
         code, _, err = run(monkeypatch, capsys, "convert", model_folder, output, "--overwrite")
         assert code == 1
         assert "stays as it is" in err
+
+
+def test_layers_are_chosen_by_a_text(convert, tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 60, encoding="utf-8")
+    options = ("--data.text", tmp_path / "text.txt", "--data.block-size", "64")
+    code, out, _ = convert("--window", "8", "--layers", "auto:1", *options)
+    assert code == 0
+    types = load_model(tmp_path / "converted").config.layer_types
+    assert sorted(types) == ["full_attention", *["hybrid_sliding"] * (len(types) - 1)]
+    rows = [line for line in out.splitlines() if "full_attention" in line or "hybrid_sliding" in line]
+    assert [row.split("│")[-2].strip() for row in rows] == types
+    code, _, err = convert("--window", "8", "--overwrite", *options)
+    assert (code, err.strip()) == (1, "error: data was given, which only layers auto:N read: leave it out")

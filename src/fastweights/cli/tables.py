@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fastweights.evaluation.comparison import MethodResult
     from fastweights.evaluation.perplexity import Evaluation
     from fastweights.evaluation.recall import Recall
+    from fastweights.settings.conversion import ConversionConfig
     from fastweights.training.pipeline import StageResult
 
 # Words are not defined in source code and the like, and what is said of them then means nothing.
@@ -42,6 +44,19 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
                 f"{evaluation.bits_per_byte:.3f}",
                 f"{result.retention:.3f}",
             )
+    Console().print(table)
+
+
+def print_layers(divergences: list[float], settings: ConversionConfig) -> None:
+    """A bar for each layer: how much converting it alone changes the model, and whether it is converted."""
+    table = Table(title="divergence, each layer converted alone", title_justify="left")
+    for column in ("layer", "nats a token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("becomes", no_wrap=True)
+    most = max(divergences) or 1.0
+    for i, (nats, kind) in enumerate(zip(divergences, settings.layer_types or (), strict=True)):
+        table.add_row(str(i), f"{nats:.4f}", Bar(most, 0, nats, width=24), kind)
     Console().print(table)
 
 

@@ -6,10 +6,14 @@ The command line takes it, a model's config keeps it, and layers are made from i
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastweights.errors import FastWeightsError, check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
@@ -17,6 +21,8 @@ WRITES = ("all", "leaving")
 _OF_THE_PAPER = ("decay", "identity")
 _OF_GATES = ("value_gate", "gate_bias", "gate_rank")
 _SINKS = 4
+_AUTO = "auto:"
+_LAYERS = re.compile(r"auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,8 @@ class ConversionConfig:
     """Tokens that fast weights beside a window hold: all, or by default those alone that leave the window."""
     layer_types: list[str] | None = None
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
+    layers: str | None = None
+    """Which to convert: numbers such as 0,4-9, or auto:4 for all but the 4 that are missed most; by default all."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     rotary: bool = True
@@ -65,6 +73,8 @@ class ConversionConfig:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
+        if self.layers is not None:
+            self._check_layers(self.layers)
         if self.sinks is not None and self.sinks < 0:
             raise FastWeightsError(f"sinks is {self.sinks}; allowed are 0 (none) and more tokens")
         if self.write == "leaving" and not self.window:
@@ -90,15 +100,46 @@ class ConversionConfig:
         if self.window and "hybrid_sliding" not in layer_types:
             raise FastWeightsError(f"window is {self.window} and layer_types has no hybrid_sliding: none would have it")
 
+    def _check_layers(self, layers: str) -> None:
+        if self.layer_types is not None:
+            raise FastWeightsError("layers and layer_types were given, which say the same: leave one out")
+        if not _LAYERS.fullmatch(layers):
+            raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, and auto:N")
+
+    @property
+    def layers_kept(self) -> int | None:
+        """How many layers `auto` is to leave as they are; None if it says itself which are converted."""
+        automatic = self.layers is not None and self.layers.startswith(_AUTO)
+        return int(self.layers.removeprefix(_AUTO)) if self.layers is not None and automatic else None
+
+    def converting(self, chosen: Collection[int], layers: int) -> ConversionConfig:
+        """The same, with these of so many layers converted."""
+        fast = "hybrid_sliding" if self.window else "linear_attention"
+        types = [fast if i in chosen else "full_attention" for i in range(layers)]
+        return replace(self, layers=None, layer_types=types)
+
+    def _named_layers(self, layers: int) -> set[int]:
+        if self.layers is None:
+            return set(range(layers))
+        if self.layers_kept is not None:
+            raise FastWeightsError(
+                f"layers is {self.layers}, which takes a model and a text: use fastweights convert, or choose_layers"
+            )
+        spans = [[int(end) for end in span.split("-")] for span in self.layers.split(",")]
+        named = {i for span in spans for i in range(span[0], span[-1] + 1)}
+        if not named or max(named) >= layers:
+            raise FastWeightsError(f"layers is {self.layers}; the base model has layers 0 to {layers - 1}")
+        return named
+
     def for_layers(self, layers: int) -> ConversionConfig:
         """The same with a type for each of so many layers, and a number of sinks.
 
         Raises:
-            FastWeightsError: if `layer_types` has another number of entries.
+            FastWeightsError: if `layer_types` has another number of entries, or `layers` others than the model's.
         """
+        if self.layer_types is None:
+            return self.converting(self._named_layers(layers), layers).for_layers(layers)
         layer_types = self.layer_types
-        if layer_types is None:
-            layer_types = ["hybrid_sliding" if self.window else "linear_attention"] * layers
         if len(layer_types) != layers:
             raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")
         sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks

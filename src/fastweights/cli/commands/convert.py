@@ -1,12 +1,19 @@
 """`fastweights convert`"""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fastweights.cli.console import say
+from fastweights.errors import FastWeightsError
 from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.text import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def convert(
@@ -14,6 +21,7 @@ def convert(
     output: Path,
     config: Annotated[ConversionConfig, Parameter(name="*")] = ConversionConfig(),  # noqa: B008 (frozen)
     *,
+    data: DataConfig = DataConfig(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> None:
     """Replace a model's softmax attention by fast weights; train the result before use.
@@ -29,11 +37,16 @@ def convert(
     """
     from fastweights.files import check_output_folder, only_run, save_model
     from fastweights.models import convert as run
-    from fastweights.models.loading import check_apart, load_tokenizer
+    from fastweights.models.loading import check_apart, load_model, load_tokenizer
 
+    if data != DataConfig() and config.layers_kept is None:
+        raise FastWeightsError("data was given, which only layers auto:N read: leave it out")
     check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    tokenizer, model = load_tokenizer(source), run(source, config)
+    tokenizer, base = load_tokenizer(source), load_model(source)
+    if config.layers_kept is not None:
+        config = _choose_layers(base, tokenizer, config, data)
+    model = run(base, config)
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
@@ -42,3 +55,20 @@ def convert(
         f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
         f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights train --model {output}"
     )
+
+
+def _choose_layers(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConversionConfig, data: DataConfig
+) -> ConversionConfig:
+    from fastweights.cli.tables import print_layers
+    from fastweights.data import load_documents, tokenize
+    from fastweights.progress import Progress
+    from fastweights.training.blocks import TokenBlocks
+    from fastweights.training.layer_choice import choose_layers
+
+    text = tokenize(load_documents(data), tokenizer)
+    blocks = TokenBlocks(text.tokens, data.block_size, text.document_lengths)
+    with Progress("converting each layer alone", unit="layers") as progress:
+        chosen, divergences = choose_layers(base, config, blocks, progress)
+    print_layers(divergences, chosen)
+    return chosen
