@@ -66,7 +66,7 @@ def test_rotary_positions_of_sinks_end():
         part = stream.read(part, logits_to_keep=1)
     # Rotary embeddings of the window's own positions are in float32.
     assert error(part, model(short, logits_to_keep=1).logits) <= 1e-2
-    far, near = (model.model.sink_embeddings(ids[:, :1], before=n) for n in (65_536, WINDOW + SINKS - 1))
+    far, near = (model.model.sink_embeddings(ids[:, :1], before=n)[WINDOW] for n in (65_536, WINDOW + SINKS - 1))
     assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
     at_its_place = base.model.rotary_emb(torch.empty(0).double(), torch.tensor([[WINDOW + SINKS - 1]]))
     assert all(torch.equal(*pair) for pair in zip(far, at_its_place, strict=True))

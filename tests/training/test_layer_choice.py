@@ -5,12 +5,12 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import without_fast_weights
-from fastweights.models import convert
+from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import divergence
 from fastweights.training.layer_choice import choose_layers, layer_divergences
-from tests.conftest import random_ids
+from tests.conftest import make_llama, random_ids
 
 LENGTH = 48
 OUTPUTS = ("attn.o_proj", "attn.c_proj")
@@ -92,3 +92,62 @@ def test_named_layers_are_converted(base, layers, converted):
 def test_layers_that_are_none_are_refused(base, settings, line):
     with pytest.raises(FastWeightsError, match=line):
         convert(base, ConversionConfig(**settings))
+
+
+def test_layers_left_out_have_the_wide_window(base, blocks):
+    settings = ConversionConfig(window=4, wide_window=12, layers="0,2")
+    model = convert(base, settings)
+    assert model.config.layer_types == ["hybrid_sliding"] * 3
+    assert model.config.windows == [layer.window for layer in model.fast_attentions()] == [4, 12, 4]
+    chosen, found = choose_layers(base, ConversionConfig(window=4, wide_window=12, layers="auto:1"), blocks)
+    assert chosen.windows.index(12) == max(range(3), key=lambda i: found[i])
+    narrow, _ = choose_layers(base, ConversionConfig(window=4, layers="auto:1"), blocks)
+    assert [kind == "full_attention" for kind in narrow.layer_types] == [window == 12 for window in chosen.windows]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"wide_window": 8}, "wide_window is 8 and window 0"),
+        ({"wide_window": 8, "window": 8, "layers": "0"}, "it is for layers with a longer one"),
+        ({"wide_window": 8, "window": 4}, "say by layers which have the usual one"),
+        ({"windows": [4, 8, 1], "window": 4}, r"windows is \[4, 8, 1\]; allowed are 0 \(none\) and 2 or more"),
+        ({"windows": [4, 8], "window": 4}, "there must be one for each of hybrid_sliding, hybrid_sliding, hybrid_sl"),
+        ({"windows": [4, 0, 4], "window": 4}, "there must be one for each of"),
+    ],
+)
+def test_windows_that_are_none_are_refused(base, settings, line):
+    with pytest.raises(FastWeightsError, match=line):
+        convert(base, ConversionConfig(**settings))
+
+
+@torch.no_grad()
+def test_each_layer_has_its_own_window_in_passes_and_steps(tmp_path):
+    """Equal in one pass and token by token; saved and loaded; and a layer's window reaches as far as it says."""
+    base = make_llama()
+    settings = ConversionConfig(window=4, sinks=2, windows=[4, 12, 6])
+    model = convert(base, settings).eval()
+    ids = random_ids(2, 40)
+    whole = model(input_ids=ids).logits
+    cache, steps = None, []
+    for piece in ids.split([7, 1, 1, 14, 1, 16], 1):
+        outputs = model(input_ids=piece, cache=cache, use_cache=True)
+        cache = outputs.cache
+        steps.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3, 11, 5]
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config.windows == [4, 12, 6]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, whole)
+    for window, layer in zip((4, 12, 6), model.fast_attentions(), strict=True):
+        x = torch.randn(1, 30, base.config.hidden_size)
+        at = torch.arange(30)[None]
+        embeddings = model.model.base.rotary_emb(x, at), model.model.sink_embeddings(x)
+        changed = x.clone()
+        changed[:, 29 - window] += 1  # the last token to leave
+        _, before = layer.read(x, None, *embeddings)
+        _, after = layer.read(changed, None, *embeddings)
+        differs = (before != after).flatten(2).any(-1)[0]
+        assert differs[29 - window : 29].all()
+        assert not differs[29]

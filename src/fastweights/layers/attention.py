@@ -171,7 +171,7 @@ class FastWeightAttention(KeepsFloat32):
         hidden_states: Float[Tensor, "B T d"],
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        sink_embeddings: tuple[Tensor, Tensor] | None = None,
+        sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
         marks: TokenMarks | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T d"], None]:
@@ -180,7 +180,7 @@ class FastWeightAttention(KeepsFloat32):
         Args:
             hidden_states: the layer's input.
             position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
-            sink_embeddings: the same for queries of sinks (`FastWeightsModel.sink_embeddings`).
+            sink_embeddings: the same for queries of sinks, by the layer's window (`FastWeightsModel.sink_embeddings`).
             marks: padding and borders of documents among the tokens.
             **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
                 has no use for, such as a 4-D mask.
@@ -204,7 +204,7 @@ class FastWeightAttention(KeepsFloat32):
         x: Float[Tensor, "B T d"],
         cache: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        sink_embeddings: tuple[Tensor, Tensor] | None = None,
+        sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
         marks: TokenMarks | None = None,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
         """What the fast weights and the window (None without one) say, before their learned factors.
@@ -213,7 +213,7 @@ class FastWeightAttention(KeepsFloat32):
             x: the layer's input.
             cache: a `StateCache`, or with a window a `WindowCache`, to start from and write to.
             position_embeddings: of the rotary embedding.
-            sink_embeddings: of the rotary embedding, for queries of sinks.
+            sink_embeddings: of the rotary embedding, for queries of sinks, by the layer's window.
             marks: padding and borders of documents.
         """
         marks = TokenMarks() if marks is None else marks
@@ -223,7 +223,7 @@ class FastWeightAttention(KeepsFloat32):
             rotated = self.projections.rotate(q, k, position_embeddings)
         if position_embeddings is not None and self.sinks:
             assert sink_embeddings is not None
-            sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings)
+            sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings[self.window])
         if self.rotary:
             q, k = rotated
         window = None

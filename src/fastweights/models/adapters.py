@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def _with_window(settings: ConversionConfig, window: int, what: str) -> Conversi
             f"window is {window}, and that of the adapter {what} {settings.window}: one that has a window can be given "
             "another, of 2 tokens up"
         )
-    return replace(settings, window=window)
+    return settings.with_window(window)
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,9 @@ class FastWeightsCache(DynamicCache):
             config: of the model.
         """
         types, block = config.layer_types, config.fast_weight_layer is not None
-        pairs = zip(self.layers, types, strict=False)
-        return len(self.layers) == len(types) + block and all(_fits(layer, kind, config) for layer, kind in pairs)
+        return len(self.layers) == len(types) + block and all(
+            _fits(layer, i, config) for i, layer in enumerate(self.layers[: len(types)])
+        )
 
     def _adopt_layers(self, config: FastWeightsConfig) -> None:
         types = config.layer_types
@@ -272,14 +273,14 @@ class FastWeightsCache(DynamicCache):
         self._give_softmax_layers_their_windows(config)
         for i, kind in enumerate(types):
             layer = self.layers[i]
-            if _fits(layer, kind, config):
+            if _fits(layer, i, config):
                 continue
             if not _is_unused(layer):
                 raise FastWeightsError(
                     f"layer {i} of the cache is a {type(layer).__name__} with tokens in it, and this model's is "
                     f"{kind}: the cache is another model's; begin with a new one"
                 )
-            self.layers[i] = _new_layer(kind, config)
+            self.layers[i] = _new_layer(i, config)
         if self.recurrent and any(isinstance(layer, StaticLayer) for layer in self.layers):
             # transformers would leave out the mask that hides the empty places of its static layers.
             raise FastWeightsError(
@@ -408,20 +409,22 @@ class FastWeightsCache(DynamicCache):
             layer.cumulative_length = length
 
 
-def _fits(layer: Any, kind: str, config: FastWeightsConfig) -> bool:
+def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:
+    kind = config.layer_types[i]
     if kind == "linear_attention":
         return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
     if kind == "hybrid_sliding":
         if not isinstance(layer, HybridCacheLayer):
             return False
-        return (layer.sliding_window, layer.number_of_sinks) == (config.sliding_window, config.sinks)
+        return (layer.sliding_window, layer.number_of_sinks) == (config.windows[i], config.sinks)
     return not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
-def _new_layer(kind: str, config: FastWeightsConfig) -> Any:
+def _new_layer(i: int, config: FastWeightsConfig) -> Any:
+    kind = config.layer_types[i]
     if kind == "linear_attention":
         return PureCacheLayer()
-    return HybridCacheLayer(config.sliding_window, config.sinks) if kind == "hybrid_sliding" else DynamicLayer()
+    return HybridCacheLayer(config.windows[i], config.sinks) if kind == "hybrid_sliding" else DynamicLayer()
 
 
 def _is_unused(layer: Any) -> bool:

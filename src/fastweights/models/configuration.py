@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -111,7 +111,7 @@ class FastWeightsConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int:
-        """The window of hybrid layers, under the name that transformers' caches look for.
+        """The window of hybrid layers, or of most, under the name that transformers' caches look for.
 
         Raises:
             AttributeError: without one, as in any config of a model without windows.
@@ -122,6 +122,11 @@ class FastWeightsConfig(PreTrainedConfig):
         return window
 
     @property
+    def windows(self) -> list[int]:
+        """The window of each layer, 0 without one."""
+        return (self.conversion or {}).get("windows")  # type: ignore[return-value]
+
+    @property
     def sinks(self) -> int:
         """First tokens that stay visible to the softmax of hybrid layers."""
         return (self.conversion or {}).get("sinks") or 0
@@ -129,7 +134,7 @@ class FastWeightsConfig(PreTrainedConfig):
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
         if value != getattr(self, "sliding_window", None):
-            self.conversion = asdict(replace(self.settings, window=value or 0))
+            self.conversion = asdict(self.settings.with_window(value or 0))
 
     @property
     def num_key_value_heads(self) -> int:

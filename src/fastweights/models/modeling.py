@@ -101,7 +101,6 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if config.settings.positions == "drop" and self.architecture.positions is not None:
             drop_positions(self.base, self.architecture.positions)
             self.max_positions = None
-        self._last_sink_position = config.settings.window + config.sinks - 1
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
         self._keep_in_fp32()
@@ -141,8 +140,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         position_ids: Int[Tensor, "_ T"] | None = None,
         marks: TokenMarks | None = None,
         before: int | Int[Tensor, "B 1"] = 0,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines for queries of sinks, where the base model has a rotary embedding.
+    ) -> dict[int, tuple[Tensor, Tensor]] | None:
+        """Cosines and sines for queries of sinks, for each window, where the base model has a rotary embedding.
 
         A query stands where it is, but never farther from its sinks than when the window has just lost them all: a
         distance that the base model knows, however long the text.
@@ -156,10 +155,12 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if self.architecture.rotary is None or not self.config.sinks:
             return None
         index = token_index(tokens.shape[1], before, marks or TokenMarks(), tokens.device)
-        too_far = (index - self._last_sink_position).clamp(min=0)
-        positions = (index if position_ids is None else position_ids) - too_far
+        positions = index if position_ids is None else position_ids
         like = torch.empty(0, dtype=self.dtype, device=tokens.device)
-        return self.base.get_submodule(self.architecture.rotary)(like, positions)
+        rotary = self.base.get_submodule(self.architecture.rotary)
+        windows = set(self.config.windows) - {0}
+        too_far = {window: (index - (window + self.config.sinks - 1)).clamp(min=0) for window in windows}
+        return {window: rotary(like, positions - more) for window, more in too_far.items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""

@@ -48,8 +48,8 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             feature_map,
             shape=shape,
             layer_idx=i,
-            window=settings.window if config.layer_types[i] == "hybrid_sliding" else 0,
-            sinks=config.sinks if config.layer_types[i] == "hybrid_sliding" else 0,
+            window=config.windows[i],
+            sinks=config.sinks if config.windows[i] else 0,
             write=settings.write or "all",
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,

@@ -47,6 +47,10 @@ class ConversionConfig:
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
     layers: str | None = None
     """Which to convert: numbers such as 0,4-9, or auto:4 for all but the 4 that are missed most; by default all."""
+    wide_window: int = 0
+    """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
+    windows: list[int] | None = None
+    """Per layer the window, 0 in one that is not hybrid; by default `window` and `wide_window`, as `layers` says."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     rotary: bool = True
@@ -75,6 +79,10 @@ class ConversionConfig:
             self._check_layer_types(self.layer_types)
         if self.layers is not None:
             self._check_layers(self.layers)
+        if self.windows is not None and any(window < 0 or window == 1 for window in self.windows):
+            raise FastWeightsError(f"windows is {self.windows}; allowed are 0 (none) and 2 or more tokens")
+        if self.wide_window:
+            self._check_wide_window()
         if self.sinks is not None and self.sinks < 0:
             raise FastWeightsError(f"sinks is {self.sinks}; allowed are 0 (none) and more tokens")
         if self.write == "leaving" and not self.window:
@@ -106,6 +114,14 @@ class ConversionConfig:
         if not _LAYERS.fullmatch(layers):
             raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, and auto:N")
 
+    def _check_wide_window(self) -> None:
+        if not self.window or self.wide_window <= self.window:
+            raise FastWeightsError(
+                f"wide_window is {self.wide_window} and window {self.window}: it is for layers with a longer one"
+            )
+        if self.layers is None and self.windows is None:
+            raise FastWeightsError(f"wide_window is {self.wide_window}: say by layers which have the usual one")
+
     @property
     def layers_kept(self) -> int | None:
         """How many layers `auto` is to leave as they are; None if it says itself which are converted."""
@@ -115,8 +131,16 @@ class ConversionConfig:
     def converting(self, chosen: Collection[int], layers: int) -> ConversionConfig:
         """The same, with these of so many layers converted."""
         fast = "hybrid_sliding" if self.window else "linear_attention"
-        types = [fast if i in chosen else "full_attention" for i in range(layers)]
-        return replace(self, layers=None, layer_types=types)
+        if not self.wide_window:
+            types = [fast if i in chosen else "full_attention" for i in range(layers)]
+            return replace(self, layers=None, layer_types=types)
+        windows = [self.window if i in chosen else self.wide_window for i in range(layers)]
+        return replace(self, layers=None, layer_types=[fast] * layers, windows=windows)
+
+    def with_window(self, window: int) -> ConversionConfig:
+        """The same with another window in all layers but those with the wide one."""
+        windows = self.windows and [window if own == self.window else own for own in self.windows]
+        return replace(self, window=window, windows=windows)
 
     def _named_layers(self, layers: int) -> set[int]:
         if self.layers is None:
@@ -142,6 +166,9 @@ class ConversionConfig:
         layer_types = self.layer_types
         if len(layer_types) != layers:
             raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")
+        windows = self.windows or [self.window if kind == "hybrid_sliding" else 0 for kind in layer_types]
+        if [bool(window) for window in windows] != [kind == "hybrid_sliding" for kind in layer_types]:
+            raise FastWeightsError(f"windows is {windows}; there must be one for each of {', '.join(layer_types)}")
         sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks
         write = self.write or ("leaving" if self.window else "all")
-        return replace(self, layer_types=list(layer_types), sinks=sinks, write=write)
+        return replace(self, layer_types=list(layer_types), windows=list(windows), sinks=sinks, write=write)

@@ -135,7 +135,7 @@ def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[T
 
 
 def _contributions(
-    layer: FastWeightAttention, record: AttentionRecord, sink_embeddings: tuple[Tensor, Tensor] | None
+    layer: FastWeightAttention, record: AttentionRecord, sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None
 ) -> Float[Tensor, "factors N d"]:
     """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
     fast, window = layer.read(

@@ -75,7 +75,8 @@ def layer_divergences(
         progress: is told layers done and layers in all.
     """
     layers = model.config.num_hidden_layers
-    settings = replace(settings, positions="keep")  # whatever the model is to do without, these are its own layers
+    # Whatever the model is to do without, these are its own layers, with the window that is to be most layers'.
+    settings = replace(settings, positions="keep", wide_window=0)
     chosen = [blocks[i * len(blocks) // _BLOCKS] for i in range(min(_BLOCKS, len(blocks)))]
     read = [(block["input_ids"][None], positions_if_packed(block["position_ids"][None])) for block in chosen]
     read = [(ids.to(model.device), None if places is None else places.to(model.device)) for ids, places in read]
