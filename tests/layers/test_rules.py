@@ -135,8 +135,8 @@ def test_gates_of_low_rank_start_as_full_ones():
 
 
 def test_an_unknown_rule_names_the_known_ones():
-    with pytest.raises(FastWeightsError, match=f"rule 'gated' is unknown; known are {', '.join(RULES)}"):
-        make_rule("gated", SHAPE)
+    with pytest.raises(FastWeightsError, match=f"rule 'forget' is unknown; known are {', '.join(RULES)}"):
+        make_rule("forget", SHAPE)
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

@@ -47,7 +47,7 @@ _DATA = ("text_config", "text_column", "join_rows")
 
 ADVANCED: dict[type, tuple[str, ...]] = {
     ComparisonConfig: ("sgd", "rms", "statistics_blocks"),
-    ConversionConfig: ("rule", "feature_map", "layer_types", "value_gate", "rotary", "gate_bias"),
+    ConversionConfig: ("rule", "feature_map", "normaliser", "layer_types", "value_gate", "rotary", "gate_bias"),
     DataConfig: _DATA,
     DemoConfig: (),
     DynamicEvaluationConfig: _DYNAMIC,

@@ -105,7 +105,8 @@ class FastWeightAttention(KeepsFloat32):
         attention: the pretrained attention.
         projections: how to use its modules.
         rule: what the fast weights do with each token.
-        feature_map: of queries and keys.
+        query_map: feature map of the queries that read them.
+        key_map: of the keys that they are written under.
         shape: sizes of `attention`.
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
@@ -124,7 +125,8 @@ class FastWeightAttention(KeepsFloat32):
         attention: nn.Module,
         projections: Projections,
         rule: Rule,
-        feature_map: FeatureMap,
+        query_map: FeatureMap,
+        key_map: FeatureMap,
         *,
         shape: AttentionShape,
         layer_idx: int,
@@ -140,7 +142,7 @@ class FastWeightAttention(KeepsFloat32):
         self.replaced = type(attention)
         for name, module in attention.named_children():
             self.add_module(name, module)
-        self.projections, self.rule, self.feature_map = projections, rule, feature_map
+        self.projections, self.rule, self.query_map, self.key_map = projections, rule, query_map, key_map
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary = window, sinks, rotary
         self.writes_leaving = bool(window) and write == "leaving"
@@ -154,7 +156,8 @@ class FastWeightAttention(KeepsFloat32):
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
         """Start as a layer that was never trained; projections stay as they are."""
-        self.rule.reset_parameters()
+        for module in (self.rule, self.query_map, self.key_map):
+            module.reset_parameters()
         self.fast_scale.fill_(1.0)
         if self.window_scale is not None:
             self.window_scale.fill_(1.0)
@@ -163,7 +166,7 @@ class FastWeightAttention(KeepsFloat32):
 
     def new_parameter_names(self) -> list[str]:
         """Names of the parameters that the base model does not have."""
-        own = ("rule", "feature_map", "fast_scale", "window_scale", "window_bias")
+        own = ("rule", "query_map", "key_map", "fast_scale", "window_scale", "window_bias")
         return [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
 
     def forward(
@@ -242,11 +245,12 @@ class FastWeightAttention(KeepsFloat32):
                 leaving=self.writes_leaving,
             )
             if left is not None:
-                k, v = left
+                # Before anything has left a document's window its state is empty: a token may as well be padding.
+                k, v, marks = left.k, left.v, marks._replace(real=left.any)
         fast, state = self.rule(
             x,
-            self.feature_map(q),
-            self.feature_map(k),
+            self.query_map(q),
+            self.key_map(k),
             v,
             scale=self.scaling,
             marks=marks,

@@ -1,6 +1,10 @@
 """Feature maps of queries and keys: what a rule is given in their place.
 
-A map works on each head by itself, (..., D) -> (..., width(D)). The paper's own is the identity (H. H. Mao, 2022).
+A map works on each head by itself, (B, T, H, D) -> (B, T, H, width). A layer has one for its queries and one for its
+keys, of which there are fewer where heads share them; maps that learn have weights of their own for each head of
+either. The paper's own map is the identity (H. H. Mao, 2022).
+
+Notation: B batch, T time, H heads (of queries, or of keys), D width of a head, K width after the map.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import torch
 from torch import nn
 
 from fastweights.errors import check_name
+from fastweights.layers.precision import KeepsFloat32
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,12 +27,19 @@ class FeatureMap(nn.Module):
 
     Args:
         head_dim: width D of a query or key.
+        heads: of queries, or of keys.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    non_negative = False
+    """Whether nothing that comes out is below 0, so that weights q·k can be divided by their sum."""
+
+    def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__()
         self.width = head_dim
         """Width of what comes out."""
+
+    def reset_parameters(self) -> None:
+        """Start as a new map."""
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
@@ -41,19 +53,118 @@ class EluPlusOne(FeatureMap):
     lose in bfloat16 what adding 1 is to bring back.
     """
 
+    non_negative = True
+
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
         return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-FEATURE_MAPS: dict[str, type[FeatureMap]] = {"identity": FeatureMap, "elu+1": EluPlusOne}
+class Dpfp(FeatureMap):
+    """Products of neighbours in r = relu([x, -x]): (r_i r_{i-1}, ..., r_i r_{i-ν}), most of which are 0.
+
+    Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers" (arXiv 2102.11174), section 5.3. The width
+    becomes 2νD.
+
+    Args:
+        head_dim: width D of a query or key.
+        heads: of queries, or of keys.
+        nu: ν, neighbours on one side.
+    """
+
+    non_negative = True
+
+    def __init__(self, head_dim: int, heads: int, nu: int = 1) -> None:
+        super().__init__(head_dim, heads)
+        self.nu, self.width = nu, 2 * nu * head_dim
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """Queries or keys, head by head."""
+        r = torch.cat((x, -x), -1).relu()
+        return torch.cat([r * r.roll(j, -1) for j in range(1, self.nu + 1)], -1)
 
 
-def make_feature_map(name: str, head_dim: int) -> FeatureMap:
+class _Projected(KeepsFloat32, FeatureMap):
+    """A map of W x with a learned matrix W for each head, which starts as the identity; in float32."""
+
+    non_negative = True
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__(head_dim, heads)
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, head_dim, dtype=torch.float32))
+        _Projected.reset_parameters(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start where x itself is what the map is of."""
+        self.weight.copy_(torch.eye(self.weight.shape[-1]))
+
+    def project(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+        """W x in float32, whatever autocast says."""
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("bthd,hkd->bthk", x.to(self.weight.dtype), self.weight)
+
+
+class ReluOfProjection(_Projected):
+    """relu(W x + b), with W and b learned for each head.
+
+    T2R: Kasai et al., "Finetuning Pretrained Transformers into RNNs" (arXiv 2103.13076). The width stays D, W starts as
+    the identity and b at 0.
+
+    Args:
+        head_dim: width D of a query or key.
+        heads: of queries, or of keys.
+    """
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__(head_dim, heads)
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as relu(x)."""
+        super().reset_parameters()
+        self.bias.zero_()
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """Queries or keys, head by head."""
+        return (self.project(x) + self.bias).relu().to(x.dtype)
+
+
+class SoftmaxOfProjection(_Projected):
+    """[softmax(W x), softmax(-W x)] over the channels of a head, with W learned for each head.
+
+    Hedgehog: Zhang et al., "The Hedgehog & the Porcupine" (arXiv 2402.04347), whose W starts as the identity, too.
+
+    Args:
+        head_dim: width D of a query or key.
+        heads: of queries, or of keys.
+    """
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__(head_dim, heads)
+        self.width = 2 * head_dim
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """Queries or keys, head by head."""
+        x, dtype = self.project(x), x.dtype
+        return torch.cat((x.softmax(-1), (-x).softmax(-1)), -1).to(dtype)
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "identity": FeatureMap,
+    "elu+1": EluPlusOne,
+    "relu": ReluOfProjection,
+    "dpfp": Dpfp,
+    "softmax": SoftmaxOfProjection,
+}
+
+
+def make_feature_map(name: str, head_dim: int, heads: int) -> FeatureMap:
     """The map of that name.
 
     Raises:
         FastWeightsError: if there is none; it names those that there are.
     """
     check_name("feature_map", name, FEATURE_MAPS)
-    return FEATURE_MAPS[name](head_dim)
+    return FEATURE_MAPS[name](head_dim, heads)

@@ -1,11 +1,11 @@
 """Update rules: what a head's fast weights do with each token. One class each, one row in `RULES`.
 
 A rule owns its parameters and how they start, makes its gates, keeps padding and document borders out of its state,
-calls its op, and knows the shape of its state. Everything else about a layer (projections, window, mix) is not its
+calls its op, divides by its normaliser, and knows the shape of its state. Everything else about a layer (projections, window, mix) is not its
 business.
 
 Notation: B batch, T time, d width of the model, H query heads, G key/value heads, K width of a key after the feature
-map, V width of a value, S state (B, G, K, V).
+map, V width of a value, S state (B, G, K, W) with W = V, or V + 1 with a normaliser.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class RuleShape:
     """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
     gate_rank: int = 0
     """Rank of a gate's matrix; 0 for a full one."""
+    normaliser: bool = False
+    """Whether what is read is divided by the sum of its weights, which must not be negative."""
 
 
 class TokenMarks(NamedTuple):
@@ -58,12 +60,18 @@ class Rule(nn.Module):
     A rule that writes under other keys overrides `written`; one with another recurrence `update`, which padding and
     borders of documents reach as keys, values and gates.
 
+    With a normaliser, what is read is the average Sᵀq / (q·z) of values and no sum of them, with z the sum of keys that
+    S is of keys times values. It is one more column of S, as if each value had a 1 behind it, so that caches, padding
+    and documents need not know of it. A query that matches no key, q·z = 0, reads 0; below 1e-6 it reads in proportion.
+
     Args:
         shape: sizes of the layer.
     """
 
-    gated = False
-    """Whether it has gates, which settings may speak of."""
+    settings: tuple[str, ...] = ()
+    """Those of a conversion that speak of its gates."""
+    normalises = False
+    """Whether it has a normaliser, by its paper, where the feature map is nowhere negative."""
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__()
@@ -72,7 +80,7 @@ class Rule(nn.Module):
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """(G, K, V) of the state of one row."""
-        return self.shape.kv_heads, self.shape.key_width, self.shape.value_width
+        return self.shape.kv_heads, self.shape.key_width, self.shape.value_width + self.shape.normaliser
 
     def reset_parameters(self) -> None:
         """Start as a new rule."""
@@ -98,10 +106,10 @@ class Rule(nn.Module):
         *,
         scale: float,
         marks: TokenMarks,
-        state: Float[Tensor, "B G K V"] | None,
+        state: Float[Tensor, "B G K W"] | None,
         keep_state: bool,
         inclusive: bool = True,
-    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
+    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K W"] | None]:
         """What the state says to each query, after the write; and the state after the last token.
 
         Args:
@@ -109,12 +117,15 @@ class Rule(nn.Module):
             q: queries, after the feature map.
             k: keys, after the feature map.
             v: values.
-            scale: factor on what is read.
+            scale: factor on what is read, which a normaliser takes out again.
             marks: padding and borders of documents.
-            state: to start from; by default 0.
+            state: to start from, of `state_shape`; by default 0.
             keep_state: whether the state is wanted.
             inclusive: whether a token reads the state after its own decay and write, or before both.
         """
+        dtype = v.dtype
+        if self.shape.normaliser:
+            v, scale = _with_ones(v), 1.0
         key_gate, value_gate = self.log_gates(x)
         k = self.written(k, key_gate)
         if marks.real is not None:
@@ -132,7 +143,7 @@ class Rule(nn.Module):
         if marks.starts is not None and not inclusive:
             # Its first token reads what the document before has left.
             o = o.masked_fill(marks.starts[..., None, None], 0)
-        return o, state
+        return _normalised(o).to(dtype) if self.shape.normaliser else o, state
 
     def update(
         self,
@@ -178,11 +189,29 @@ class Rule(nn.Module):
         )
 
 
+# As Katharopoulos et al. add to it.
+_LEAST_WEIGHT = 1e-6
+
+
+def _with_ones(v: Float[Tensor, "B T G V"]) -> Float[Tensor, "B T G V+1"]:
+    """In float32 at least, so that what is divided was not rounded."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    return torch.cat((v, v.new_ones(*v.shape[:3], 1)), -1)
+
+
+def _normalised(o: Float[Tensor, "B T H _"]) -> Float[Tensor, "B T H V"]:
+    """The last column is the sum of the weights that the others were summed with."""
+    return o[..., :-1] / o[..., -1:].clamp(min=_LEAST_WEIGHT)
+
+
 class AddRule(Rule):
     """S_t = S_{t-1} + k_t v_tᵀ: nothing is forgotten.
 
-    Katharopoulos et al., "Transformers are RNNs" (arXiv 2006.16236), without their normaliser.
+    Katharopoulos et al., "Transformers are RNNs" (arXiv 2006.16236); their normaliser needs a feature map that is
+    nowhere negative.
     """
+
+    normalises = True
 
 
 class LowRank(nn.Module):
@@ -221,7 +250,7 @@ class DecayRule(Rule):
         shape: sizes of the layer.
     """
 
-    gated = True
+    settings = ("value_gate", "gate_bias", "gate_rank")
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)
@@ -238,9 +267,11 @@ class DecayRule(Rule):
             if isinstance(gate, LowRank):
                 gate.down.reset_parameters()
                 gate = gate.up
-            width = gate.out_features // self.shape.kv_heads
             gate.weight.zero_()
-            gate.bias.copy_(torch.linspace(*self.shape.gate_bias, width).repeat(self.shape.kv_heads))
+            gate.bias.copy_(self._first_bias(gate.out_features // self.shape.kv_heads))
+
+    def _first_bias(self, width: int) -> Float[Tensor, " GX"]:
+        return torch.linspace(*self.shape.gate_bias, width).repeat(self.shape.kv_heads)
 
     def log_gates(
         self, x: Float[Tensor, "B T d"]
@@ -259,8 +290,8 @@ class AverageRule(DecayRule):
     """The decay rule, which writes under k_t ⊙ (1 - f_t): as much as it forgets.
 
     Fast weights are then averages over a time that each key channel sets, and no sums, which grow for as long as a
-    channel remembers. The gated rule of H. Peng et al., "Random Feature Attention" (arXiv 2103.02143) writes so, with
-    one gate a head; Z. Qin et al., "HGRN2" (arXiv 2404.07904) with one a channel, in the place of keys.
+    channel remembers. The gated rule writes so, with one gate a head; Z. Qin et al., "HGRN2" (arXiv 2404.07904) with
+    one a channel, in the place of keys.
     """
 
     def written(
@@ -271,7 +302,30 @@ class AverageRule(DecayRule):
         return k * -torch.expm1(key_gate).to(k.dtype)
 
 
-RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule, "average": AverageRule}
+class GatedRule(AverageRule):
+    """S_t = g_t S_{t-1} + (1 - g_t) k_t v_tᵀ with one gate a head, g_t = sigmoid(w·x_t + b).
+
+    H. Peng et al., "Random Feature Attention" (arXiv 2103.02143), section 3.2.
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    settings = ("gate_bias", "gate_rank")
+    normalises = True
+
+    def __init__(self, shape: RuleShape) -> None:
+        Rule.__init__(self, shape)
+        self.key_gate, self.value_gate = _gate(shape, 1), None
+
+    def _first_bias(self, width: int) -> Float[Tensor, " G"]:
+        """Time constants are spread over the heads, where each has but one."""
+        first, last = self.shape.gate_bias
+        heads = self.shape.kv_heads
+        return torch.linspace(first, last, heads) if heads > 1 else torch.tensor([(first + last) / 2])
+
+
+RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule, "gated": GatedRule, "average": AverageRule}
 
 
 def make_rule(name: str, shape: RuleShape) -> Rule:

@@ -33,10 +33,19 @@ class WindowTokens(NamedTuple):
 
 
 class KeysAndValues(NamedTuple):
-    """Of some tokens: sinks, or those that leave the window."""
+    """Of some tokens, such as sinks."""
 
     k: Float[Tensor, "B L G D"]
     v: Float[Tensor, "B L G V"]
+
+
+class Leaving(NamedTuple):
+    """The tokens that leave the window, each beside the one that is the last to see it."""
+
+    k: Float[Tensor, "B T G D"]
+    v: Float[Tensor, "B T G V"]
+    any: Bool[Tensor, "B T"] | None
+    """False beside a token that none leaves the window of, whose key and value mean nothing; None if there are none."""
 
 
 class Sinks(NamedTuple):
@@ -105,7 +114,7 @@ def windowed(
     bias: Float[Tensor, "H bias"] | None = None,
     marks: TokenMarks | None = None,
     leaving: bool = False,
-) -> tuple[Float[Tensor, "B T H V"], KeysAndValues | None]:
+) -> tuple[Float[Tensor, "B T H V"], Leaving | None]:
     """Window attention of a stream of text: after what `cache` has kept, among padding and several documents.
 
     Padding takes no room in the window: each row's real tokens stand together at its end.
@@ -122,7 +131,7 @@ def windowed(
 
     Returns:
         What each token sees; and if wanted the key (its other channels, where it has any) and the value of the token
-        that each one is the last to see in its window, zeros where that is none, or a sink.
+        that each one is the last to see in its window, where that is one of its document and no sink.
     """
     real, starts = marks = marks or TokenMarks()
     (T, _, D), back = new.q.shape[1:], None
@@ -152,7 +161,9 @@ def windowed(
     o = window_attention(new.q, near_k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
     if back is None:
         return o, left
-    return _take(o, back), None if left is None else KeysAndValues(*(_take(x, back) for x in left))
+    if left is not None:
+        left = Leaving(_take(left.k, back), _take(left.v, back), None if left.any is None else left.any.gather(1, back))
+    return _take(o, back), left
 
 
 def _real_last(real: Bool[Tensor, "B T"], kept: int, before: int | Int[Tensor, "B 1"]) -> Int[Tensor, "B L"] | None:
@@ -166,15 +177,14 @@ def _take(x: Float[Tensor, "B L H D"], order: Int[Tensor, "B T"]) -> Float[Tenso
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
-def _leaving(kept: KeysAndValues, places: _Places, window: int, sinks: int) -> KeysAndValues:
-    """Of the token W - 1 before each new one, zeros where its document has none there that is no sink."""
+def _leaving(kept: KeysAndValues, places: _Places, window: int, sinks: int) -> Leaving:
+    """The token W - 1 before each new one, if its document has one there that is no sink."""
     T, first = places.index.shape[1], window - 1 + sinks
     front = T + window - 1 - kept.k.shape[1]
     k, v = (pad(x[:, :T], (0, 0, 0, 0, front, 0))[:, :T] for x in kept)
     if places.alike and isinstance(places.before, int) and places.before >= first:
-        return KeysAndValues(k, v)
-    none = (places.index < first)[:, :, None, None]
-    return KeysAndValues(k.masked_fill(none, 0), v.masked_fill(none, 0))
+        return Leaving(k, v, None)
+    return Leaving(k, v, (places.index >= first).expand(len(k), T))
 
 
 def _sinks(

@@ -28,7 +28,7 @@ from fastweights.models.conversion import convert, with_config
 from fastweights.models.loading import load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora
 from fastweights.models.names import find_base, lasting_name, resolve_model
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.conversion import BEFORE, ConversionConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -212,7 +212,7 @@ def _read(folder: Path) -> _Adapter:
         return _Adapter(
             folder=folder.resolve(),
             config=config,
-            settings=ConversionConfig(**ours["conversion"]),
+            settings=ConversionConfig(**{**BEFORE, **ours["conversion"]}),
             sizes={name: ours["base"][name] for name in _SIZES},
             sample={name: torch.tensor([float(x) for x in row.split()]) for name, row in ours["sample"].items()},
             targets=[] if targets == _NO_TARGETS else list(targets),

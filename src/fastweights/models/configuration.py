@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.conversion import BEFORE, ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 
@@ -75,8 +75,8 @@ class FastWeightsConfig(PreTrainedConfig):
         # Empty, not missing: TRL looks here for classes that transformers does not have.
         self.auto_map = getattr(self, "auto_map", None) or {}
         conversion = self.conversion or {}
-        if "layer_types" in conversion:  # saved, perhaps by a version that had neither of these
-            conversion = {"sinks": 0, "write": "all", **conversion}
+        if "layer_types" in conversion:  # saved, perhaps by an earlier version
+            conversion = {**BEFORE, **conversion}
         settings = _made_of(ConversionConfig, "conversion", conversion)
         self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
         if set(self.layer_types) != {"full_attention"}:

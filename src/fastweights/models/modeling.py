@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FLOAT32_PARTS = {"rule", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
+_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
 
 
 class AttentionRecord(NamedTuple):

@@ -31,21 +31,25 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
     for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
         if config.layer_types[i] == "full_attention":
             continue
-        feature_map = make_feature_map(settings.feature_map, shape.head_dim)
+        query_map, key_map = (
+            make_feature_map(settings.feature_map, shape.head_dim, heads) for heads in (shape.heads, shape.kv_heads)
+        )
         rule_shape = RuleShape(
             hidden_size=shape.hidden_size,
             kv_heads=shape.kv_heads,
-            key_width=feature_map.width,
+            key_width=key_map.width,
             value_width=shape.head_dim,
             value_gate=settings.value_gate,
             gate_bias=settings.gate_bias,
             gate_rank=settings.gate_rank,
+            normaliser=bool(settings.normaliser),
         )
         attention = FastWeightAttention(
             layer.get_submodule(row.attention),
             row.projections,
             make_rule(settings.rule, rule_shape),
-            feature_map,
+            query_map,
+            key_map,
             shape=shape,
             layer_idx=i,
             window=config.windows[i],

@@ -20,6 +20,8 @@ POSITIONS = ("keep", "drop")
 WRITES = ("all", "leaving")
 _OF_THE_PAPER = ("decay", "identity")
 _OF_GATES = ("value_gate", "gate_bias", "gate_rank")
+BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
+"""What was so in conversions that were saved without a word of it, by earlier versions."""
 _SINKS = 4
 _AUTO = "auto:"
 _LAYERS = re.compile(r"auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -37,6 +39,8 @@ class ConversionConfig:
     """Update rule of the fast weights; decay is the paper's, others are in docs/methods.md."""
     feature_map: str = "identity"
     """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
+    normaliser: bool | None = None
+    """Divide what is read by the sum of its weights; by default, rules add and gated do with maps that allow it."""
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
     sinks: int | None = None
@@ -63,7 +67,7 @@ class ConversionConfig:
     """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
 
     def __post_init__(self) -> None:
-        if (self.rule, self.feature_map) != _OF_THE_PAPER:
+        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser:
             self._check_rule_and_feature_map()
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
@@ -96,9 +100,27 @@ class ConversionConfig:
 
         check_name("rule", self.rule, RULES)
         check_name("feature_map", self.feature_map, FEATURE_MAPS)
-        unused = [name for name in _OF_GATES if getattr(self, name) != getattr(ConversionConfig, name)]
-        if unused and not RULES[self.rule].gated:
-            raise FastWeightsError(f"rule {self.rule} has no gates: leave {', '.join(unused)} out")
+        changed = (name for name in _OF_GATES if getattr(self, name) != getattr(ConversionConfig, name))
+        if unused := [name for name in changed if name not in RULES[self.rule].settings]:
+            gates = "has no such gates" if RULES[self.rule].settings else "has no gates"
+            raise FastWeightsError(f"rule {self.rule} {gates}: leave {', '.join(unused)} out")
+        if self.normaliser and not RULES[self.rule].normalises:
+            rules = " or ".join(name for name, rule in RULES.items() if rule.normalises)
+            raise FastWeightsError(f"rule {self.rule} has no normaliser: leave it out, or take rule {rules}")
+        if self.normaliser and not FEATURE_MAPS[self.feature_map].non_negative:
+            maps = ", ".join(name for name, feature_map in FEATURE_MAPS.items() if feature_map.non_negative)
+            raise FastWeightsError(
+                f"normaliser was given, and with feature_map {self.feature_map} weights may sum to 0: leave it out, or "
+                f"take one of {maps}"
+            )
+
+    def _normalises(self) -> bool:
+        if (self.rule, self.feature_map) == _OF_THE_PAPER:
+            return False
+        from fastweights.layers.feature_maps import FEATURE_MAPS
+        from fastweights.layers.rules import RULES
+
+        return RULES[self.rule].normalises and FEATURE_MAPS[self.feature_map].non_negative
 
     def _check_layer_types(self, layer_types: list[str]) -> None:
         if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):
@@ -156,7 +178,7 @@ class ConversionConfig:
         return named
 
     def for_layers(self, layers: int) -> ConversionConfig:
-        """The same with a type for each of so many layers, and a number of sinks.
+        """The same with a type for each of so many layers, and what else was left to its default.
 
         Raises:
             FastWeightsError: if `layer_types` has another number of entries, or `layers` others than the model's.
@@ -171,4 +193,6 @@ class ConversionConfig:
             raise FastWeightsError(f"windows is {windows}; there must be one for each of {', '.join(layer_types)}")
         sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks
         write = self.write or ("leaving" if self.window else "all")
-        return replace(self, layer_types=list(layer_types), windows=list(windows), sinks=sinks, write=write)
+        normaliser = self._normalises() if self.normaliser is None else self.normaliser
+        settled = {"windows": list(windows), "sinks": sinks, "write": write, "normaliser": normaliser}
+        return replace(self, layer_types=list(layer_types), **settled)
