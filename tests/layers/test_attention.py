@@ -91,5 +91,5 @@ def test_gates_ignore_autocast():
 
 
 def test_settings_name_what_is_known():
-    with pytest.raises(FastWeightsError, match="rule 'gated' is unknown; known are decay"):
-        ConversionConfig(rule="gated")
+    with pytest.raises(FastWeightsError, match="rule 'forget' is unknown; known are decay"):
+        ConversionConfig(rule="forget")

@@ -3,8 +3,8 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers import feature_maps as module
-from fastweights.layers.feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
-from fastweights.models import convert
+from fastweights.layers.feature_maps import FEATURE_MAPS, Dpfp, FeatureMap, make_feature_map
+from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_llama, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
@@ -14,6 +14,15 @@ from tests.models.checks import check_pieces_equal_one_pass
 def test_a_map_has_the_width_that_it_says(name):
     feature_map = make_feature_map(name, 6, 4)
     assert feature_map(torch.randn(2, 3, 4, 6)).shape == (2, 3, 4, feature_map.width)
+
+
+def trained(name: str, head_dim: int, heads: int) -> FeatureMap:
+    """In float64, with weights that differ from head to head."""
+    torch.manual_seed(0)
+    feature_map = make_feature_map(name, head_dim, heads).double()
+    for parameter in feature_map.parameters():
+        torch.nn.init.normal_(parameter)
+    return feature_map
 
 
 def test_the_identity_changes_nothing():
@@ -36,10 +45,92 @@ def test_elu_plus_one_does_not_cancel_in_bfloat16():
     assert ((torch.nn.functional.elu(x) + 1).double() - x.double().exp()).abs().max() > 1e-3
 
 
-def test_gradients_at_large_inputs_are_finite():
+def test_relu_of_a_projection():
+    x, found = torch.randn(2, 3, 4, 6, dtype=torch.float64), trained("relu", 6, 4)
+    for head in range(4):
+        expected = (x[:, :, head] @ found.weight[head].T + found.bias[head]).clamp(min=0)
+        torch.testing.assert_close(found(x)[:, :, head], expected)
+    assert make_feature_map("relu", 6, 4)(x.float()).equal(x.float().relu())  # at the start
+
+
+def test_softmax_of_a_projection():
+    x, found = torch.randn(2, 3, 4, 6, dtype=torch.float64), trained("softmax", 6, 4)
+    for head in range(4):
+        e = (x[:, :, head] @ found.weight[head].T).exp()
+        expected = torch.cat((e / e.sum(-1, keepdim=True), (1 / e) / (1 / e).sum(-1, keepdim=True)), -1)
+        torch.testing.assert_close(found(x)[:, :, head], expected)
+    start = torch.cat((x.softmax(-1), (-x).softmax(-1)), -1)
+    torch.testing.assert_close(make_feature_map("softmax", 6, 4).double()(x), start)
+
+
+@pytest.mark.parametrize("nu", [1, 3])
+def test_dpfp_multiplies_neighbours(nu):
+    x, found = torch.randn(2, 3, 4, 5, dtype=torch.float64), Dpfp(5, 4, nu=nu)
+    r = torch.cat((x.clamp(min=0), -x.clamp(max=0)), -1)
+    expected = [r[..., i] * r[..., i - j] for j in range(1, nu + 1) for i in range(10)]
+    assert found.width == len(expected)
+    torch.testing.assert_close(found(x), torch.stack(expected, -1))
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def test_a_map_says_whether_it_is_nowhere_negative(name):
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64) * 5
+    assert trained(name, 6, 4)(x).ge(0).all() == FEATURE_MAPS[name].non_negative
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def test_bfloat16_costs_no_more_than_its_rounding(name):
+    feature_map, x = trained(name, 16, 4), (torch.randn(2, 30, 4, 16) * 3).bfloat16()
+    expected = feature_map(x.double())
+    found = feature_map.to(torch.float32).to(torch.bfloat16)(x)
+    assert found.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in feature_map.parameters())
+    torch.testing.assert_close(found.double(), expected, rtol=2.0**-8, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert feature_map(x).equal(found)
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def test_gradients(name):
+    feature_map = trained(name, 3, 2)
+    x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    names, parameters = (
+        zip(*feature_map.named_parameters(), strict=True) if list(feature_map.parameters()) else ((), ())
+    )
+
+    def of(x, *parameters):
+        return torch.func.functional_call(feature_map, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(of, (x, *parameters))
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def test_gradients_at_large_inputs_are_finite(name):
     x = torch.tensor([-1e4, -1.0, 0.0, 1.0, 1e4])[None, None, None].requires_grad_()
-    make_feature_map("elu+1", 5, 1)(x).sum().backward()
+    make_feature_map(name, 5, 1)(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_queries_and_keys_have_weights_of_their_own_for_each_head():
+    model = convert(make_llama(), ConversionConfig(feature_map="relu", window=8))
+    layer = model.fast_attentions()[0]
+    assert layer.query_map.weight.shape == (4, 8, 8)
+    assert layer.key_map.weight.shape == (2, 8, 8)
+    assert {"query_map.weight", "query_map.bias", "key_map.weight", "key_map.bias"} <= set(layer.new_parameter_names())
+    layer.key_map.weight.data.zero_()
+    layer.reset_new_parameters()
+    assert layer.key_map.weight.equal(torch.eye(8).expand(2, 8, 8))
+
+
+@torch.no_grad()
+def test_what_a_map_learns_is_loaded_in_float32(tmp_path):
+    model = convert(make_llama(), ConversionConfig(feature_map="softmax"))
+    expected = torch.nn.init.normal_(model.fast_attentions()[1].query_map.weight).clone()
+    model.save_pretrained(tmp_path)
+    layer = load_model(tmp_path, dtype=torch.bfloat16).fast_attentions()[1]
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+    assert layer.query_map.weight.dtype == torch.float32
+    assert layer.query_map.weight.equal(expected)
 
 
 def test_an_unknown_map_names_the_known_ones():

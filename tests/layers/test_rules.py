@@ -10,10 +10,10 @@ import torch
 from fastweights.errors import FastWeightsError
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.rules import RULES, AddRule, RuleShape, TokenMarks, make_rule
-from fastweights.models import convert
+from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gpt2, make_llama
+from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
     PADDING,
     check_a_padded_batch_generates_what_each_row_does_alone,
@@ -24,6 +24,8 @@ from tests.ops.problems import error
 
 B, T, G, R, K, V, D = 2, 13, 2, 2, 5, 6, 8
 SHAPE = RuleShape(D, G, K, V, value_gate=True, gate_bias=(2.0, 6.0))
+NORMALISED = replace(SHAPE, normaliser=True)
+NORMALISING = sorted(name for name, rule in RULES.items() if rule.normalises)
 
 
 class WritesByItself(AddRule):
@@ -42,10 +44,11 @@ class WritesByItself(AddRule):
         return torch.stack(outputs, 1), state if keep_state else None
 
 
-@pytest.fixture(params=[*sorted(RULES), "its own"])
+@pytest.fixture(params=[*sorted(RULES), "its own", *(f"{name}, normalised" for name in NORMALISING)])
 def rule(request):
     torch.manual_seed(0)
-    made = WritesByItself(SHAPE) if request.param == "its own" else make_rule(request.param, SHAPE)
+    name, shape = request.param.split(",")[0], NORMALISED if "normalised" in request.param else SHAPE
+    made = WritesByItself(shape) if name == "its own" else make_rule(name, shape)
     made.reset_parameters()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
@@ -53,8 +56,9 @@ def rule(request):
 
 
 def inputs(seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """Queries and keys are nowhere negative, as normalisers want them."""
     torch.manual_seed(seed)
-    return torch.randn(B, T, D), torch.randn(B, T, G * R, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
+    return torch.randn(B, T, D), torch.rand(B, T, G * R, K), torch.rand(B, T, G, K), torch.randn(B, T, G, V)
 
 
 def call(rule, *tensors, marks=None, state=None, keep_state=True, inclusive=True):
@@ -124,6 +128,68 @@ def test_additive_rule_is_a_sum_of_all_writes():
     assert not list(make_rule("add", SHAPE).parameters())
 
 
+@both_reads
+@pytest.mark.parametrize("normaliser", [True, False])
+@pytest.mark.parametrize("name", NORMALISING)
+def test_add_and_gated_are_these_weighted_sums_or_averages(name, normaliser, inclusive):
+    """In quadratic form: token i's value has the weight (1 - g_i) g_{i+1} ... g_t (q_t·k_i), of add q_t·k_i."""
+    rule = make_rule(name, NORMALISED if normaliser else SHAPE).double()
+    for parameter in rule.parameters():
+        torch.nn.init.normal_(parameter)
+    x, q, k, v = (tensor.double() for tensor in inputs())
+    kept = torch.ones(B, T, G, dtype=torch.float64)
+    if name == "gated":
+        kept = torch.sigmoid(x @ rule.key_gate.weight.T + rule.key_gate.bias)
+    share = 1 - kept if name == "gated" else kept
+    expected = torch.zeros(B, T, G, R, V, dtype=torch.float64)
+    for t in range(T):
+        end = t + 1 if inclusive else t
+        weights = [share[:, i] * kept[:, i + 1 : end].prod(1) for i in range(end)]
+        if weights:
+            match = torch.einsum("bgrk,bigk->bigr", q[:, t].unflatten(1, (G, R)), k[:, :end])
+            weights = torch.stack(weights, 1)[..., None] * match
+            total = weights.sum(1)[..., None] if normaliser else 1 / 0.5
+            expected[:, t] = torch.einsum("bigr,bigv->bgrv", weights, v[:, :end]) / total
+    o, _ = call(rule, x, q, k, v, inclusive=inclusive)
+    torch.testing.assert_close(o, expected.flatten(2, 3), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NORMALISING)
+def test_a_normalised_rule_reads_averages_in_bfloat16_too(name):
+    rule = make_rule(name, NORMALISED)
+    rule.reset_parameters()
+    short = [x.bfloat16() for x in inputs()]
+    o, state = call(rule, *short)
+    expected, _ = call(rule.double(), *(x.double() for x in short))
+    assert o.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert error(o, expected) <= tolerances.BFLOAT16
+
+
+@pytest.mark.parametrize("name", NORMALISING)
+def test_a_query_that_matches_no_key_reads_nothing(name):
+    rule = make_rule(name, NORMALISED)
+    rule.reset_parameters()
+    x, q, k, v = inputs()
+    q[..., 2:], k[..., :2], k[0] = 0, 0, 0
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    o, state = call(rule, x, q, k, v)
+    assert not o.any()
+    (o.sum() + state.square().sum()).backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v))
+
+
+def test_gated_heads_start_with_a_spread_of_time_constants():
+    bias = {}
+    for heads in (1, 2, 3):
+        rule = make_rule("gated", replace(SHAPE, kv_heads=heads))
+        rule.reset_parameters()
+        assert not rule.key_gate.weight.any()
+        bias[heads] = rule.key_gate.bias.tolist()
+    assert bias == {1: [4.0], 2: [2.0, 6.0], 3: [2.0, 4.0, 6.0]}
+
+
 def test_gates_of_low_rank_start_as_full_ones():
     low, full = (make_rule("decay", replace(SHAPE, gate_rank=rank)) for rank in (2, 0))
     for rule in (low, full):
@@ -141,10 +207,20 @@ def test_an_unknown_rule_names_the_known_ones():
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
-def test_every_rule_and_map_works_in_a_model(rule, feature_map):
-    """In pieces, among padding, in generate()."""
-    make = make_llama if rule == "decay" else make_gpt2
+def test_every_rule_and_map_works_in_a_model(rule, feature_map, tmp_path):
+    """In pieces, among padding, in generate(); it is trained, saved and loaded."""
+    make = make_llama if rule in ("decay", "gated") else make_gpt2
     model = convert(make(), ConversionConfig(rule=rule, feature_map=feature_map, window=8)).eval()
     check_pieces_equal_one_pass(model, (7, 8, 25))
     check_padding_gives_each_row_what_it_has_alone(model, sorted(PADDING)[0])
     check_a_padded_batch_generates_what_each_row_does_alone(model)
+    ids = random_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    with torch.no_grad():
+        for name in model.new_parameter_names():
+            model.get_parameter(name).add_(0.1)
+        model.save_pretrained(tmp_path)
+        assert load_model(tmp_path)(ids).logits.equal(model(ids).logits)

@@ -31,6 +31,7 @@ peft = pytest.importorskip("peft", reason="LoRA is peft's")
 KINDS = {
     "pure": ConversionConfig(positions="drop", gate_rank=2),
     "hybrid": ConversionConfig(window=8),
+    "gated": ConversionConfig(window=8, rule="gated", feature_map="softmax"),
     "partly": ConversionConfig(
         window=8, positions="drop", layer_types=["full_attention", "hybrid_sliding", "linear_attention"]
     ),

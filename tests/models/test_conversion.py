@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -69,13 +70,17 @@ def test_from_and_to_a_folder(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"rule": "delta"}, "rule 'delta' is unknown; known are decay"),
+        ({"rule": "forget"}, "rule 'forget' is unknown; known are decay"),
         ({"feature_map": "elu"}, "feature_map 'elu' is unknown; known are identity"),
         ({"window": 1}, "2 or more"),
         ({"write": "late", "window": 8}, "write 'late' is unknown; known are all, leaving"),
         ({"write": "leaving"}, "write is leaving and window is 0"),
         ({"gate_rank": -1}, "gate_rank is -1; allowed are 0"),
         ({"rule": "add", "gate_rank": 2}, "rule add has no gates: leave gate_rank out"),
+        ({"rule": "gated", "value_gate": False}, "rule gated has no such gates: leave value_gate out"),
+        ({"normaliser": True}, "rule decay has no normaliser: leave it out, or take rule add or gated"),
+        ({"normaliser": True, "rule": "average", "feature_map": "elu"}, "feature_map 'elu' is unknown"),
+        ({"normaliser": True, "rule": "gated"}, r"with feature_map identity weights may sum to 0.* elu\+1, relu"),
         ({"window": -3}, "2 or more"),
         ({"layer_types": ["linear_attention"]}, "has 3 layers"),
         ({"layer_types": ["softmax"] * 3}, "known are linear_attention, hybrid_sliding, full_attention"),
@@ -85,6 +90,29 @@ def test_from_and_to_a_folder(model_folder, tmp_path):
 def test_bad_settings(arguments, expected):
     with pytest.raises(FastWeightsError, match=expected):
         convert(make_gpt2(), ConversionConfig(**arguments))
+
+
+def test_add_and_gated_have_a_normaliser_where_their_map_allows_it():
+    for rule in ("add", "gated", "average", "decay"):
+        for feature_map in ("identity", "elu+1"):
+            config = convert(make_gpt2(), ConversionConfig(rule=rule, feature_map=feature_map)).config
+            allowed = rule in ("add", "gated") and feature_map == "elu+1"
+            assert config.settings.normaliser == allowed
+    without = convert(make_gpt2(), ConversionConfig(rule="add", feature_map="elu+1", normaliser=False))
+    assert without.fast_attentions()[0].rule.state_shape == (2, 16, 16)
+
+
+@torch.no_grad()
+def test_a_model_that_was_saved_before_there_were_normalisers_has_none(tmp_path):
+    model = convert(make_gpt2(), ConversionConfig(rule="add", feature_map="elu+1", normaliser=False)).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["conversion"]["normaliser"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = random_ids(1, 20)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.settings.normaliser is False
+    assert loaded(ids).logits.equal(model(ids).logits)
 
 
 def test_unknown_family_names_the_known_ones(tmp_path):

@@ -35,10 +35,13 @@ def test_modules_that_a_user_put_in_keep_their_weights(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["window", "block"])
+@pytest.mark.parametrize("kind", ["window", "block", "map"])
 def test_what_a_checkpoint_lacks_starts_as_new(family, kind, tmp_path):
     base = MAKERS[family](tie_word_embeddings=False)
-    new = convert(base, ConversionConfig(window=8)) if kind == "window" else trained(base, kind="hybrid")
+    if kind == "block":
+        new = trained(base, kind="hybrid")
+    else:
+        new = convert(base, ConversionConfig(window=8, feature_map="relu" if kind == "map" else "identity"))
     if kind == "block":
         new.fast_weight_layer.reset_parameters()
     new.save_pretrained(tmp_path)
@@ -47,7 +50,7 @@ def test_what_a_checkpoint_lacks_starts_as_new(family, kind, tmp_path):
     ours = {
         name
         for name in weights
-        if any(part in name for part in ("rule", "fast_scale", "window_", "fast_weight_layer"))
+        if any(part in name for part in ("rule", "_map", "fast_scale", "window_", "fast_weight_layer"))
         and not name.endswith(("up.weight", "down.weight"))  # random
     }
     assert len(ours) > 10

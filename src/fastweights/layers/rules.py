@@ -1,8 +1,8 @@
 """Update rules: what a head's fast weights do with each token. One class each, one row in `RULES`.
 
 A rule owns its parameters and how they start, makes its gates, keeps padding and document borders out of its state,
-calls its op, divides by its normaliser, and knows the shape of its state. Everything else about a layer (projections, window, mix) is not its
-business.
+calls its op, divides by its normaliser, and knows the shape of its state. Everything else about a layer (projections,
+window, mix) is not its business.
 
 Notation: B batch, T time, d width of the model, H query heads, G key/value heads, K width of a key after the feature
 map, V width of a value, S state (B, G, K, W) with W = V, or V + 1 with a normaliser.

@@ -67,6 +67,7 @@ class ConversionConfig:
     """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
         if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser:
             self._check_rule_and_feature_map()
         check_name("positions", self.positions, POSITIONS)
@@ -74,7 +75,6 @@ class ConversionConfig:
             check_name("write", self.write, WRITES)
         if len(self.gate_bias) != 2 or not all(math.isfinite(bias) for bias in self.gate_bias):
             raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
-        object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
         if self.gate_rank < 0:
             raise FastWeightsError(f"gate_rank is {self.gate_rank}; allowed are 0 (full) and ranks of 1 up")
         if self.window < 0 or self.window == 1:
