@@ -209,7 +209,8 @@ def test_an_unknown_rule_names_the_known_ones():
 @pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
 def test_every_rule_and_map_works_in_a_model(rule, feature_map, tmp_path):
     """In pieces, among padding, in generate(); it is trained, saved and loaded."""
-    make = make_llama if rule in ("decay", "gated") else make_gpt2
+    # On the random Llama, DPFP's weights sum to 1e-7 in places: to divide by that is ill-conditioned anyhow.
+    make = make_gpt2 if rule == "add" or (rule, feature_map) == ("gated", "dpfp") else make_llama
     model = convert(make(), ConversionConfig(rule=rule, feature_map=feature_map, window=8)).eval()
     check_pieces_equal_one_pass(model, (7, 8, 25))
     check_padding_gives_each_row_what_it_has_alone(model, sorted(PADDING)[0])
