@@ -13,6 +13,7 @@ from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
 from .decay_rule.reference import decay_rule_reference
 from .delta_rule.chunked import delta_rule_chunked
+from .delta_rule.cpu import delta_rule_cpu
 from .delta_rule.reference import delta_rule_reference
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _DECAY_RULE = {
 _DELTA_RULE = {
     "reference": delta_rule_reference,
     "chunked": delta_rule_chunked,
+    "cpu": delta_rule_cpu,
 }
 
 

@@ -14,7 +14,7 @@ from tests import tolerances
 from tests.ops.delta_rule.problems import Problem, inputs, run, truth
 from tests.ops.problems import assert_close, error, errors, options
 
-FAST = ("chunked",)
+FAST = ("chunked", "cpu")
 ALL = ("reference", *FAST)
 LENGTHS = (1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 128, 129, 257, 1024)
 WIDTHS = ((16, 16), (48, 64), (64, 48), (80, 128), (128, 80), (64, 64), (16, 128), (128, 16), (33, 17))
@@ -164,7 +164,7 @@ def test_masked_tokens_leave_the_state_bit_for_bit(decay, backend):
     assert torch.equal(final_state, tensors["initial_state"])
 
 
-@pytest.mark.parametrize("backend", sorted({"reference", "cpu"} & {*ALL}))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("inclusive", [True, False])
 def test_padding_changes_no_bit_of_the_real_tokens(inclusive, backend):
     tensors = inputs(Problem(41, 16, 20, seed=6), torch.float32)

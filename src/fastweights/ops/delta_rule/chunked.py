@@ -1,4 +1,4 @@
-"""The delta rule in plain PyTorch: parallel over chunks but for the state that goes from one to the next, on any device.
+"""The delta rule in plain PyTorch: parallel over chunks, but for the state that goes from one to the next; any device.
 
 Notation
     B, T     batch, time
