@@ -140,9 +140,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, do, dfinal, *_):
-    *grads, dinitial = _backward_op(do, dfinal, *ctx.saved_tensors, ctx.scale, ctx.inclusive)
-    if ctx.saved_tensors[4] is None:
-        grads[4] = None
+    saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second time
+    *grads, dinitial = _backward_op(do, dfinal, *saved, ctx.scale, ctx.inclusive)
+    grads = [None if x is None else dx for x, dx in zip(saved[:5], grads, strict=True)]
     return *grads, dinitial if ctx.has_initial_state else None, None, None, None, None
 
 
