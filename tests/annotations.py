@@ -22,7 +22,7 @@ from jaxtyping import jaxtyped
 
 import fastweights
 
-SELF_CHECKED = {"decay_rule"}
+SELF_CHECKED = {"decay_rule", "delta_rule"}
 """Doors that refuse wrong shapes in words of their own."""
 _SHAPED = re.compile(r"\b(Float|Int|Bool)\[")
 

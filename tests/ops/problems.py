@@ -1,4 +1,4 @@
-"""Random inputs for the decay rule, and all that a backend makes of them: outputs, state and gradients."""
+"""Random inputs for the decay rule, and all that a backend of any rule makes of inputs: outputs, state, gradients."""
 
 from __future__ import annotations
 
@@ -77,6 +77,11 @@ def run(tensors: dict, backend: str, rule: Callable = decay_rule, **options) -> 
     """o, final_state and, under d<name>, the gradients of a fixed random projection of both."""
     leaves = {name: None if x is None else x.detach().clone().requires_grad_() for name, x in tensors.items()}
     o, final_state = rule(**leaves, **options, backend=backend)
+    return results_of(leaves, o, final_state)
+
+
+def results_of(leaves: dict, o: torch.Tensor, final_state: torch.Tensor) -> dict[str, torch.Tensor]:
+    """o, final_state and, under d<name>, the gradients of a fixed random projection of both."""
     loss = sum((x.double() * _projection(x, i)).sum() for i, x in enumerate((o, final_state)))
     given = {name: x for name, x in leaves.items() if x is not None}
     if loss.requires_grad:

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import check_gate, check_inputs, compute_dtype
+from .checks import check_gate, check_inputs, check_per_head, compute_dtype
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
 from .decay_rule.reference import decay_rule_reference
+from .delta_rule.chunked import delta_rule_chunked
+from .delta_rule.cpu import delta_rule_cpu
+from .delta_rule.reference import delta_rule_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["decay_rule"]
+__all__ = ["decay_rule", "delta_rule"]
 
 logger = logging.getLogger("fastweights")
 
@@ -25,6 +30,11 @@ _DECAY_RULE = {
     "reference": decay_rule_reference,
     "chunked": decay_rule_chunked,
     "cpu": decay_rule_cpu,
+}
+_DELTA_RULE = {
+    "reference": delta_rule_reference,
+    "chunked": delta_rule_chunked,
+    "cpu": delta_rule_cpu,
 }
 
 
@@ -87,14 +97,87 @@ def decay_rule(
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_gate("key_log_decay", key_log_decay, k, "k")
     check_gate("value_log_decay", value_log_decay, v, "v")
-    if backend == "auto":
-        backend = _choose(q.device.type, compute_dtype(q, k, v))
-    elif backend not in _DECAY_RULE:
-        known = ", ".join(repr(name) for name in ("auto", *_DECAY_RULE))
-        raise ValueError(f"backend is {backend!r}; it must be one of {known}")
-    rule = _DECAY_RULE[backend]
+    rule = _backend(_DECAY_RULE, backend, q.device.type, compute_dtype(q, k, v))
     o, final_state = rule(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
     return o, final_state if output_final_state else None
+
+
+def delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    beta: Float[Tensor, "B T G 1"],
+    log_decay: Float[Tensor, "B T G 1"] | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Float[Tensor, "N G K V"] | None = None,
+    output_final_state: bool = False,
+    inclusive: bool = True,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"] | None]:
+    """Fast weights that learn by the delta rule: what is written is what the value is beyond the state's own answer.
+
+    With decay a = exp(log_decay), from S_0 = initial_state or 0,
+
+        S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T
+        o_t = scale * S_t^T q_t          (inclusive)
+        o_t = scale * S_{t-1}^T q_t      (not inclusive: before the write and the decay of step t)
+
+    (I. Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", 2021, arXiv 2102.11174; with decay,
+    S. Yang et al., "Gated Delta Networks", 2024, arXiv 2412.06464.) By default a token reads after its own write.
+
+    Keys are used as they are: to normalise them is the caller's business. With keys of length 1 and beta in [0, 1] the
+    state stays bounded, and beta = 1 replaces what it held for a key by v; where beta_t |k_t|^2 is above 2 it may grow
+    without bound.
+
+    A token with k = v = 0 and log decay 0 leaves the state bit for bit as it is. One with log decay -inf forgets all
+    before it: what it and later tokens read of the state, and all of its gradients, are as if the sequence had
+    started there. (Its own exclusive read is of the state before.)
+
+    States and sums are float32, or float64 when q, k or v is.
+
+    Args:
+        q: queries (B, T, H, K).
+        k: keys (B, T, G, K); H is a multiple of G, and query head h reads the state of key/value head h // (H // G).
+        v: values (B, T, G, V).
+        beta: how much of the difference is written, (B, T, G, 1). Not checked.
+        log_decay: log a, natural logarithm per step, (B, T, G, 1); None for no decay. At most 0, which is not checked
+            (a positive one lets the state grow); may be -inf.
+        scale: factor of the output.
+        initial_state: S_0 (N, G, K, V), in the dtype of the state; None for zeros.
+        output_final_state: whether to return the state after the last token.
+        inclusive: whether token t reads the state after its own decay and write, or before both.
+        cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
+            none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
+        backend: "reference", "chunked" or "cpu"; "auto" takes "cpu" for tensors on a CPU, except float64 ones, and
+            "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
+
+    Raises:
+        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu".
+        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or it is "cpu"
+            for tensors elsewhere.
+        ImportError: the backend is "cpu", and Numba is not installed.
+    """
+    check_inputs(q, k, v, initial_state, cu_seqlens)
+    check_per_head("beta", beta, k)
+    if log_decay is not None:
+        check_per_head("log_decay", log_decay, k)
+    rule = _backend(_DELTA_RULE, backend, q.device.type, compute_dtype(q, k, v))
+    o, final_state = rule(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, inclusive)
+    return o, final_state if output_final_state else None
+
+
+def _backend(rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype) -> Callable:
+    if backend == "auto":
+        backend = _choose(device, dtype)
+    elif backend not in rules:
+        known = ", ".join(repr(name) for name in ("auto", *rules))
+        raise ValueError(f"backend is {backend!r}; it must be one of {known}")
+    return rules[backend]
 
 
 def _choose(device: str, dtype: torch.dtype) -> str:

@@ -52,6 +52,20 @@ def check_gate(name: str, gate: Tensor | None, x: Tensor, x_name: str) -> None:
         )
 
 
+def check_per_head(name: str, x: Tensor, k: Tensor) -> None:
+    """One number per token and key/value head of k (B, T, G, K), which has been checked.
+
+    Raises:
+        TypeError: it is no tensor of floating-point numbers.
+        ValueError: its shape or device does not fit that of k.
+    """
+    _check_real(name, x, k.device)
+    if x.ndim != 4 or x.shape[:3] != k.shape[:3] or x.shape[3] != 1:
+        raise ValueError(
+            f"{name} has shape {_shape(x)}; it must be {(*k.shape[:3], 1)}: one number per token and key/value head"
+        )
+
+
 def compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """The dtype of the state and of all sums: float64 if any of q, k, v is, else float32."""
     return torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32

@@ -35,25 +35,15 @@ from numba import float32, float64, int64, njit, types
 from numba.extending import register_jitable
 
 from ..numba.checkpoints import SEGMENT
+from ..numba.products import CHUNK, decay_and_write, times_keys, times_values
 from ..numba.rows import add, add_product, clear, dot, fill_ones, gather, multiply, spread, sum_of
 from ..numba.runtime import sources_version
-from ..numba.staging import offset, part_width, round_up, stage, unstage
+from ..numba.segments import first_read_back, segment_at, stage_reads, write_query_gradients
+from ..numba.staging import part_width, round_up, stage, unstage
+from ..numba.units import checkpoint_at, late_reads, stage_keys, stage_values, unit_at
 from ..numba.vectors import LANES, inner, place, pointer, record_at, shift
 from .cpu_paths import decay_pairs, decay_to_end, gate_products, paths_across, step_back
-from .cpu_problem import (
-    Problem,
-    checkpoint_at,
-    has_key_gate,
-    has_value_gate,
-    late_reads,
-    stage_key_gate,
-    stage_keys,
-    stage_queries,
-    stage_value_gate,
-    stage_values,
-    unit_at,
-)
-from .cpu_products import CHUNK, decay_and_write, times_keys, times_values
+from .cpu_problem import Problem, has_key_gate, has_value_gate, stage_key_gate, stage_value_gate
 
 
 class Gradients(NamedTuple):
@@ -142,26 +132,6 @@ def buffer_sizes(K, V, R, parts):
     )
 
 
-class Segment(NamedTuple):
-    """Up to SEGMENT tokens of a sequence, from one checkpoint to the next."""
-
-    token: int
-    """The first."""
-    rows: int
-    reads: int
-    """Reads of the states after these tokens; an exclusive one of the sequence's last state there is not."""
-    staged: int
-    """Rows in scratch: whole chunks."""
-    index: int
-
-
-@register_jitable
-def _segment_at(p, u, index):
-    token = u.start + index * SEGMENT
-    rows = min(SEGMENT, u.end - token)
-    return Segment(token, rows, min(rows, u.end - token - late_reads(p)), round_up(rows, CHUNK), index)
-
-
 class Chunk(NamedTuple):
     """CHUNK tokens of a segment: where their rows start in scratch."""
 
@@ -218,29 +188,6 @@ def _stage_writes(p, b, u, s):
     if has_value_gate(p):
         stage_value_gate(b.z, p, u, s.token, s.rows)
         fill_ones(shift(b.z, s.rows * u.Vp), missing * u.Vp)
-
-
-@inner
-def _stage_reads(p, d, b, u, s, scale):
-    """q and g = scale * do of each query head; zeros for reads that are not there."""
-    missing = s.staged - s.reads
-    token = s.token + late_reads(p)
-    for r in range(p.R):
-        q, g = shift(b.q, r * SEGMENT * u.Kp), shift(b.g, r * SEGMENT * u.Vp)
-        stage_queries(q, p, u, r, token, s.reads, float32(1.0))
-        clear(shift(q, s.reads * u.Kp), missing * u.Kp)
-        _stage_output_gradient(g, p, d, u, r, token, s.reads, scale)
-        clear(shift(g, s.reads * u.Vp), missing * u.Vp)
-
-
-@inner
-def _stage_output_gradient(out, p, d, u, r, token, rows, scale):
-    """g = scale * do of `rows` tokens and the r-th query head."""
-    if d.do == 0:
-        clear(out, rows * u.Vp)
-    else:
-        x = shift(pointer(d.do), offset(d.do_strides, u.batch, token, u.head * p.R + r) + u.column)
-        stage(out, u.Vp, u.Vp, x, d.do_strides[1], u.columns, rows, scale)
 
 
 @inner
@@ -348,33 +295,6 @@ def _to_earlier_state(p, b, u):
 # --- units -----------------------------------------------------------------------------------------
 
 
-@inner
-def _query_gradient(p, d, u, r, token):
-    """Where dq of a token and the r-th query head is written."""
-    row = u.part * d.tokens + u.batch * p.T + token
-    return shift(pointer(d.dq), ((row * p.G + u.head) * p.R + r) * p.K)
-
-
-@inner
-def _write_query_gradients(p, d, b, u, s):
-    for r in range(p.R):
-        dq = _query_gradient(p, d, u, r, s.token + late_reads(p))
-        unstage(dq, p.G * p.R * p.K, p.K, s.reads, shift(b.dq, r * SEGMENT * u.Kp), u.Kp)
-
-
-@inner
-def _first_read_back(p, d, b, u, scale):
-    """The exclusive read of the first token: of the initial state, with which `states` starts."""
-    single = late_reads(p)
-    for r in range(p.R):
-        stage_queries(b.row_k, p, u, r, u.start, single, float32(1.0))
-        _stage_output_gradient(b.row_v, p, d, u, r, u.start, single, scale)
-        for key in range(p.K):
-            b.x[key] = dot(shift(b.states, key * u.Vp), b.row_v, u.Vp)
-            spread(shift(b.dS, key * u.Vp), shift(b.row_k, key), b.row_v, single, u.Vp)
-        unstage(_query_gradient(p, d, u, r, u.start), p.K, p.K, single, b.x, u.Kp)
-
-
 @njit(nogil=True, error_model="numpy")
 def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
     """All gradients for some units, from the last segment of each sequence to its first; takes addresses.
@@ -389,9 +309,9 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
         if d.dfinal != 0:
             stage(b.dS, u.Vp, u.Vp, shift(pointer(d.dfinal), u.state), p.V, u.columns, p.K, float32(1.0))
         for segment in range(round_up(u.end - u.start, SEGMENT) // SEGMENT - 1, -1, -1):
-            s = _segment_at(p, u, segment)
+            s = segment_at(p, u, segment)
             _stage_writes(p, b, u, s)
-            _stage_reads(p, d, b, u, s, float32(scale))
+            stage_reads(p, d, b, u, s, float32(scale))
             _recompute_states(p, b, u, s)
             for first in range(s.staged - CHUNK, -1, -CHUNK):
                 c = _chunk_at(p, b, u, s, first)
@@ -402,9 +322,9 @@ def _backward(problem, gradients, scratch, scale, first_unit, end_unit):
                     _step_back_over_gates(p, d, b, u, c, t)
                 _write_key_and_value_gradients(p, d, b, u, c)
                 _to_earlier_state(p, b, u)
-            _write_query_gradients(p, d, b, u, s)
+            write_query_gradients(p, d, b, u, s)
         if late_reads(p) == 1 and u.start < u.end:
-            _first_read_back(p, d, b, u, float32(scale))
+            first_read_back(p, d, b, u, float32(scale))
         unstage(shift(pointer(d.dinitial), u.state), p.V, u.columns, p.K, b.dS, u.Vp)
 
 

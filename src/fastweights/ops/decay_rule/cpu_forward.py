@@ -32,6 +32,7 @@ from ..numba.checkpoints import SEGMENT
 from ..numba.rows import clear, copy, divide, fill_ones, multiply
 from ..numba.runtime import sources_version
 from ..numba.staging import COLUMNS, part_width, round_up, stage, unstage
+from ..numba.units import checkpoint_at, late_reads, stage_keys, stage_queries, stage_values, unit_at
 from ..numba.vectors import (
     LANES,
     choose_below,
@@ -48,19 +49,7 @@ from ..numba.vectors import (
     store_first,
     total,
 )
-from .cpu_problem import (
-    Problem,
-    checkpoint_at,
-    has_key_gate,
-    has_value_gate,
-    late_reads,
-    stage_key_gate,
-    stage_keys,
-    stage_queries,
-    stage_value_gate,
-    stage_values,
-    unit_at,
-)
+from .cpu_problem import Problem, has_key_gate, has_value_gate, stage_key_gate, stage_value_gate
 from .cpu_tiles import BLOCK, tiles, tiles_of_groups
 
 RESCALE_BELOW = 2.0**-16

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from numba import float32
 
+from ..numba.products import CHUNK
 from ..numba.rows import clear
 from ..numba.vectors import LANES, fill, fma, inner, load, splat, store, total
-from .cpu_products import CHUNK
 
 
 @inner

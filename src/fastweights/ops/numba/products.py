@@ -1,4 +1,4 @@
-"""Matrix products of the backward kernel: of a state with the rows of one chunk, in tiles that stay in registers.
+"""Matrix products of the backward kernels: of a state with the rows of one chunk, in tiles that stay in registers.
 
 Notation
     K, V     key and value width, in scratch padded to Kp and Vp
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from numba import float32, njit
 
-from ..numba.staging import COLUMNS
-from ..numba.vectors import LANES, fill, fma, inner, load, shift, splat, store, store_fours, totals
+from .staging import COLUMNS
+from .vectors import LANES, fill, fma, inner, load, shift, splat, store, store_fours, totals
 
 CHUNK = 8
 """Tokens in a chunk of the backward pass."""

@@ -1,0 +1,1 @@
+"""The delta rule: its definition, and the backends that agree with it."""
