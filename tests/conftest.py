@@ -21,6 +21,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -68,6 +70,12 @@ def make_llama(**changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
 
 
+def make_mistral(**changes) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    settings = {**_SPLIT_HEADS, "sliding_window": None, **changes}
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+
+
 def make_qwen3(**changes) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     settings = {**_SPLIT_HEADS, "head_dim": 12, **changes}  # not hidden_size / heads
@@ -104,7 +112,7 @@ def _tokens() -> dict[str, int]:
 
 MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
 """The two families on which everything is tested."""
-FAMILIES = {**MAKERS, "qwen3": make_qwen3, "gpt_neox": make_gpt_neox}
+FAMILIES = {**MAKERS, "gpt_neox": make_gpt_neox, "mistral": make_mistral, "qwen3": make_qwen3}
 """All of them, for what differs between families (tests/models/test_families.py)."""
 
 

@@ -121,6 +121,8 @@ class Architecture:
     """Name under which a layer hands its attention the cache."""
 
 
+_LLAMA = Architecture(layers="layers", attention="self_attn", norm="input_layernorm", projections=SplitProjections())
+
 ARCHITECTURES = {
     "gpt2": Architecture(
         layers="h",
@@ -137,9 +139,8 @@ ARCHITECTURES = {
         projections=InterleavedProjections("query_key_value", "dense"),
         cache_argument="layer_past",
     ),
-    "llama": Architecture(
-        layers="layers", attention="self_attn", norm="input_layernorm", projections=SplitProjections()
-    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
     "qwen3": Architecture(
         layers="layers",
         attention="self_attn",
@@ -161,6 +162,13 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     """Where a base model's absolute positions end; None for one whose positions are relative, or of another family."""
     architecture = ARCHITECTURES.get(config.model_type)
     return None if architecture is None or architecture.positions is None else config.max_position_embeddings
+
+
+def local_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Tokens that the base model's own softmax sees in each layer; None in one that sees all."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [None if kind == "full_attention" else window for kind in kinds]
 
 
 def attention_modules(headless: nn.Module, architecture: Architecture) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
+from fastweights.models.architectures import local_windows
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
@@ -78,7 +79,7 @@ class FastWeightsConfig(PreTrainedConfig):
         if "layer_types" in conversion:  # saved, perhaps by a version that had neither of these
             conversion = {"sinks": 0, "write": "all", **conversion}
         settings = _made_of(ConversionConfig, "conversion", conversion)
-        self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
+        self.conversion = asdict(_leave_local_layers(settings, self.base).for_layers(self.num_hidden_layers))
         if set(self.layer_types) != {"full_attention"}:
             # A plan would spread heads over devices, and not their gates.
             self.base.base_model_tp_plan = None  # type: ignore[misc]
@@ -158,6 +159,15 @@ def _made_of(settings: type, name: str, given: dict) -> Any:
     if unknown := sorted(set(given) - set(known)):
         raise FastWeightsError(f"{name} has {', '.join(unknown)}; known settings are {', '.join(sorted(known))}")
     return settings(**given)
+
+
+def _leave_local_layers(settings: ConversionConfig, base: PreTrainedConfig) -> ConversionConfig:
+    """By default, layers whose softmax has a window of its own stay as they are, beside others that are converted."""
+    windows = local_windows(base)
+    if settings.layer_types is not None or None not in windows:
+        return settings
+    kind = "hybrid_sliding" if settings.window else "linear_attention"
+    return replace(settings, layer_types=[kind if window is None else "full_attention" for window in windows])
 
 
 def _refuse_earlier_version(conversion: dict | None, kwargs: dict) -> None:

@@ -14,7 +14,7 @@ from fastweights.layers.attention import check_known
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.window import window_attention
-from fastweights.models.architectures import architecture_of, attention_modules
+from fastweights.models.architectures import architecture_of, attention_modules, local_windows
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
@@ -125,12 +125,15 @@ def check_row(base: PreTrainedModel, config: FastWeightsConfig) -> None:
     row, headless = architecture_of(base.config), base.base_model
     attention = attention_modules(headless, row)
     converted = [i for i, layer_type in enumerate(config.layer_types) if layer_type != "full_attention"]
+    windows = local_windows(base.config)
     for i in converted:
         check_known(attention[i], row.projections)
-        if (local := getattr(attention[i], "sliding_window", None)) is not None:
+        if windows[i] is not None:
+            some = "leave it as full_attention in layer_types"
+            every = "to convert it as if it saw all, set sliding_window in its config to None"
             raise FastWeightsError(
-                f"layer {i} has sliding-window attention over {local} tokens, whose memory is constant already: leave "
-                "it as full_attention in layer_types"
+                f"layer {i} has sliding-window attention over {windows[i]} tokens, whose memory is constant already: "
+                f"{some if None in windows else every}"
             )
     if base.device.type == "meta":
         return

@@ -18,7 +18,7 @@ from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import token_index
-from fastweights.models.architectures import architecture_of, attention_modules, position_limit
+from fastweights.models.architectures import architecture_of, attention_modules, local_windows, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.documents import Reading, documents_mask, next_real_tokens, read_tokens
@@ -293,8 +293,11 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
 
     def _softmax_mask(
         self, reading: Reading, cache: FastWeightsCache | None, past: int, given: Tensor
-    ) -> Tensor | None:
-        """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
+    ) -> Tensor | dict[str, Tensor] | None:
+        """What the base model's own attention is to see; a mask of four dimensions is passed on as it is.
+
+        Of a base model that has windows in some layers alone, one for each type of layer.
+        """
         if "full_attention" not in self.config.layer_types:
             # No layer reads the 4-D mask that the base model would build.
             return given.new_zeros(1, 1, 1, 1)
@@ -306,14 +309,17 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "several documents were packed into one row, and layers with softmax attention cannot go on after "
                 "that, nor begin it after other tokens: give them without a cache, or convert all layers"
             )
-        local = set(getattr(self.config.base, "layer_types", None) or ()) - {"full_attention"}
-        if local or self.config._attn_implementation not in ("sdpa", "eager"):
+        if self.config._attn_implementation not in ("sdpa", "eager"):
             raise FastWeightsError(
-                "several documents were packed into one row, which layers with softmax attention tell apart only "
-                'without windows of their own and with attn_implementation "sdpa" or "eager": give one document a row'
+                "several documents were packed into one row, which layers with softmax attention tell apart only with "
+                'attn_implementation "sdpa" or "eager": give one document a row'
             )
         assert starts is not None
-        return documents_mask(starts, real, self.dtype)
+        windows = local_windows(self.config.base)
+        masks = {window: documents_mask(starts, real, self.dtype, window) for window in set(windows)}
+        if len(masks) == 1:
+            return masks[windows[0]]
+        return {kind: masks[window] for kind, window in zip(self.config.base.layer_types, windows, strict=True)}
 
     def _read_and_learn(
         self,

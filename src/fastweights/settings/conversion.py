@@ -38,7 +38,7 @@ class ConversionConfig:
     write: Literal["all", "leaving"] | None = None
     """Tokens that fast weights beside a window hold: all, or by default those alone that leave the window."""
     layer_types: list[str] | None = None
-    """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
+    """Per layer linear_attention, hybrid_sliding or full_attention; by default all that see all text are converted."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     rotary: bool = True
