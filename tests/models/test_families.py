@@ -11,9 +11,22 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from fastweights.errors import FastWeightsError
 from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models import architectures as module
-from fastweights.models.architectures import ARCHITECTURES, SplitProjections
+from fastweights.models.architectures import ARCHITECTURES, SplitProjections, local_windows
+from fastweights.models.recording import record_calls
 from fastweights.settings.conversion import ConversionConfig
-from tests.conftest import FAMILIES, MAKERS, make_gpt_neox, make_mistral, make_qwen3, random_ids
+from fastweights.training.teacher import record_attention
+from tests.conftest import (
+    FAMILIES,
+    MAKERS,
+    make_gemma3,
+    make_gpt_neox,
+    make_mistral,
+    make_opt,
+    make_qwen2,
+    make_qwen3,
+    make_smollm3,
+    random_ids,
+)
 from tests.models.checks import (
     check_a_padded_batch_generates_what_each_row_does_alone,
     check_padding_gives_each_row_what_it_has_alone,
@@ -88,7 +101,8 @@ def test_generation_equals_one_pass(family, window):
 def test_pieces_padding_and_batches(family):
     model = convert(family, HYBRID).eval()
     check_pieces_equal_one_pass(model, (7, 8, 9, 25))
-    for where in ("left", "holes"):
+    # The base model's own windows count padding in holes.
+    for where in () if any(local_windows(model.config.base)) else ("left", "holes"):
         check_padding_gives_each_row_what_it_has_alone(model, where)
     check_a_padded_batch_generates_what_each_row_does_alone(model)
 
@@ -179,6 +193,64 @@ def test_a_model_of_windows_alone_is_refused_and_may_have_a_block_before_its_hea
     check_a_padded_batch_generates_what_each_row_does_alone(model)
     cache = model(random_ids(1, 30), use_cache=True).cache
     assert [layer.keys.shape[-2] for layer in cache.layers[:3]] == [3, 3, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_caps_of_scores_and_logits_are_refused_however_high(name):
+    base = make_gemma3(**{name: 1e6})
+    with pytest.raises(FastWeightsError, match=f"{name} is 1000000.0"):
+        convert(base)
+
+
+def test_attention_that_sees_what_comes_is_refused():
+    with pytest.raises(FastWeightsError, match="is not what its row"):
+        convert(make_gemma3(use_bidirectional_attention=True))
+
+
+def test_sinks_of_a_models_own_are_refused():
+    """As GPT-OSS has them, a parameter of its attention."""
+    base = make_qwen2()
+    base.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(FastWeightsError, match="Qwen2Attention has sinks, which SplitProjections would leave out"):
+        convert(base)
+
+
+@torch.no_grad()
+def test_layers_without_rotary_embedding_use_none():
+    base, x = make_smollm3(), torch.randn(1, 30, 32)
+    near, far = (base.model.rotary_emb(x, torch.arange(30)[None] * step) for step in (1, 3))
+    same = [
+        torch.equal(layer(x, position_embeddings=near)[0], layer(x, position_embeddings=far)[0])
+        for layer in convert(base).eval().fast_attentions()
+    ]
+    assert same == [False, True, False]
+
+
+@torch.no_grad()
+def test_opt_with_narrow_embeddings_and_norms_after_its_layers():
+    """As opt-350m is."""
+    base, ids = make_opt(word_embed_proj_dim=16, do_layer_norm_before=False), random_ids(1, 30)
+    torch.testing.assert_close(softmax_alone(base)(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FastWeightsError, match="layer 0 has no normalisation before its attention"):
+        convert(base, ConversionConfig(positions="drop"))
+    with pytest.raises(FastWeightsError, match="takes 16 channels and the model has 32"):
+        add_fast_weight_layer(base)
+
+
+@torch.no_grad()
+def test_opt_without_its_positions_reads_on():
+    base, ids = make_opt(), random_ids(1, 200)
+    model = convert(base, ConversionConfig(positions="drop")).eval()
+    with pytest.raises(FastWeightsError, match="absolute positions end at 128"):
+        convert(base)(ids)
+    assert model(ids).logits.isfinite().all()
+    given = {"position_ids": torch.arange(5, 35)[None]}
+    assert torch.equal(model(ids[:, :30], **given).logits, model(ids[:, :30]).logits)
+    records = record_attention(base, ids[:, :30], positions="drop")
+    with record_calls(model.model.base, ARCHITECTURES["opt"]) as calls:
+        model(ids[:, :30])
+    torch.testing.assert_close(records[0].inputs, calls[0].inputs)
 
 
 @torch.no_grad()

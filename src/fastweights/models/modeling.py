@@ -99,7 +99,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
-            drop_positions(self.base, self.architecture.positions)
+            drop_positions(self.base, self.architecture)
             self.max_positions = None
         self._last_sink_position = config.settings.window + config.sinks - 1
         settings = config.fast_weight_layer_settings
@@ -159,7 +159,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         too_far = (index - self._last_sink_position).clamp(min=0)
         positions = (index if position_ids is None else position_ids) - too_far
         like = torch.empty(0, dtype=self.dtype, device=tokens.device)
-        return self.base.get_submodule(self.architecture.rotary)(like, positions)
+        return self.base.get_submodule(self.architecture.rotary)(like, positions, *self.architecture.rotary_arguments)
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -234,10 +234,13 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if self.config.sinks:
             before = 0 if ours is None else ours.document_length()
             kwargs["sink_embeddings"] = self.sink_embeddings(given, reading.position_ids, reading.marks, before)
+        position_ids = reading.position_ids
+        if position_ids is None:  # OPT would count them in a mask, and there may be none to count in
+            position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given),
-            position_ids=reading.position_ids,
+            position_ids=position_ids,
             cache=ours,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
