@@ -15,6 +15,7 @@ from fastweights.models.architectures import ARCHITECTURES, SplitProjections, lo
 from fastweights.models.recording import record_calls
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.teacher import record_attention
+from tests import tolerances
 from tests.conftest import (
     FAMILIES,
     MAKERS,
@@ -82,6 +83,18 @@ def softmax_alone(base, window=30):
     for layer in model.fast_attentions():
         layer.fast_scale.zero_()
     return model
+
+
+@torch.no_grad()
+def test_a_student_given_what_its_teachers_attention_was_given(family):
+    """Of one document and of two in a row."""
+    ids, model = random_ids(2, 30), softmax_alone(family)
+    for positions in (None, torch.cat((torch.arange(12), torch.arange(18))).expand(2, -1)):
+        records = record_attention(family, ids, positions)
+        assert model.reproduction_errors(records, positions).max() <= tolerances.FLOAT32
+    sinks, first = model.model.sink_embeddings(ids, positions), model.fast_attentions()[0].layer_idx
+    if sinks is not None:  # none of these has left the window yet
+        torch.testing.assert_close(sinks, records[first].position_embeddings)
 
 
 @torch.no_grad()

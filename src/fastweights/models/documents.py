@@ -12,11 +12,13 @@ from torch.nn.functional import pad
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.rules import TokenMarks
+from fastweights.models.architectures import local_windows
 from fastweights.ops.checks import sequence_bounds
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from fastweights.models.cache import FastWeightsCache
 
@@ -197,6 +199,24 @@ def documents_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=starts.device).masked_fill(~seen, torch.finfo(dtype).min)[
         :, None
     ]
+
+
+def documents_masks(
+    config: PreTrainedConfig, starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What a base model takes as its mask; for each type of layer one, if some of its layers alone have windows.
+
+    Args:
+        config: of the base model.
+        starts: True where a document begins.
+        real: False where a token is padding.
+        dtype: of the mask.
+    """
+    windows = local_windows(config)
+    masks = {window: documents_mask(starts, real, dtype, window) for window in set(windows)}
+    if len(masks) == 1:
+        return masks[windows[0]]
+    return {kind: masks[window] for kind, window in zip(config.layer_types, windows, strict=True)}
 
 
 def next_real_tokens(

@@ -18,10 +18,10 @@ from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import token_index
-from fastweights.models.architectures import architecture_of, attention_modules, local_windows, position_limit
+from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.documents import Reading, documents_mask, next_real_tokens, read_tokens
+from fastweights.models.documents import Reading, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, replace_attention
 from fastweights.models.unembedding import readable
@@ -297,10 +297,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
     def _softmax_mask(
         self, reading: Reading, cache: FastWeightsCache | None, past: int, given: Tensor
     ) -> Tensor | dict[str, Tensor] | None:
-        """What the base model's own attention is to see; a mask of four dimensions is passed on as it is.
-
-        Of a base model that has windows in some layers alone, one for each type of layer.
-        """
+        """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
         if "full_attention" not in self.config.layer_types:
             # No layer reads the 4-D mask that the base model would build.
             return given.new_zeros(1, 1, 1, 1)
@@ -318,11 +315,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 'attn_implementation "sdpa" or "eager": give one document a row'
             )
         assert starts is not None
-        windows = local_windows(self.config.base)
-        masks = {window: documents_mask(starts, real, self.dtype, window) for window in set(windows)}
-        if len(masks) == 1:
-            return masks[windows[0]]
-        return {kind: masks[window] for kind, window in zip(self.config.base.layer_types, windows, strict=True)}
+        return documents_masks(self.config.base, starts, real, self.dtype)
 
     def _read_and_learn(
         self,
