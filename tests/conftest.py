@@ -15,15 +15,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from fastweights.embedded import MODEL_NAME, byte_tokenizer
@@ -62,20 +76,86 @@ _SPLIT_HEADS = {
 }
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
 def make_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     settings = {**_SPLIT_HEADS, **changes}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
 
 
+def make_mistral(**changes) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    settings = {**_SPLIT_HEADS, "sliding_window": None, **changes}
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+
+
+def make_qwen2(**changes) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **_SPLIT_HEADS, **changes, **_tokens())).eval()
+    return _noticeable(model)
+
+
+def make_phi3(**changes) -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    settings = {**_SPLIT_HEADS, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, **changes}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+
+
+def make_smollm3(**changes) -> SmolLM3ForCausalLM:
+    torch.manual_seed(0)
+    settings = {**_SPLIT_HEADS, "no_rope_layers": [1, 0, 1], **changes}
+    return SmolLM3ForCausalLM(SmolLM3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
+
+
+def make_olmo2(**changes) -> Olmo2ForCausalLM:
+    torch.manual_seed(0)
+    model = Olmo2ForCausalLM(Olmo2Config(vocab_size=VOCABULARY, **_SPLIT_HEADS, **changes, **_tokens())).eval()
+    return _noticeable(model)
+
+
+def make_gemma3(**changes) -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        **_SPLIT_HEADS,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 9,  # not the head's width
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        **changes,
+    }
+    return _noticeable(Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval())
+
+
+def make_opt(**changes) -> OPTForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "max_position_embeddings": 128,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "init_std": 0.2,
+        "dropout": 0.0,
+        **changes,
+    }
+    return _noticeable(OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval())
+
+
+def _noticeable(model):
+    """With biases and norms such that whoever leaves them out is noticed."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    return model
+
+
 def make_qwen3(**changes) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     settings = {**_SPLIT_HEADS, "head_dim": 12, **changes}  # not hidden_size / heads
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
-    for layer in model.model.layers:
-        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)  # whoever leaves them out is noticed
-    return model
+    return _noticeable(Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **settings, **_tokens())).eval())
 
 
 def make_gpt_neox(**changes) -> GPTNeoXForCausalLM:
@@ -89,13 +169,10 @@ def make_gpt_neox(**changes) -> GPTNeoXForCausalLM:
         "initializer_range": 0.2,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25},
         **changes,
     }
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval()
-    for layer in model.gpt_neox.layers:
-        torch.nn.init.normal_(layer.attention.query_key_value.bias, std=0.2)
-    return model
+    return _noticeable(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **settings, **_tokens())).eval())
 
 
 def _tokens() -> dict[str, int]:
@@ -104,7 +181,18 @@ def _tokens() -> dict[str, int]:
 
 MAKERS = {"gpt2": make_gpt2, "llama": make_llama}
 """The two families on which everything is tested."""
-FAMILIES = {**MAKERS, "qwen3": make_qwen3, "gpt_neox": make_gpt_neox}
+FAMILIES = {
+    **MAKERS,
+    "gemma3_text": make_gemma3,
+    "gpt_neox": make_gpt_neox,
+    "mistral": make_mistral,
+    "olmo2": make_olmo2,
+    "opt": make_opt,
+    "phi3": make_phi3,
+    "qwen2": make_qwen2,
+    "qwen3": make_qwen3,
+    "smollm3": make_smollm3,
+}
 """All of them, for what differs between families (tests/models/test_families.py)."""
 
 

@@ -3,10 +3,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+)
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import FastWeightsForCausalLM, convert, load_model
+from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.teacher import load_teacher
 from tests.conftest import VOCABULARY, make_gpt2, make_llama, random_ids
@@ -121,7 +127,7 @@ def test_unknown_family_names_the_known_ones(tmp_path):
     )
     config.is_decoder = True
     BertLMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gpt2"):
+    with pytest.raises(FastWeightsError, match="'bert' cannot be converted; known types are gemma3_text, gpt2"):
         convert(tmp_path)
 
 
@@ -129,6 +135,54 @@ def test_a_converted_model_is_not_converted_again(tmp_path):
     convert(make_llama()).save_pretrained(tmp_path)
     with pytest.raises(FastWeightsError, match="has fast weights already"):
         convert(tmp_path)
+
+
+@pytest.mark.parametrize("change", [convert, add_fast_weight_layer])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_models_without_a_head_are_told_so(tmp_path, change, auto):
+    base = make_llama(tie_word_embeddings=False)
+    for make in (make_gpt2, make_llama):
+        headless = auto.from_config(make().config)
+        with pytest.raises(FastWeightsError, match=f"{type(headless).__name__} has no unembedding"):
+            change(headless)
+    auto.from_config(base.config).save_pretrained(tmp_path)
+    with pytest.raises(FastWeightsError, match=r"has no unembedding|names do not match, such as lm_head.weight"):
+        change(tmp_path)
+
+
+@torch.no_grad()
+def test_a_folder_without_a_head_whose_embeddings_are_tied_has_all_it_needs(tmp_path):
+    base, ids = make_llama(tie_word_embeddings=True), random_ids(1, 20)
+    base.model.save_pretrained(tmp_path)
+    model = convert(tmp_path, ConversionConfig(layer_types=["full_attention"] * 3))
+    assert torch.equal(model(ids).logits, base(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [convert, add_fast_weight_layer])
+def test_models_of_peft_are_to_be_merged(change):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    wrapped, prompted = (peft.get_peft_model(make_llama(), config) for config in (lora, prompt))
+    for model in (wrapped, wrapped.get_base_model(), prompted):
+        with pytest.raises(FastWeightsError, match=r"merge its adapter with peft's merge_and_unload\(\)") as caught:
+            change(model)
+        assert "\n" not in str(caught.value)
+    change(wrapped.merge_and_unload())
+
+
+def test_what_is_converted_or_no_model_gets_one_line():
+    model = convert(make_llama())
+    for given, expected in (
+        (model, "FastWeightsForCausalLM has fast weights already"),
+        (model.model, "FastWeightsModel has no unembedding"),
+        (torch.nn.Linear(2, 2), "a Linear was given"),
+        (None, "a NoneType was given"),
+    ):
+        with pytest.raises(FastWeightsError, match=expected) as caught:
+            convert(given)
+        assert "\n" not in str(caught.value)
 
 
 def _truncate(folder):

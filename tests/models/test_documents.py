@@ -12,7 +12,7 @@ from fastweights.models.cache import FastWeightsCache
 from fastweights.models.documents import read_tokens
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gpt2, make_llama, make_qwen3, random_ids
+from tests.conftest import make_gpt2, make_llama, make_mistral, make_qwen3, random_ids
 from tests.models.test_fast_weight_layer import trained
 from tests.ops.problems import error
 
@@ -25,6 +25,7 @@ KINDS = {
     "mixed": ConversionConfig(window=8, layer_types=["linear_attention", "full_attention", "hybrid_sliding"]),
     "softmax": ConversionConfig(layer_types=["full_attention"] * 3),
 }
+_LOCAL = ["full_attention", "sliding_attention", "full_attention"]
 
 
 @pytest.fixture(params=sorted(KINDS))
@@ -112,13 +113,16 @@ def test_softmax_layers_do_not_go_on_after_several_documents(base):
     assert error(found, model(torch.cat((row, more), 1)).logits[:, -3:]) <= tolerances.FLOAT32
 
 
-def test_softmax_layers_with_windows_of_their_own_refuse_several_documents():
-    types = ["full_attention", "sliding_attention", "full_attention"]
-    base = make_qwen3(layer_types=types, use_sliding_window=True, sliding_window=4)
-    model = convert(base, ConversionConfig(layer_types=["linear_attention", "full_attention", "linear_attention"]))
-    _, row, positions = packed()
-    with pytest.raises(FastWeightsError, match="give one document a row"):
-        model(row, position_ids=positions)
+@torch.no_grad()
+def test_softmax_layers_with_windows_of_their_own_tell_documents_apart():
+    softmax = KINDS["softmax"]
+    some = make_qwen3(layer_types=_LOCAL, use_sliding_window=True, sliding_window=4)
+    for base, conversion in ((some, None), (some, softmax), (make_mistral(sliding_window=4), softmax)):
+        model = convert(base, conversion).eval()
+        documents, row, positions = packed()
+        together = model(row, position_ids=positions).logits
+        for document, found in zip(documents, together.split(LENGTHS, 1), strict=True):
+            assert error(found, model(document).logits) <= tolerances.FLOAT32
 
 
 @torch.no_grad()

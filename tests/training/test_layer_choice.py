@@ -10,7 +10,7 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import divergence
 from fastweights.training.layer_choice import choose_layers, layer_divergences
-from tests.conftest import make_llama, random_ids
+from tests.conftest import make_llama, make_qwen3, random_ids
 
 LENGTH = 48
 OUTPUTS = ("attn.o_proj", "attn.c_proj")
@@ -66,7 +66,7 @@ def test_those_that_are_missed_most_stay(base, blocks, settings):
 
 
 def test_no_layer_left_to_convert_is_refused(base, blocks):
-    with pytest.raises(FastWeightsError, match="layers is auto:3; the model has 3: keep at most 2"):
+    with pytest.raises(FastWeightsError, match="layers is auto:3; the model has 3 to convert: keep at most 2"):
         choose_layers(base, ConversionConfig(layers="auto:3"), blocks)
 
 
@@ -151,3 +151,13 @@ def test_each_layer_has_its_own_window_in_passes_and_steps(tmp_path):
         differs = (before != after).flatten(2).any(-1)[0]
         assert differs[29 - window : 29].all()
         assert not differs[29]
+
+
+@torch.no_grad()
+def test_layers_with_a_window_of_their_own_stay_as_they_are(blocks):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    base = make_qwen3(layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    chosen, found = choose_layers(base, ConversionConfig(window=4, wide_window=12, layers="auto:1"), blocks)
+    assert (found[0], chosen.windows[0], chosen.layer_types[0]) == (0, 0, "full_attention")
+    assert sorted(chosen.windows[1:]) == [4, 12]
+    assert convert(base, ConversionConfig(window=4)).config.windows == [0, 4, 4]

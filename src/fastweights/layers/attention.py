@@ -114,6 +114,7 @@ class FastWeightAttention(KeepsFloat32):
         write: which tokens the fast weights beside a window hold: "all", or those "leaving" it.
         window_bias: whether to learn a bias for each head and distance in the window, and for each sink.
         rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
+        rotates: whether `attention` uses the rotary embedding that it is given.
         cache_argument: under which name the base model's layers hand over their cache.
 
     Raises:
@@ -135,6 +136,7 @@ class FastWeightAttention(KeepsFloat32):
         write: str = "all",
         window_bias: bool = False,
         rotary: bool = True,
+        rotates: bool = True,
         cache_argument: str = "cache",
     ) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class FastWeightAttention(KeepsFloat32):
             self.add_module(name, module)
         self.projections, self.rule, self.query_map, self.key_map = projections, rule, query_map, key_map
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
-        self.window, self.sinks, self.rotary = window, sinks, rotary
+        self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
         self.writes_leaving = bool(window) and write == "leaving"
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
@@ -220,6 +222,7 @@ class FastWeightAttention(KeepsFloat32):
             marks: padding and borders of documents.
         """
         marks = TokenMarks() if marks is None else marks
+        position_embeddings = position_embeddings if self.rotates else None
         q, k, v = self.project(x)
         rotated, sink_q = (q, k), q
         if position_embeddings is not None and (self.rotary or self.window):

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb  # Llama's, for float32 cosines, too
 
 from fastweights.errors import FastWeightsError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedConfig
 
@@ -75,6 +76,30 @@ class InterleavedProjections(NamedModules):
 
 
 @dataclass(frozen=True)
+class GroupedProjections(NamedModules):
+    """One matrix makes all queries, then all keys, then all values, of which there may be fewer (Phi-3)."""
+
+    qkv: str
+    out: str
+
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k and v (B, T, G, D)."""
+        qkv = attention.get_submodule(self.qkv)(x)
+        width: int = attention.get_submodule(self.out).in_features  # type: ignore[assignment]
+        parts = (qkv[..., :width], *qkv[..., width:].chunk(2, -1))
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+        return q, k, v
+
+    def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        """With rotary embedding in the first channels of each head, or in all."""
+        return apply_partial_rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+
+    def output(self, attention: nn.Module, y: Tensor) -> Tensor:
+        """Back to the residual stream."""
+        return attention.get_submodule(self.out)(y)
+
+
+@dataclass(frozen=True)
 class SplitProjections(NamedModules):
     """A matrix each for q, k and v, with fewer heads of k and v than of q or as many, and a rotary embedding."""
 
@@ -89,11 +114,14 @@ class SplitProjections(NamedModules):
     def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D)."""
         q, k, v = (attention.get_submodule(name)(x).unflatten(-1, (-1, head_dim)) for name in (self.q, self.k, self.v))
+        return *self._normalised(attention, q, k), v
+
+    def _normalised(self, attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None:
             q = attention.get_submodule(self.q_norm)(q)
         if self.k_norm is not None:
             k = attention.get_submodule(self.k_norm)(k)
-        return q, k, v
+        return q, k
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
         """With rotary embedding."""
@@ -105,47 +133,75 @@ class SplitProjections(NamedModules):
 
 
 @dataclass(frozen=True)
+class JointlyNormalisedProjections(SplitProjections):
+    """As `SplitProjections`, but the norms are over all heads of a token at once (OLMo 2)."""
+
+    def project(self, attention: nn.Module, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k and v (B, T, G, D)."""
+        q, k, v = (attention.get_submodule(name)(x) for name in (self.q, self.k, self.v))
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (*self._normalised(attention, q, k), v))
+        return q, k, v
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Names of the modules of one family, as seen from its headless model."""
 
     layers: str
     attention: str
-    norm: str
-    """The normalisation before the attention."""
     projections: Projections
+    norm: str | None = None
+    """The normalisation before the attention, without which absolute positions cannot be dropped."""
     positions: str | None = None
     """Learned embedding of absolute positions, which ends at the trained length; None where there is none."""
+    position_offset: int = 0
+    """Row of the first position in that embedding."""
     rotary: str | None = "rotary_emb"
     """Maker of cosines and sines of a rotary embedding from positions; None where there is none."""
+    rotary_arguments: tuple[str, ...] = ()
+    """What it is to be told besides."""
     cache_argument: str = "cache"
     """Name under which a layer hands its attention the cache."""
 
 
+def _like_llama(projections: Projections, **fields) -> Architecture:
+    return Architecture(layers="layers", attention="self_attn", projections=projections, **fields)
+
+
+_NORMALISED = SplitProjections(q_norm="q_norm", k_norm="k_norm")
+
 ARCHITECTURES = {
+    "gemma3_text": _like_llama(_NORMALISED, rotary_arguments=("full_attention",)),
     "gpt2": Architecture(
         layers="h",
         attention="attn",
-        norm="ln_1",
         projections=FusedProjections("c_attn", "c_proj", "resid_dropout", "attn_dropout"),
+        norm="ln_1",
         positions="wpe",
         rotary=None,
     ),
     "gpt_neox": Architecture(
         layers="layers",
         attention="attention",
-        norm="input_layernorm",
         projections=InterleavedProjections("query_key_value", "dense"),
         cache_argument="layer_past",
     ),
-    "llama": Architecture(
-        layers="layers", attention="self_attn", norm="input_layernorm", projections=SplitProjections()
-    ),
-    "qwen3": Architecture(
-        layers="layers",
+    "llama": _like_llama(SplitProjections()),
+    "mistral": _like_llama(SplitProjections()),
+    "olmo2": _like_llama(JointlyNormalisedProjections(q_norm="q_norm", k_norm="k_norm")),
+    "opt": Architecture(
+        layers="decoder.layers",
         attention="self_attn",
-        norm="input_layernorm",
-        projections=SplitProjections(q_norm="q_norm", k_norm="k_norm"),
+        projections=SplitProjections(out="out_proj"),
+        norm="self_attn_layer_norm",
+        positions="decoder.embed_positions",
+        position_offset=2,
+        rotary=None,
     ),
+    "phi3": _like_llama(GroupedProjections("qkv_proj", "o_proj")),
+    "qwen2": _like_llama(SplitProjections()),
+    "qwen3": _like_llama(_NORMALISED),
+    "smollm3": _like_llama(SplitProjections()),
 }
 
 
@@ -161,6 +217,29 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     """Where a base model's absolute positions end; None for one whose positions are relative, or of another family."""
     architecture = ARCHITECTURES.get(config.model_type)
     return None if architecture is None or architecture.positions is None else config.max_position_embeddings
+
+
+def position_vectors(headless: nn.Module, row: Architecture) -> Float[Tensor, "positions d"]:
+    """The learned embedding of each absolute position of a headless model whose family has these."""
+    return headless.get_parameter(f"{row.positions}.weight")[row.position_offset :]
+
+
+def local_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Tokens that the base model's own softmax sees in each layer; None in one that sees all."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [None if kind == "full_attention" else window for kind in kinds]
+
+
+def local_layers(config: PreTrainedConfig) -> set[int]:
+    """Layers with such a window, beside others that see all: by default these stay as they are."""
+    local = {i for i, window in enumerate(local_windows(config)) if window is not None}
+    return local if len(local) < config.num_hidden_layers else set()
+
+
+def has_rotary(attention: nn.Module) -> bool:
+    """Whether an attention uses the rotary embedding that all layers are given; some of SmolLM3's do not."""
+    return bool(getattr(attention, "use_rope", True))
 
 
 def attention_modules(headless: nn.Module, architecture: Architecture) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
 from fastweights.layers.window import KeysAndValues
+from fastweights.models.architectures import local_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -289,8 +290,7 @@ class FastWeightsCache(DynamicCache):
             )
 
     def _give_softmax_layers_their_windows(self, config: FastWeightsConfig) -> None:
-        kinds = set(getattr(config.base, "layer_types", None) or ())
-        if kinds <= {"full_attention"} or "full_attention" not in config.layer_types:
+        if not any(local_windows(config.base)) or "full_attention" not in config.layer_types:
             return
         theirs = DynamicCache(config=config.base).layers
         for i, kind in enumerate(config.layer_types):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
+from fastweights.models.architectures import local_layers
 from fastweights.settings.conversion import BEFORE, ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
@@ -78,7 +79,7 @@ class FastWeightsConfig(PreTrainedConfig):
         if "layer_types" in conversion:  # saved, perhaps by an earlier version
             conversion = {**BEFORE, **conversion}
         settings = _made_of(ConversionConfig, "conversion", conversion)
-        self.conversion = asdict(settings.for_layers(self.num_hidden_layers))
+        self.conversion = asdict(settings.for_layers(self.num_hidden_layers, local_layers(self.base)))
         if set(self.layer_types) != {"full_attention"}:
             # A plan would spread heads over devices, and not their gates.
             self.base.base_model_tp_plan = None  # type: ignore[misc]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from fastweights.layers.attention import check_known
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.window import window_attention
-from fastweights.models.architectures import architecture_of, attention_modules
+from fastweights.models.architectures import architecture_of, attention_modules, local_windows
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PROBE_TOKENS = 16
+# Of scores and logits: below a tenth of their height they bend nothing that a probe would notice.
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Relative error of a layer's output, or of the logits, that rounding explains.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUNDING_OF_SHORT = 0.05
@@ -47,15 +50,11 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
         FastWeightsError: if the model is of no known family, has fast weights already, or has something in its
             attention or head that its family's row cannot express.
     """
-    config = config or ConversionConfig()
-    base = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
+    base = _own(model)
     if isinstance(base, FastWeightsForCausalLM):
-        raise FastWeightsError(f"{model} has fast weights already; give the model that it was converted from")
-    if base.get_output_embeddings() is None:
-        raise FastWeightsError(
-            f"{type(base).__name__} has no unembedding: give the causal language model, with its head"
-        )
-    return with_config(base, config)
+        name = type(model).__name__ if isinstance(model, PreTrainedModel) else model
+        raise FastWeightsError(f"{name} has fast weights already; give the model that it was converted from")
+    return with_config(base, config or ConversionConfig())
 
 
 def add_fast_weight_layer(
@@ -75,7 +74,7 @@ def add_fast_weight_layer(
         FastWeightsError: if the model is of no known family, or has such a layer already.
     """
     settings = settings or FastWeightLayerSettings()
-    model = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
+    model = _own(model)
     if not isinstance(model, FastWeightsForCausalLM):
         softmax = ConversionConfig(layer_types=["full_attention"] * model.config.num_hidden_layers)
         return with_config(model, softmax, settings)
@@ -84,6 +83,24 @@ def add_fast_weight_layer(
     model.config.fast_weight_layer = asdict(settings)
     model.model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
     return model
+
+
+def _own(model: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """A causal language model to change, from its name or as a copy."""
+    if isinstance(model, (str, PathLike)):
+        return load_model(model)  # type: ignore[arg-type]
+    kind = type(model).__name__
+    merged = "merge its adapter with peft's merge_and_unload(), and give what that returns"
+    if not isinstance(model, PreTrainedModel):
+        what = merged if hasattr(model, "peft_config") else "give a folder, a hub name or a causal language model"
+        raise FastWeightsError(f"a {kind} was given: {what}")
+    if isinstance(model, FastWeightsForCausalLM):
+        return copy.deepcopy(model)
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise FastWeightsError(f"{kind} has a peft adapter in its layers: {merged}")
+    if model.get_output_embeddings() is None:
+        raise FastWeightsError(f"{kind} has no unembedding: give the causal language model, with its head")
+    return copy.deepcopy(model)
 
 
 def with_config(
@@ -123,14 +140,20 @@ def check_row(base: PreTrainedModel, config: FastWeightsConfig) -> None:
         FastWeightsError: with what differs.
     """
     row, headless = architecture_of(base.config), base.base_model
+    for name in _CAPS:
+        if (cap := getattr(base.config, name, None)) is not None:
+            raise FastWeightsError(f"{name} is {cap} in the model's config; only models without such caps convert")
     attention = attention_modules(headless, row)
     converted = [i for i, layer_type in enumerate(config.layer_types) if layer_type != "full_attention"]
+    windows = local_windows(base.config)
     for i in converted:
         check_known(attention[i], row.projections)
-        if (local := getattr(attention[i], "sliding_window", None)) is not None:
+        if windows[i] is not None:
+            some = "leave it as full_attention in layer_types"
+            every = "to convert it as if it saw all, set sliding_window in its config to None"
             raise FastWeightsError(
-                f"layer {i} has sliding-window attention over {local} tokens, whose memory is constant already: leave "
-                "it as full_attention in layer_types"
+                f"layer {i} has sliding-window attention over {windows[i]} tokens, whose memory is constant already: "
+                f"{some if None in windows else every}"
             )
     if base.device.type == "meta":
         return
@@ -146,8 +169,21 @@ def check_row(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             f"the logits of {type(base).__name__} are more than its unembedding of the last hidden state: models of "
             f"this family are converted only without it (type {base.config.model_type!r})"
         )
+    if config.fast_weight_layer is not None and hidden.shape[-1] != config.hidden_size:
+        raise FastWeightsError(
+            f"the unembedding of {type(base).__name__} takes {hidden.shape[-1]} channels and the model has "
+            f"{config.hidden_size}: a Fast Weight Layer needs as many in both"
+        )
+    layers: list[Any] = list(headless.get_submodule(row.layers))  # type: ignore[call-overload]
     for i in converted:
         call = calls[i]
+        if config.settings.positions == "drop" and row.positions is not None:
+            assert row.norm is not None
+            if not _is_close(layers[i].get_submodule(row.norm)(call.stream), call.inputs):
+                raise FastWeightsError(
+                    f"layer {i} has no normalisation before its attention, so its absolute positions cannot be taken "
+                    "out: leave positions at keep"
+                )
         q, k, v = row.projections.project(attention[i], call.inputs, config.head_dim)
         if call.position_embeddings is not None:
             q, k = row.projections.rotate(q, k, call.position_embeddings)

@@ -12,11 +12,13 @@ from torch.nn.functional import pad
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.rules import TokenMarks
+from fastweights.models.architectures import local_windows
 from fastweights.ops.checks import sequence_bounds
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from fastweights.models.cache import FastWeightsCache
 
@@ -176,17 +178,45 @@ def _after_what_was_read(
     return position_ids + cache.position_offset * goes_on
 
 
-def documents_mask(starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype) -> Tensor:
-    """What softmax attention adds to q·k, (B, 1, T, T): 0 where a token sees another of its document, else -max."""
+def documents_mask(
+    starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype, window: int | None = None
+) -> Tensor:
+    """What softmax attention adds to q·k, (B, 1, T, T): 0 where a token sees another of its document, else -max.
+
+    Args:
+        starts: True where a document begins.
+        real: False where a token is padding.
+        dtype: of the mask.
+        window: how many tokens each sees, itself among them; None for all before it.
+    """
     document = starts.cumsum(1)
     T = starts.shape[1]
     seen = document[:, :, None] == document[:, None, :]
-    seen = seen & torch.ones(T, T, dtype=torch.bool, device=starts.device).tril()
+    near = torch.ones(T, T, dtype=torch.bool, device=starts.device).tril()
+    seen = seen & (near if window is None else near.triu(1 - window))
     if real is not None:
         seen = seen & real[:, None, :]
     return torch.zeros(seen.shape, dtype=dtype, device=starts.device).masked_fill(~seen, torch.finfo(dtype).min)[
         :, None
     ]
+
+
+def documents_masks(
+    config: PreTrainedConfig, starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What a base model takes as its mask; for each type of layer one, if some of its layers alone have windows.
+
+    Args:
+        config: of the base model.
+        starts: True where a document begins.
+        real: False where a token is padding.
+        dtype: of the mask.
+    """
+    windows = local_windows(config)
+    masks = {window: documents_mask(starts, real, dtype, window) for window in set(windows)}
+    if len(masks) == 1:
+        return masks[windows[0]]
+    return {kind: masks[window] for kind, window in zip(config.layer_types, windows, strict=True)}
 
 
 def next_real_tokens(

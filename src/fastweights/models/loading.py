@@ -119,6 +119,10 @@ def load_model(
             "give what that saves"
         )
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if missing and set(missing) <= _head_keys(model):
+        raise FastWeightsError(
+            f"the model in {source} has no unembedding ({missing[0]}): give the causal language model, with its head"
+        )
     if missing:
         raise FastWeightsError(
             f"the weights in {source} are not those of its config: {len(missing)} names do not match, "
@@ -191,6 +195,11 @@ def _not_loaded(what: str, source: str | Path, error: Exception) -> FastWeightsE
             "transformers itself has"
         )
     return FastWeightsError(f"cannot load {what} from {source}: {reason_of(error)}")
+
+
+def _head_keys(model: PreTrainedModel) -> set[str]:
+    head = model.get_output_embeddings()
+    return {f"{name}.{key}" for name, module in model.named_modules() if module is head for key in head.state_dict()}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -21,7 +21,7 @@ from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.documents import Reading, documents_mask, next_real_tokens, read_tokens
+from fastweights.models.documents import Reading, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, replace_attention
 from fastweights.models.unembedding import readable
@@ -99,7 +99,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
-            drop_positions(self.base, self.architecture.positions)
+            drop_positions(self.base, self.architecture)
             self.max_positions = None
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
@@ -158,9 +158,10 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         positions = index if position_ids is None else position_ids
         like = torch.empty(0, dtype=self.dtype, device=tokens.device)
         rotary = self.base.get_submodule(self.architecture.rotary)
+        kind = self.architecture.rotary_arguments
         windows = set(self.config.windows) - {0}
         too_far = {window: (index - (window + self.config.sinks - 1)).clamp(min=0) for window in windows}
-        return {window: rotary(like, positions - more) for window, more in too_far.items()}
+        return {window: rotary(like, positions - more, *kind) for window, more in too_far.items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -235,10 +236,13 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if self.config.sinks:
             before = 0 if ours is None else ours.document_length()
             kwargs["sink_embeddings"] = self.sink_embeddings(given, reading.position_ids, reading.marks, before)
+        position_ids = reading.position_ids
+        if position_ids is None:  # OPT would count them in a mask, and there may be none to count in
+            position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given),
-            position_ids=reading.position_ids,
+            position_ids=position_ids,
             cache=ours,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -294,7 +298,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
 
     def _softmax_mask(
         self, reading: Reading, cache: FastWeightsCache | None, past: int, given: Tensor
-    ) -> Tensor | None:
+    ) -> Tensor | dict[str, Tensor] | None:
         """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
         if "full_attention" not in self.config.layer_types:
             # No layer reads the 4-D mask that the base model would build.
@@ -307,14 +311,13 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "several documents were packed into one row, and layers with softmax attention cannot go on after "
                 "that, nor begin it after other tokens: give them without a cache, or convert all layers"
             )
-        local = set(getattr(self.config.base, "layer_types", None) or ()) - {"full_attention"}
-        if local or self.config._attn_implementation not in ("sdpa", "eager"):
+        if self.config._attn_implementation not in ("sdpa", "eager"):
             raise FastWeightsError(
-                "several documents were packed into one row, which layers with softmax attention tell apart only "
-                'without windows of their own and with attn_implementation "sdpa" or "eager": give one document a row'
+                "several documents were packed into one row, which layers with softmax attention tell apart only with "
+                'attn_implementation "sdpa" or "eager": give one document a row'
             )
         assert starts is not None
-        return documents_mask(starts, real, self.dtype)
+        return documents_masks(self.config.base, starts, real, self.dtype)
 
     def _read_and_learn(
         self,

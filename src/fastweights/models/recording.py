@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastweights.models.architectures import attention_modules
+from fastweights.models.architectures import attention_modules, has_rotary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ class AttentionCall(NamedTuple):
     output: Tensor
     """(B, T, d): what that made of it."""
     position_embeddings: tuple[Tensor, Tensor] | None
-    """Of a rotary embedding."""
+    """Of a rotary embedding; None in a layer that uses none."""
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def record_calls(headless: nn.Module, row: Architecture) -> Iterator[list[Attent
         streams.append(inputs_of(args, kwargs))
 
     def keep_call(module, args, kwargs, output) -> None:
-        calls.append(AttentionCall(streams[-1], inputs_of(args, kwargs), output[0], kwargs.get("position_embeddings")))
+        embeddings = kwargs.get("position_embeddings") if has_rotary(module) else None
+        calls.append(AttentionCall(streams[-1], inputs_of(args, kwargs), output[0], embeddings))
 
     layers = headless.get_submodule(row.layers)
     hooks = [layer.register_forward_pre_hook(keep_stream, with_kwargs=True) for layer in layers]  # type: ignore[union-attr]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastweights.layers.attention import AttentionShape, FastWeightAttention
 from fastweights.layers.feature_maps import make_feature_map
 from fastweights.layers.rules import RuleShape, make_rule
-from fastweights.models.architectures import architecture_of
+from fastweights.models.architectures import architecture_of, has_rotary, position_vectors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from fastweights.models.architectures import Architecture
     from fastweights.models.configuration import FastWeightsConfig
 
 
@@ -58,6 +59,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,
             rotary=settings.rotary,
+            rotates=has_rotary(layer.get_submodule(row.attention)),
             cache_argument=row.cache_argument,
         )
         layer.set_submodule(row.attention, attention)
@@ -66,22 +68,23 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
 class ConstantPosition(nn.Module):
     """Stands where absolute positions were: the same vector everywhere."""
 
-    def __init__(self, positions: nn.Embedding) -> None:
+    def __init__(self, vectors: Float[Tensor, "positions d"]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(positions.weight.detach().mean(0, keepdim=True))
+        self.weight = nn.Parameter(vectors.detach().mean(0, keepdim=True))
 
-    def forward(self, position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
-        """The vector for each of these."""
+    def forward(self, *given: Any, position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T d"]:
+        """The vector for each of these; some base models name them, and give a mask and a length before."""
+        position_ids = given[0] if position_ids is None else position_ids
         return self.weight.expand(*position_ids.shape, -1)
 
 
-def drop_positions(base: nn.Module, name: str) -> None:
+def drop_positions(base: nn.Module, row: Architecture) -> None:
     """Put the mean of the positions where they are.
 
     Args:
         base: the headless base model.
-        name: of its embedding of positions.
+        row: its family's, which has absolute positions.
     """
-    positions = base.get_submodule(name)
-    if isinstance(positions, nn.Embedding):
-        base.set_submodule(name, ConstantPosition(positions))
+    assert row.positions is not None
+    if isinstance(base.get_submodule(row.positions), nn.Embedding):
+        base.set_submodule(row.positions, ConstantPosition(position_vectors(base, row)))

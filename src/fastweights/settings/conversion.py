@@ -48,7 +48,7 @@ class ConversionConfig:
     write: Literal["all", "leaving"] | None = None
     """Tokens that fast weights beside a window hold: all, or by default those alone that leave the window."""
     layer_types: list[str] | None = None
-    """Per layer linear_attention, hybrid_sliding or full_attention; by default all are converted."""
+    """Per layer linear_attention, hybrid_sliding or full_attention; by default all that see all text are converted."""
     layers: str | None = None
     """Which to convert: numbers such as 0,4-9, or auto:4 for all but the 4 that are missed most; by default all."""
     wide_window: int = 0
@@ -150,23 +150,31 @@ class ConversionConfig:
         automatic = self.layers is not None and self.layers.startswith(_AUTO)
         return int(self.layers.removeprefix(_AUTO)) if self.layers is not None and automatic else None
 
-    def converting(self, chosen: Collection[int], layers: int) -> ConversionConfig:
-        """The same, with these of so many layers converted."""
+    def converting(self, chosen: Collection[int], layers: int, local: Collection[int] = ()) -> ConversionConfig:
+        """The same, with these of so many layers converted.
+
+        Args:
+            chosen: those that `layers` does not leave out.
+            layers: of the base model.
+            local: those that have a window of their own, and stay as they are unless they are chosen.
+        """
         fast = "hybrid_sliding" if self.window else "linear_attention"
         if not self.wide_window:
             types = [fast if i in chosen else "full_attention" for i in range(layers)]
             return replace(self, layers=None, layer_types=types)
-        windows = [self.window if i in chosen else self.wide_window for i in range(layers)]
-        return replace(self, layers=None, layer_types=[fast] * layers, windows=windows)
+        wide = [0 if i in local else self.wide_window for i in range(layers)]
+        windows = [self.window if i in chosen else wide[i] for i in range(layers)]
+        types = [fast if window else "full_attention" for window in windows]
+        return replace(self, layers=None, layer_types=types, windows=windows)
 
     def with_window(self, window: int) -> ConversionConfig:
         """The same with another window in all layers but those with the wide one."""
         windows = self.windows and [window if own == self.window else own for own in self.windows]
         return replace(self, window=window, windows=windows)
 
-    def _named_layers(self, layers: int) -> set[int]:
+    def _named_layers(self, layers: int, local: Collection[int]) -> set[int]:
         if self.layers is None:
-            return set(range(layers))
+            return set(range(layers)) - set(local)
         if self.layers_kept is not None:
             raise FastWeightsError(
                 f"layers is {self.layers}, which takes a model and a text: use fastweights convert, or choose_layers"
@@ -177,14 +185,18 @@ class ConversionConfig:
             raise FastWeightsError(f"layers is {self.layers}; the base model has layers 0 to {layers - 1}")
         return named
 
-    def for_layers(self, layers: int) -> ConversionConfig:
-        """The same with a type for each of so many layers, and what else was left to its default.
+    def for_layers(self, layers: int, local: Collection[int] = ()) -> ConversionConfig:
+        """The same with a type for each of so many layers, and a number of sinks.
+
+        Args:
+            layers: of the base model.
+            local: those that have a window of their own, and stay as they are unless they are named.
 
         Raises:
             FastWeightsError: if `layer_types` has another number of entries, or `layers` others than the model's.
         """
         if self.layer_types is None:
-            return self.converting(self._named_layers(layers), layers).for_layers(layers)
+            return self.converting(self._named_layers(layers, local), layers, local).for_layers(layers)
         layer_types = self.layer_types
         if len(layer_types) != layers:
             raise FastWeightsError(f"layer_types has {len(layer_types)} entries; the base model has {layers} layers")

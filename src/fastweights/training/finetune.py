@@ -11,6 +11,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.models.lora import add_lora
 from fastweights.training.blocks import positions_if_packed
+from fastweights.training.teacher import documents_apart
 from fastweights.training.trainer import StageTrainer
 
 _ELEMENTS = 1 << 22
@@ -61,7 +62,8 @@ class FinetuneTrainer(StageTrainer):
         if weight > 0:
             assert self.teacher is not None
             with torch.no_grad():
-                teacher_logits = self.teacher(**arguments).logits
+                mask = documents_apart(self.teacher, arguments["position_ids"])
+                teacher_logits = self.teacher(**arguments, attention_mask=mask).logits
             loss = loss + weight * divergence(outputs.logits, teacher_logits)
         self.loss_is_scaled_for_ga = False
         return (loss, outputs) if return_outputs else loss

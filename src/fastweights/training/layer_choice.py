@@ -9,6 +9,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import is_hybrid, without_fast_weights
+from fastweights.models.architectures import local_layers
 from fastweights.models.conversion import convert
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.calibration import fit_layers
@@ -50,11 +51,13 @@ def choose_layers(
         FastWeightsError: more layers are to be kept than the model has, or as `convert` does.
     """
     layers, kept = model.config.num_hidden_layers, settings.layers_kept or 0
-    if kept >= layers:
-        raise FastWeightsError(f"layers is {settings.layers}; the model has {layers}: keep at most {layers - 1}")
+    local = local_layers(model.config)
+    most = layers - len(local) - 1
+    if kept > most:
+        raise FastWeightsError(f"layers is {settings.layers}; the model has {most + 1} to convert: keep at most {most}")
     found = layer_divergences(model, settings, blocks, progress)
-    missed = sorted(range(layers), key=lambda i: -found[i])
-    return settings.converting(missed[kept:], layers), found
+    missed = sorted(set(range(layers)) - local, key=lambda i: -found[i])
+    return settings.converting(missed[kept:], layers, local), found
 
 
 @torch.no_grad()
@@ -66,7 +69,8 @@ def layer_divergences(
 ) -> list[float]:
     """KL(model || model with one layer converted) for each layer, in nats a token; nothing is trained.
 
-    A hybrid layer stands there with its window alone, a pure one with the factors that least squares give it.
+    A hybrid layer stands there with its window alone, a pure one with the factors that least squares give it; one that
+    has a window already stays as it is.
 
     Args:
         model: a causal language model with softmax attention; it stays as it is.
@@ -74,7 +78,7 @@ def layer_divergences(
         blocks: text, of which a few are read.
         progress: is told layers done and layers in all.
     """
-    layers = model.config.num_hidden_layers
+    layers, local = model.config.num_hidden_layers, local_layers(model.config)
     # Whatever the model is to do without, these are its own layers, with the window that is to be most layers'.
     settings = replace(settings, positions="keep", wide_window=0)
     chosen = [blocks[i * len(blocks) // _BLOCKS] for i in range(min(_BLOCKS, len(blocks)))]
@@ -84,6 +88,9 @@ def layer_divergences(
     records = record_attention(model, torch.cat([ids for ids, _ in read]))
     found = []
     for layer in range(layers):
+        if layer in local:
+            found.append(0.0)
+            continue
         swapped = convert(model, settings.converting({layer}, layers)).eval()
         if is_hybrid(swapped):
             with without_fast_weights(swapped) as window:

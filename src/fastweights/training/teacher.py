@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fastweights.errors import FastWeightsError
-from fastweights.models.architectures import architecture_of
+from fastweights.models.architectures import architecture_of, position_vectors
+from fastweights.models.documents import documents_masks
 from fastweights.models.loading import load_model
 from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
 from fastweights.models.recording import record_calls
@@ -33,6 +34,13 @@ def load_teacher(student: FastWeightsForCausalLM, source: str | None = None) -> 
     return teacher
 
 
+def documents_apart(
+    teacher: PreTrainedModel, position_ids: Int[Tensor, "B T"] | None
+) -> Tensor | dict[str, Tensor] | None:
+    """The mask that keeps packed documents apart; OPT would not do so by their positions. None for one document."""
+    return None if position_ids is None else documents_masks(teacher.config, position_ids == 0, None, teacher.dtype)
+
+
 @torch.no_grad()
 def record_attention(
     teacher: PreTrainedModel,
@@ -52,13 +60,14 @@ def record_attention(
     without = None
     if positions == "drop" and row.positions is not None:
         places = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
-        embedding = headless.get_submodule(row.positions)(places)
-        without = headless.get_parameter(f"{row.positions}.weight").mean(0) - embedding
+        vectors = position_vectors(headless, row)
+        without = vectors.mean(0) - vectors[places]
+    mask = documents_apart(teacher, position_ids)
     with record_calls(headless, row) as calls:
-        headless(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        headless(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     records = []
     for layer, call in zip(headless.get_submodule(row.layers), calls, strict=True):  # type: ignore[arg-type]
-        given = call.inputs if without is None else layer.get_submodule(row.norm)(call.stream + without)
+        given = call.inputs if without is None else layer.get_submodule(str(row.norm))(call.stream + without)
         variance = call.output.var(correction=0)
         records.append(AttentionRecord(given, call.output, variance, call.inputs, call.position_embeddings))
     return records
