@@ -70,7 +70,9 @@ def test_help_takes_less_than_half_a_second(arguments):
         "import transformers, fastweights, transformers.modeling_utils",
         "from transformers import AutoModelForCausalLM; import fastweights",
         "import fastweights.layers.attention",
-        "import fastweights.reading.stream",
+        "import fastweights.layers",
+        "import fastweights.models.architectures",
+        "import fastweights, transformers.modeling_layers",
         "from fastweights import train",
     ],
 )

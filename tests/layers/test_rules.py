@@ -225,3 +225,41 @@ def test_every_rule_and_map_works_in_a_model(rule, feature_map, tmp_path):
             model.get_parameter(name).add_(0.1)
         model.save_pretrained(tmp_path)
         assert load_model(tmp_path)(ids).logits.equal(model(ids).logits)
+
+
+@both_reads
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_the_delta_rules_write_what_the_value_is_beyond_the_answer(name, inclusive):
+    torch.manual_seed(0)
+    rule = make_rule(name, SHAPE)
+    for parameter in rule.parameters():
+        torch.nn.init.normal_(parameter)
+    x, q, k, v = (tensor.double() for tensor in inputs())
+    rule.double()
+    beta = (x @ rule.write_gate.weight.T + rule.write_gate.bias).sigmoid()
+    decay = torch.ones_like(beta)
+    if name == "gated_delta":
+        decay = (x @ rule.decay.key_gate.weight.T + rule.decay.key_gate.bias).sigmoid()
+    state, read = torch.zeros(B, G, K, V, dtype=torch.float64), []
+    for t in range(T):
+        before, key = state, k[:, t] / k[:, t].norm(dim=-1, keepdim=True)
+        state = decay[:, t, :, None, None] * state
+        answer = torch.einsum("bgkv,bgk->bgv", state, key)
+        state = state + torch.einsum("bg,bgk,bgv->bgkv", beta[:, t], key, v[:, t] - answer)
+        queries = q[:, t].unflatten(1, (G, R))
+        read.append(torch.einsum("bgrk,bgkv->bgrv", queries, state if inclusive else before).flatten(1, 2) * 0.5)
+    o, final = call(rule, x, q, k, v, inclusive=inclusive)
+    assert error(o, torch.stack(read, 1)) < 1e-6
+    assert error(final, state) < 1e-6
+
+
+def test_the_delta_rule_answers_with_the_last_value_of_a_key():
+    """With β = 1 it replaces, where a sum would add."""
+    rule = make_rule("delta", SHAPE)
+    rule.reset_parameters()
+    with torch.no_grad():
+        rule.write_gate.bias.fill_(50.0)
+    x, _, k, v = inputs()
+    k = k[:, :1].expand_as(k)
+    o, _ = call(rule, x, (k / k.norm(dim=-1, keepdim=True)).repeat_interleave(R, 2), k, v)
+    torch.testing.assert_close(o, 0.5 * v.repeat_interleave(R, 2))

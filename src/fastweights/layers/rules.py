@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, normalize
 
 from fastweights.errors import check_name
 from fastweights.layers.precision import Float32Linear
-from fastweights.ops import decay_rule
+from fastweights.ops import decay_rule, delta_rule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -238,6 +240,16 @@ def _gate(shape: RuleShape, width: int) -> Float32Linear | LowRank:
     return LowRank(*sizes, shape.gate_rank) if shape.gate_rank else Float32Linear(*sizes)
 
 
+@torch.no_grad()
+def _start(gate: Float32Linear | LowRank, bias: Callable[[int], Tensor]) -> None:
+    """A gate that is the same for each input: that of its bias, which is made for so many outputs."""
+    if isinstance(gate, LowRank):
+        gate.down.reset_parameters()
+        gate = gate.up
+    gate.weight.zero_()
+    gate.bias.copy_(bias(gate.out_features))
+
+
 class DecayRule(Rule):
     """Both sides of the state decay by gates that each token sets.
 
@@ -264,11 +276,7 @@ class DecayRule(Rule):
         Gu et al., "Improving the Gating Mechanism of Recurrent Neural Networks" (arXiv 1910.09890).
         """
         for gate in filter(None, (self.key_gate, self.value_gate)):
-            if isinstance(gate, LowRank):
-                gate.down.reset_parameters()
-                gate = gate.up
-            gate.weight.zero_()
-            gate.bias.copy_(self._first_bias(gate.out_features // self.shape.kv_heads))
+            _start(gate, lambda size: self._first_bias(size // self.shape.kv_heads))
 
     def _first_bias(self, width: int) -> Float[Tensor, " GX"]:
         return torch.linspace(*self.shape.gate_bias, width).repeat(self.shape.kv_heads)
@@ -325,7 +333,95 @@ class GatedRule(AverageRule):
         return torch.linspace(first, last, heads) if heads > 1 else torch.tensor([(first + last) / 2])
 
 
-RULES: dict[str, type[Rule]] = {"decay": DecayRule, "add": AddRule, "gated": GatedRule, "average": AverageRule}
+class DeltaRule(Rule):
+    """S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ: what is written is what the value is beyond what S holds.
+
+    Keys are brought to length 1, so that a state stays bounded; β_t = sigmoid(w·x_t + b), one a head, starts at 1/2.
+
+    I. Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers" (arXiv 2102.11174); keys of length 1
+    are from S. Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (arXiv 2406.06484).
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    settings = ("gate_rank",)
+
+    def __init__(self, shape: RuleShape) -> None:
+        super().__init__(shape)
+        self.write_gate = _gate(shape, 1)
+
+    def reset_parameters(self) -> None:
+        """As new: each token writes half of the difference."""
+        _start(self.write_gate, torch.zeros)
+
+    def written(
+        self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G 1"] | None
+    ) -> Float[Tensor, "B T G K"]:
+        """The key, at length 1."""
+        return normalize(k, dim=-1)
+
+    def update(
+        self,
+        x: Float[Tensor, "B T d"],
+        q: Float[Tensor, "B T H K"],
+        k: Float[Tensor, "B T G K"],
+        v: Float[Tensor, "B T G V"],
+        key_gate: Float[Tensor, "B T G 1"] | None,
+        value_gate: None,
+        *,
+        scale: float,
+        state: Float[Tensor, "B G K V"] | None,
+        keep_state: bool,
+        inclusive: bool = True,
+    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G K V"] | None]:
+        """By the delta rule, which needs no more than the keys of padding to be 0."""
+        return delta_rule(
+            q,
+            k,
+            v,
+            self.write_gate(x).sigmoid()[..., None],
+            key_gate,
+            scale=scale,
+            initial_state=state,
+            output_final_state=keep_state,
+            inclusive=inclusive,
+        )
+
+
+class GatedDeltaRule(DeltaRule):
+    """S_t = a_t S_{t-1} + β_t k_t (v_t - a_t S_{t-1}ᵀ k_t)ᵀ with a gate a_t for each head, as in the gated rule.
+
+    S. Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (arXiv 2412.06464).
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    settings = GatedRule.settings
+
+    def __init__(self, shape: RuleShape) -> None:
+        super().__init__(shape)
+        self.decay = GatedRule(shape)
+
+    def reset_parameters(self) -> None:
+        """As new: both gates start as those of the rules that they are from."""
+        super().reset_parameters()
+        self.decay.reset_parameters()
+
+    def log_gates(self, x: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T G 1"] | None, None]:
+        """That of the gated rule."""
+        return self.decay.log_gates(x)[0], None
+
+
+RULES: dict[str, type[Rule]] = {
+    "decay": DecayRule,
+    "add": AddRule,
+    "gated": GatedRule,
+    "average": AverageRule,
+    "delta": DeltaRule,
+    "gated_delta": GatedDeltaRule,
+}
 
 
 def make_rule(name: str, shape: RuleShape) -> Rule:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary
-from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb  # Llama's, for float32 cosines, too
 
 from fastweights.errors import FastWeightsError
 
@@ -22,6 +20,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from fastweights.layers.attention import Projections
+
+
+# Of transformers' modules of models, those that ours need are imported by whoever uses them: ours are imported while
+# transformers' are, as part of which they register themselves.
+
+
+def _rotated(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb  # Llama's, for float32 cosines, too
+
+    return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+
+
+def _partly_rotated(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+    return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
 
 class NamedModules:
@@ -68,7 +82,7 @@ class InterleavedProjections(NamedModules):
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
         """With rotary embedding in the first channels of each head."""
-        return apply_partial_rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+        return _partly_rotated(q, k, position_embeddings)
 
     def output(self, attention: nn.Module, y: Tensor) -> Tensor:
         """Back to the residual stream."""
@@ -92,7 +106,7 @@ class GroupedProjections(NamedModules):
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
         """With rotary embedding in the first channels of each head, or in all."""
-        return apply_partial_rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+        return _partly_rotated(q, k, position_embeddings)
 
     def output(self, attention: nn.Module, y: Tensor) -> Tensor:
         """Back to the residual stream."""
@@ -125,7 +139,7 @@ class SplitProjections(NamedModules):
 
     def rotate(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
         """With rotary embedding."""
-        return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return _rotated(q, k, position_embeddings)
 
     def output(self, attention: nn.Module, y: Tensor) -> Tensor:
         """Back to the residual stream."""

@@ -199,7 +199,8 @@ def _not_loaded(what: str, source: str | Path, error: Exception) -> FastWeightsE
 
 def _head_keys(model: PreTrainedModel) -> set[str]:
     head = model.get_output_embeddings()
-    return {f"{name}.{key}" for name, module in model.named_modules() if module is head for key in head.state_dict()}
+    named = [(name, module) for name, module in model.named_modules() if module is head]
+    return {f"{name}.{key}" for name, module in named for key in module.state_dict()}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -74,8 +74,8 @@ class ConstantPosition(nn.Module):
 
     def forward(self, *given: Any, position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T d"]:
         """The vector for each of these; some base models name them, and give a mask and a length before."""
-        position_ids = given[0] if position_ids is None else position_ids
-        return self.weight.expand(*position_ids.shape, -1)
+        positions = given[0] if position_ids is None else position_ids
+        return self.weight.expand(*positions.shape, -1)
 
 
 def drop_positions(base: nn.Module, row: Architecture) -> None:

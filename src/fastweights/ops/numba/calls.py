@@ -58,6 +58,8 @@ class Call:
     ) -> None:
         self.tensors = {name: rows_of_float32(x) for name, x in tensors.items()}
         q, v = self.tensors["q"], self.tensors["v"]
+        assert q is not None
+        assert v is not None
         self.N, self.T, H, self.K = q.shape
         self.G, self.V = v.shape[2:]
         self.R = H // self.G
