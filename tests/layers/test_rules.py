@@ -95,6 +95,16 @@ def test_padding_leaves_the_state_bit_for_bit_as_it_is(rule):
     assert torch.equal(before, after)
 
 
+def test_padding_that_is_not_finite_reaches_nothing(rule):
+    real = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.7
+    given = inputs()
+    o, state = call(rule, *given, marks=TokenMarks(real))
+    poisoned = (x.masked_fill(~real.view(B, T, *(1,) * (x.ndim - 2)), torch.nan) for x in given)
+    after, last = call(rule, *poisoned, marks=TokenMarks(real))
+    assert torch.equal(after[real], o[real])
+    assert torch.equal(last, state)
+
+
 @both_reads
 def test_a_document_starts_with_an_empty_state(rule, inclusive):
     starts = torch.zeros(B, T, dtype=torch.bool)
@@ -251,6 +261,15 @@ def test_the_delta_rules_write_what_the_value_is_beyond_the_answer(name, inclusi
     o, final = call(rule, x, q, k, v, inclusive=inclusive)
     assert error(o, torch.stack(read, 1)) < 1e-6
     assert error(final, state) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_delta_rule_takes_keys_of_zero_in_any_precision(dtype):
+    rule = make_rule("delta", SHAPE)
+    rule.reset_parameters()
+    x, q, k, v = (tensor.to(dtype) for tensor in inputs())
+    k[:, ::3] = 0
+    assert call(rule, x, q, k, v)[0].isfinite().all()
 
 
 def test_the_delta_rule_answers_with_the_last_value_of_a_key():

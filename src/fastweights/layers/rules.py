@@ -135,6 +135,7 @@ class Rule(nn.Module):
             k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
             key_gate = None if key_gate is None else key_gate.masked_fill(padding, 0)
             value_gate = None if value_gate is None else value_gate.masked_fill(padding, 0)
+            x = x.masked_fill(padding[..., 0], 0)
         if marks.starts is not None:
             if key_gate is None:
                 key_gate = x.new_zeros(*k.shape[:3], 1, dtype=torch.float32)
@@ -164,7 +165,7 @@ class Rule(nn.Module):
         """Run the op. A token with k = v = 0 and log gates 0 must leave the state as it is, -inf must empty it first.
 
         Args:
-            x: the layer's input.
+            x: the layer's input; 0 where a token is padding, as one that is not finite would reach the state.
             q: queries, after the feature map.
             k: keys, after the feature map; 0 where a token is padding.
             v: values; 0 where a token is padding.
@@ -358,8 +359,8 @@ class DeltaRule(Rule):
     def written(
         self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G 1"] | None
     ) -> Float[Tensor, "B T G K"]:
-        """The key, at length 1."""
-        return normalize(k, dim=-1)
+        """The key, at length 1; one of 0, as maps may give, stays 0, which float16 could not tell from 0 / 0."""
+        return normalize(k.to(torch.promote_types(k.dtype, torch.float32)), dim=-1).to(k.dtype)
 
     def update(
         self,
