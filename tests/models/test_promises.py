@@ -120,6 +120,19 @@ def test_sliding_window_can_be_set():
         pure.sliding_window = 4
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_window_set_in_the_config_of_a_model_is_that_of_what_is_loaded(sinks, tmp_path):
+    """Its caches would be made for another window than its layers have."""
+    model = convert(make_llama(), ConversionConfig(window=8, sinks=sinks))
+    model.config.sliding_window = 4
+    with pytest.raises(FastWeightsError, match=r"windows are \[4, 4, 4\] now, and the model was made with \[8, 8, 8\]"):
+        model(random_ids(1, 9))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [layer.window for layer in loaded.fast_attentions()] == [4, 4, 4]
+    assert loaded(random_ids(1, 9)).logits.isfinite().all()
+
+
 @torch.no_grad()
 def test_a_cache_without_a_config(model):
     ids = random_ids(2, 20)

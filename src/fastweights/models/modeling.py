@@ -96,6 +96,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             recorded = self.base._can_record_outputs or {}
             self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
         replace_attention(self.base, config)
+        self._windows = [*config.windows]
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
@@ -211,6 +212,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise FastWeightsError("forward needs input_ids or inputs_embeds; neither was given")
+        self._check_windows()
         self._check_outputs(kwargs)
         _check_others(kwargs, cu_seq_lens_q)
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -259,6 +261,14 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_windows(self) -> None:
+        """Caches would be made as the config says, and layers look for what they were made with."""
+        if self.config.windows != self._windows:
+            raise FastWeightsError(
+                f"the config's windows are {self.config.windows} now, and the model was made with {self._windows}: "
+                "save it, and what is loaded has the others"
+            )
 
     def _check_outputs(self, kwargs: dict[str, Any]) -> None:
         """Pass on what the config asks for, which the base model's does not say, and refuse maps that are not there."""
