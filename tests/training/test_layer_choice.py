@@ -10,7 +10,7 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.finetune import divergence
 from fastweights.training.layer_choice import choose_layers, layer_divergences
-from tests.conftest import make_llama, make_qwen3, random_ids
+from tests.conftest import make_gpt2, make_llama, make_opt, make_qwen3, random_ids
 
 LENGTH = 48
 OUTPUTS = ("attn.o_proj", "attn.c_proj")
@@ -70,6 +70,13 @@ def test_no_layer_left_to_convert_is_refused(base, blocks):
         choose_layers(base, ConversionConfig(layers="auto:3"), blocks)
 
 
+@pytest.mark.parametrize("make", [make_gpt2, make_opt])
+def test_blocks_beyond_absolute_positions_are_refused(make):
+    blocks = TokenBlocks(random_ids(1, 400)[0], 200)
+    with pytest.raises(FastWeightsError, match="block_size is 200; this model's absolute positions end at 128"):
+        choose_layers(make(), ConversionConfig(layers="auto:1"), blocks)
+
+
 @pytest.mark.parametrize(
     ("layers", "converted"), [("0,2", [0, 2]), ("1-2", [1, 2]), ("0-0,2", [0, 2]), (None, [0, 1, 2])]
 )
@@ -84,6 +91,8 @@ def test_named_layers_are_converted(base, layers, converted):
         ({"layers": "0,x"}, "layers is 0,x; allowed are numbers such as 0,4-9, and auto:N"),
         ({"layers": ""}, "allowed are numbers such as"),
         ({"layers": "2-1"}, "the base model has layers 0 to 2"),
+        ({"layers": "0,2-1"}, "layers is 0,2-1; the base model has layers 0 to 2"),
+        ({"layers": "0-99999999999"}, "the base model has layers 0 to 2"),
         ({"layers": "1-3"}, "layers is 1-3; the base model has layers 0 to 2"),
         ({"layers": "auto:1"}, "takes a model and a text: use fastweights convert"),
         ({"layers": "0", "layer_types": ["linear_attention"] * 3}, "leave one out"),
@@ -114,6 +123,7 @@ def test_layers_left_out_have_the_wide_window(base, blocks):
         ({"windows": [4, 8, 1], "window": 4}, r"windows is \[4, 8, 1\]; allowed are 0 \(none\) and 2 or more"),
         ({"windows": [4, 8], "window": 4}, "there must be one for each of hybrid_sliding, hybrid_sliding, hybrid_sl"),
         ({"windows": [4, 0, 4], "window": 4}, "there must be one for each of"),
+        ({"windows": [6, 8, 6], "window": 4}, r"window is 4 and windows \[6, 8, 6\]: give one that some layer has"),
     ],
 )
 def test_windows_that_are_none_are_refused(base, settings, line):
@@ -151,6 +161,16 @@ def test_each_layer_has_its_own_window_in_passes_and_steps(tmp_path):
         differs = (before != after).flatten(2).any(-1)[0]
         assert differs[29 - window : 29].all()
         assert not differs[29]
+
+
+@pytest.mark.parametrize(
+    ("window", "windows", "wide"), [(8, [8, 12, 0], 12), (12, [12, 12, 0], 0), (16, [16, 16, 0], 0)]
+)
+def test_another_window_leaves_the_wide_one_while_it_is_the_wider(window, windows, wide):
+    settings = ConversionConfig(window=4, wide_window=12, layers="0").for_layers(3, local=[2])
+    other = settings.with_window(window)
+    assert (other.window, other.windows, other.wide_window) == (window, windows, wide)
+    assert other.for_layers(3) == other
 
 
 @torch.no_grad()

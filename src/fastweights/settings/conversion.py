@@ -168,9 +168,11 @@ class ConversionConfig:
         return replace(self, layers=None, layer_types=types, windows=windows)
 
     def with_window(self, window: int) -> ConversionConfig:
-        """The same with another window in all layers but those with the wide one."""
-        windows = self.windows and [window if own == self.window else own for own in self.windows]
-        return replace(self, window=window, windows=windows)
+        """The same with another window in all layers but those with the wide one, as long as that is the wider."""
+        wide = self.wide_window if self.wide_window > window else 0
+        usual = {self.window} if wide else {self.window, self.wide_window or self.window}
+        windows = self.windows and [window if own in usual else own for own in self.windows]
+        return replace(self, window=window, wide_window=wide, windows=windows)
 
     def _named_layers(self, layers: int, local: Collection[int]) -> set[int]:
         if self.layers is None:
@@ -180,10 +182,9 @@ class ConversionConfig:
                 f"layers is {self.layers}, which takes a model and a text: use fastweights convert, or choose_layers"
             )
         spans = [[int(end) for end in span.split("-")] for span in self.layers.split(",")]
-        named = {i for span in spans for i in range(span[0], span[-1] + 1)}
-        if not named or max(named) >= layers:
+        if any(not span[0] <= span[-1] < layers for span in spans):
             raise FastWeightsError(f"layers is {self.layers}; the base model has layers 0 to {layers - 1}")
-        return named
+        return {i for span in spans for i in range(span[0], span[-1] + 1)}
 
     def for_layers(self, layers: int, local: Collection[int] = ()) -> ConversionConfig:
         """The same with a type for each of so many layers, and a number of sinks.
@@ -203,6 +204,8 @@ class ConversionConfig:
         windows = self.windows or [self.window if kind == "hybrid_sliding" else 0 for kind in layer_types]
         if [bool(window) for window in windows] != [kind == "hybrid_sliding" for kind in layer_types]:
             raise FastWeightsError(f"windows is {windows}; there must be one for each of {', '.join(layer_types)}")
+        if self.window and self.window not in windows:
+            raise FastWeightsError(f"window is {self.window} and windows {windows}: give one that some layer has")
         sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks
         write = self.write or ("leaving" if self.window else "all")
         normaliser = self._normalises() if self.normaliser is None else self.normaliser

@@ -11,6 +11,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import is_hybrid, without_fast_weights
 from fastweights.models.architectures import local_layers
 from fastweights.models.conversion import convert
+from fastweights.reading.stream import check_block_size
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.calibration import fit_layers
 from fastweights.training.finetune import divergence
@@ -48,7 +49,8 @@ def choose_layers(
         The settings with a type for each layer, and the divergence in nats that converting each layer alone gives.
 
     Raises:
-        FastWeightsError: more layers are to be kept than the model has, or as `convert` does.
+        FastWeightsError: more layers are to be kept than the model has, the blocks reach beyond its absolute positions,
+            or as `convert` does.
     """
     layers, kept = model.config.num_hidden_layers, settings.layers_kept or 0
     local = local_layers(model.config)
@@ -78,6 +80,7 @@ def layer_divergences(
         blocks: text, of which a few are read.
         progress: is told layers done and layers in all.
     """
+    check_block_size(model, blocks.block_size)
     layers, local = model.config.num_hidden_layers, local_layers(model.config)
     # Whatever the model is to do without, these are its own layers, with the window that is to be most layers'.
     settings = replace(settings, positions="keep", wide_window=0)
