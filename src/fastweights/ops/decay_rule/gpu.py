@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from functools import cache, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +144,13 @@ class _Problem(NamedTuple):
         return self.q.new_empty(shape, dtype=torch.float32)
 
 
+def _kernels() -> Any:
+    """The module of kernels, imported when they are needed: Triton need not be installed."""
+    from . import gpu_kernels
+
+    return gpu_kernels
+
+
 def _side(width: int) -> int:
     return min(TILE, max(16, 1 << (width - 1).bit_length()))
 
@@ -158,11 +165,14 @@ def _problem(
     scale: float,
     inclusive: bool,
 ) -> _Problem:
-    gates = [
-        None if gate is None else gate.flatten(0, 1).expand(-1, -1, x.shape[3]) for gate, x in ((log_f, k), (log_z, v))
-    ]
+    log_f, log_z = _rows_of_gate(log_f, k.shape[3]), _rows_of_gate(log_z, v.shape[3])
     N = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    return _Problem(*(x.flatten(0, 1) for x in (q, k, v)), *gates, N, int(not inclusive), scale)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return _Problem(q, k, v, log_f, log_z, N, int(not inclusive), scale)
+
+
+def _rows_of_gate(gate: Tensor | None, width: int) -> Tensor | None:
+    return None if gate is None else gate.flatten(0, 1).expand(-1, -1, width)
 
 
 def _chunks(q: Tensor, cu_seqlens: Tensor | None) -> _Chunks:
@@ -201,13 +211,11 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state before each chunk (M, G, K, V), what of it is left after it (M, G, K) and (M, G, V), the last state."""
-    from . import gpu_kernels
-
     (_, G, _, K, V), M = p.sizes, len(c.starts)
     states, F, Z, final_state = p.new(M, G, K, V), p.new(M, G, K), p.new(M, G, V), p.new(p.N, G, K, V)
     initial_state = torch.zeros_like(final_state) if initial_state is None else initial_state.contiguous()
     if M:
-        gpu_kernels.written[(M, G, prod(p.tiles))](
+        _kernels().written[(M, G, prod(p.tiles))](
             p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z,
             *_strides(p.k, p.v, *p.gates), G, K, V, **p.compiled_for,
         )  # fmt: skip
@@ -218,23 +226,19 @@ def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tens
 def _scan(
     p: _Problem, c: _Chunks, states: Tensor, F: Tensor, Z: Tensor, before: Tensor, after: Tensor, back: bool
 ) -> None:
-    from . import gpu_kernels
-
     _, G, _, K, V = p.sizes
     BK, BV = p.sides
     if p.N:
-        gpu_kernels.scan[(p.N, G, prod(p.tiles))](
+        _kernels().scan[(p.N, G, prod(p.tiles))](
             states, F, Z, c.first, c.counts, before, after, G, K, V, BACK=back, BK=BK, BV=BV
         )
 
 
 def _pairs(p: _Problem, c: _Chunks, x: Tensor, y: Tensor, log_gate: Tensor | None, scale: float, side: int) -> Tensor:
     """What x reads of y within each sub-chunk: (tokens, H, SUB)."""
-    from . import gpu_kernels
-
     H, _, R = p.sizes[:3]
     A, gate = p.new(len(x), H, SUB), p.q if log_gate is None else log_gate
-    gpu_kernels.pairs[(len(c.starts), H)](
+    _kernels().pairs[(len(c.starts), H)](
         x, y, gate, c.starts, c.ends, A, *_strides(x, y, gate), H, R, x.shape[2], scale,
         GATED=log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, SUB=SUB, BD=side,
     )  # fmt: skip
@@ -263,8 +267,6 @@ def _forward_op(
     p = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive)
     if q.shape[1] == 1 and cu_seqlens is None and len(q):
         return _step(p, initial_state, *_empty_outputs(q, v, None))
-    from . import gpu_kernels
-
     c = _chunks(q, cu_seqlens)
     states, _, _, final_state = _states(p, c, initial_state)
     H, G, R, K, V = p.sizes
@@ -272,7 +274,7 @@ def _forward_op(
     o = v.new_empty((1, *q.shape[:3], V)) if parts == 1 else p.new(parts, *q.shape[:3], V)
     if M:
         A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
-        gpu_kernels.outputs[(M, H, prod(p.tiles))](
+        _kernels().outputs[(M, H, prod(p.tiles))](
             p.q, p.k, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
             *_strides(p.q, p.k, p.v, *p.gates), len(p.q), H, G, R, K, V, scale,
             SHIFT=p.shift, SUB=SUB, **p.compiled_for,
@@ -286,12 +288,10 @@ def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
 
 
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
-    from . import gpu_kernels
-
     H, G, R, K, V = p.sizes
     BK, BV = p.sides
     before = torch.zeros_like(final_state) if initial_state is None else initial_state.contiguous()
-    gpu_kernels.step[(p.N, G, p.tiles[1])](
+    _kernels().step[(p.N, G, p.tiles[1])](
         p.q, p.k, p.v, *p.gates, before, o, final_state, *_strides(p.q, p.k, p.v, *p.gates), H, G, R, K, V, p.scale,
         KEY_GATE=p.log_f is not None, VALUE_GATE=p.log_z is not None, SHIFT=p.shift,
         READERS=1 << (R - 1).bit_length(), BK=BK, BV=BV,
@@ -314,8 +314,6 @@ def _backward_op(
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
-    from . import gpu_kernels
-
     p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), _chunks(q, cu_seqlens)
     states, F, Z, final_state = _states(p, c, initial_state)
     (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
@@ -325,7 +323,7 @@ def _backward_op(
     dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
     grid = (M, G, prod(p.tiles))
     if M:
-        gpu_kernels.read_back[grid](
+        _kernels().read_back[grid](
             p.q, given, *p.gates, c.starts, c.ends, c.sequence_starts, dstates,
             *_strides(p.q, given, *p.gates), G, R, K, V, scale, SHIFT=p.shift, SUB=SUB, **p.compiled_for,
         )  # fmt: skip
@@ -336,7 +334,7 @@ def _backward_op(
     if M:
         A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
         B = _pairs(p, c, given, p.v, p.log_z, 1.0, p.sides[1])
-        gpu_kernels.gradients[grid](
+        _kernels().gradients[grid](
             p.q, p.k, p.v, *p.gates, given, A, B, states, dstates, c.starts, c.ends, c.sequence_starts,
             dq, dk, dv, dlog_f, dlog_z, *_strides(p.q, p.k, p.v, *p.gates, given), tokens, H, G, R, K, V, scale,
             SHIFT=p.shift, SUB=SUB, **p.compiled_for,
