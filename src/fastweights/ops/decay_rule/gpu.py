@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,11 +70,7 @@ def check_gpu(q: Tensor, dtype: torch.dtype) -> None:
 @cache
 def is_available() -> bool:
     """Whether Triton is installed."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("triton") is not None
 
 
 class _Chunks(NamedTuple):
