@@ -27,9 +27,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # What tests alone need: torchao, apart from the environment, as transformers loads it wherever it finds it, and complains;
-# and transformers' own tests. Without either, the tests that need it are skipped.
+# and transformers' own tests; Triton, whose interpreter runs kernels without a GPU. Without one of these,
+# the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton
 	-$(BIN)/python -m tests.fetch_transformers_tests
 	touch $@
 
@@ -40,6 +42,7 @@ demo: setup
 
 test: setup $(VENV)/.tests-installed
 	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
 
 fuzz: setup
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/cli/test_fuzz.py

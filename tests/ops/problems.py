@@ -82,14 +82,15 @@ def run(tensors: dict, backend: str, rule: Callable = decay_rule, **options) -> 
 
 def results_of(leaves: dict, o: torch.Tensor, final_state: torch.Tensor) -> dict[str, torch.Tensor]:
     """o, final_state and, under d<name>, the gradients of a fixed random projection of both."""
-    loss = sum((x.double() * _projection(x, i)).sum() for i, x in enumerate((o, final_state)))
+    loss = sum((x.cpu().double() * _projection(x, i)).sum() for i, x in enumerate((o, final_state)))
     given = {name: x for name, x in leaves.items() if x is not None}
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, list(given.values()), materialize_grads=True)
     else:  # without tokens and an initial state, nothing depends on anything
         grads = [torch.zeros_like(x) for x in given.values()]
     results = {"o": o.detach(), "final_state": final_state.detach()}
-    return results | {f"d{name}": grad for name, grad in zip(given, grads, strict=True)}
+    results |= {f"d{name}": grad for name, grad in zip(given, grads, strict=True)}
+    return {name: x.cpu() for name, x in results.items()}
 
 
 @cache

@@ -49,7 +49,11 @@ WRONG = [
     ({"cu_seqlens": CU.float()}, ValueError, "cu_seqlens is float32 of shape (3,); it must be int32 or int64"),
     ({"cu_seqlens": CU[:1]}, ValueError, "cu_seqlens is int64 of shape (1,); it must be"),
     ({"k": torch.zeros(1, 6, 2, 8, device="meta")}, ValueError, "k is on meta, but q is on cpu"),
-    ({"backend": "gpu"}, ValueError, "backend is 'gpu'; it must be one of 'auto', 'reference', 'chunked', 'cpu'"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "backend is 'cuda'; it must be one of 'auto', 'reference', 'chunked', 'cpu', 'gpu'",
+    ),
 ]
 
 

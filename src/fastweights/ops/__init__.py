@@ -11,6 +11,7 @@ import torch
 from .checks import check_gate, check_inputs, check_per_head, compute_dtype
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
+from .decay_rule.gpu import decay_rule_gpu
 from .decay_rule.reference import decay_rule_reference
 from .delta_rule.chunked import delta_rule_chunked
 from .delta_rule.cpu import delta_rule_cpu
@@ -30,6 +31,7 @@ _DECAY_RULE = {
     "reference": decay_rule_reference,
     "chunked": decay_rule_chunked,
     "cpu": decay_rule_cpu,
+    "gpu": decay_rule_gpu,
 }
 _DELTA_RULE = {
     "reference": delta_rule_reference,
@@ -82,17 +84,17 @@ def decay_rule(
         inclusive: whether token t reads the state after its own decay and write, or before both.
         cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
-        backend: "reference", "chunked" or "cpu"; "auto" takes "cpu" for tensors on a CPU, except float64 ones, and
-            "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
+        backend: "reference", "chunked", "cpu" or "gpu" (Triton); "auto" takes "cpu" for tensors on a CPU, except
+            float64 ones, and "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
 
     Raises:
-        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu".
-        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or it is "cpu"
-            for tensors elsewhere.
-        ImportError: the backend is "cpu", and Numba is not installed.
+        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu" and "gpu".
+        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or tensors are
+            not where it computes. ("gpu" does not look at the bounds, which are on the GPU.)
+        ImportError: the backend is "cpu", and Numba is not installed, or "gpu", and Triton is not.
     """
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_gate("key_log_decay", key_log_decay, k, "k")
