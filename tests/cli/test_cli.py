@@ -182,7 +182,7 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
     ("arguments", "expected"),
     [
         (("convert", "./nowhere", "out"), "nowhere does not exist"),
-        (("convert", "MODEL", "out", "--rule", "delta"), "rule 'delta' is unknown; known are decay"),
+        (("convert", "MODEL", "out", "--rule", "deltas"), "rule 'deltas' is unknown; known are decay"),
         (("convert", "MODEL", "out", "--window", "1"), "window is 1"),
         (("train", "--model", "./nowhere"), "nowhere does not exist"),
         (("eval", "./nowhere/model"), "model does not exist"),
