@@ -14,6 +14,7 @@ from fastweights.reading.stream import Stream
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
 EXACT = 1e-12
@@ -52,6 +53,20 @@ def test_absolute_positions_read_as_the_original_with_a_mask(cuts):
     cache = DynamicCache(config=model.config)
     found = torch.cat([model(part, cache=cache).logits for part in ids.tensor_split(cuts, 1)], 1)
     assert error(found, truth) <= EXACT
+
+
+ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+BY_LENGTH = [
+    ROPE | {"rope_type": "dynamic"},
+    ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [*range(1, 9)]},
+]
+
+
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
+def test_rotary_frequencies_do_not_depend_on_the_length_of_the_text(rope):
+    base = make_llama(hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope)
+    model = convert(base, ConversionConfig(window=WINDOW, sinks=SINKS)).eval()
+    check_pieces_equal_one_pass(model, (9, 15, 17, 30))
 
 
 @torch.no_grad()

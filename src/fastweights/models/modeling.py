@@ -23,7 +23,7 @@ from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.documents import Reading, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
-from fastweights.models.replacement import drop_positions, replace_attention
+from fastweights.models.replacement import drop_positions, keep_frequencies, replace_attention
 from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if set(config.layer_types) != {"full_attention"}:
             recorded = self.base._can_record_outputs or {}
             self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
+            keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
         self._windows = [*config.windows]
         self.max_positions = position_limit(config.base)

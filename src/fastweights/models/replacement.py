@@ -65,6 +65,26 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
         layer.set_submodule(row.attention, attention)
 
 
+def keep_frequencies(base: nn.Module, row: Architecture) -> None:
+    """Rotary frequencies stay those of short texts where others are meant for longer ones ("longrope", "dynamic").
+
+    A stream has no length, and what a window sees is near. Otherwise a text in pieces would not be the text.
+
+    Args:
+        base: the headless base model.
+        row: its family.
+    """
+    if row.rotary is None:
+        return
+    rotary: Any = base.get_submodule(row.rotary)
+    kinds = rotary.rope_type
+
+    def kept(kind: str) -> str:
+        return "default" if kind == "longrope" or "dynamic" in kind else kind
+
+    rotary.rope_type = {name: kept(kind) for name, kind in kinds.items()} if isinstance(kinds, dict) else kept(kinds)
+
+
 class ConstantPosition(nn.Module):
     """Stands where absolute positions were: the same vector everywhere."""
 
