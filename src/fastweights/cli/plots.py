@@ -130,6 +130,8 @@ def plot_grid(rows: list[Row], output: Path) -> None:
         places = {}
         for i, feature_map in enumerate(maps):
             mine = [row for row in rows if (row.window, row.feature_map) == (window, feature_map) and row.seeds]
+            if not mine:
+                continue
             here = [rules.index(row.rule) + thickness * (i - (len(maps) - 1) / 2) for row in mine]
             style = {"color": _MAP_COLORS[i % len(_MAP_COLORS)], "label": feature_map, "error_kw": {"linewidth": 1}}
             panel.bar(
@@ -145,8 +147,10 @@ def plot_grid(rows: list[Row], output: Path) -> None:
             if found:
                 panel.plot(list(found), list(found.values()), marker, color="#222222", markersize=4, label=part)
         panel.set_xticks(range(len(rules)), rules)
+        panel.set_xlim(-0.5, len(rules) - 0.5)
         panel.set_title(f"window of {window}" if window else "no window")
-        _label(panel, x="update rule, best first", y="retention of perplexity")
+        panel.set_ylim(bottom=0)
+        _label(panel, x="update rule, best first", y="retention of perplexity", beside=True)
     _save(figure, output)
 
 
@@ -158,12 +162,14 @@ def _figure(panels: int, width: float):
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _label(panel: Axes, x: str, y: str) -> None:
+def _label(panel: Axes, x: str, y: str, *, beside: bool = False) -> None:
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.grid(alpha=0.25, which="both")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    if panel.get_legend_handles_labels()[1]:
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        panel.legend(frameon=False, **place)
 
 
 def _save(figure, output: Path) -> None:

@@ -27,6 +27,7 @@ from fastweights.training.runs import RUN_FILE, begin_run, check_start, process_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
 GRID_FILE = "comparison.json"
 _CELLS = "*-*-w*-s*"
@@ -119,7 +120,7 @@ def train_grid(config: GridConfig, say: Callable[[str], None] = lambda line: Non
     """
     if process_state().num_processes > 1:
         raise FastWeightsError("a comparison trains in one process: run fastweights compare without a launcher")
-    inputs = [resolve_model(config.model), config.data.text]
+    inputs: list[str | Path | None] = [resolve_model(config.model), config.data.text]
     check_start(config, inputs)
     cells, left_out = _possible(config)
     for reason, names in left_out.items():
@@ -230,7 +231,8 @@ def _stage(entry: dict) -> StageResult:
 
 
 def _evaluation(entry: dict) -> Evaluation:
-    return Evaluation(**{name: math.inf if value is None else value for name, value in entry.items()})
+    numbers: dict = {name: math.inf if value is None else value for name, value in entry.items()}
+    return Evaluation(**numbers)
 
 
 def _row(results: list[CellResult]) -> Row:
