@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment, write_csv
+from benchmarks.common import write_csv
+from fastweights.environment import environment
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import HeldOutConfig
 from fastweights.settings.text import DataConfig

@@ -24,7 +24,8 @@ from rich.table import Table
 # Also as `python benchmarks/attention.py`, where the folder rather than the repository is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import environment, time_side_by_side, write_csv
+from benchmarks.common import time_side_by_side, write_csv
+from fastweights.environment import environment
 from fastweights.ops import decay_rule
 
 HEADS, DIM = 12, 64

@@ -1,35 +1,12 @@
-"""What the benchmarks share: the machine's description, timings side by side, CSV files."""
+"""What the benchmarks share: timings side by side, CSV files."""
 
 from __future__ import annotations
 
 import csv
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
-
-
-def environment() -> dict[str, object]:
-    """Machine, versions and commit, to stand beside every figure."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "cpu": _cpu_model(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": _version("numba"),
-        "commit": _commit(),
-    }
 
 
 def time_side_by_side(
@@ -74,26 +51,3 @@ def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

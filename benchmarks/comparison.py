@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment
 from fastweights.data import TokenizedText, load_documents, tokenize
+from fastweights.environment import environment
 from fastweights.evaluation.comparison import compare
 from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import FastWeightsForCausalLM, load_model

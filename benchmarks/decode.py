@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import environment, write_csv
+from benchmarks.common import write_csv
+from fastweights.environment import environment
 from fastweights.evaluation.cost import decode_costs
 from fastweights.models import convert
 from fastweights.settings.conversion import ConversionConfig

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear, relu
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import environment, time_side_by_side, write_csv
+from benchmarks.common import time_side_by_side, write_csv
+from fastweights.environment import environment
 from fastweights.evaluation.comparison import without_layer
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.layers import FastWeightLayer

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import environment, write_csv
+from benchmarks.common import write_csv
 from fastweights.data import load_documents, tokenize
 from fastweights.embedded import byte_tokenizer
+from fastweights.environment import environment
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.evaluation.perplexity import score
 from fastweights.models import add_fast_weight_layer, convert, load_model

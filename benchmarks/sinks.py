@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from benchmarks.common import environment, write_csv
+from benchmarks.common import write_csv
 from fastweights.data import load_documents, tokenize
+from fastweights.environment import environment
 from fastweights.evaluation.perplexity import evaluate, score
 from fastweights.models import convert, load_model
 from fastweights.models.loading import load_tokenizer

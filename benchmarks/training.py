@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment, time_side_by_side, write_csv
+from benchmarks.common import time_side_by_side, write_csv
 from benchmarks.decode import smollm2_shape
+from fastweights.environment import environment
 from fastweights.layers.linear import use_onednn
 from fastweights.models import convert
 from fastweights.models.lora import add_lora

@@ -9,6 +9,10 @@ class FastWeightsError(ValueError):
     """An input that the library refuses; its message is one line and complete."""
 
 
+class DivergedError(FastWeightsError):
+    """What was computed is no longer finite: a loss, or a weight that was trained."""
+
+
 def reason_of(error: BaseException) -> str:
     """The line of another library's error that says most."""
     lines = str(error).strip().splitlines()

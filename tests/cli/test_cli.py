@@ -11,7 +11,7 @@ from fastweights.cli import Recipe, main, make_app
 from fastweights.evaluation.parts import PARTS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
-COMMANDS = ("pretrain", "convert", "train", "eval", "generate", "read", "chat", "demo")
+COMMANDS = ("pretrain", "convert", "train", "compare", "eval", "generate", "read", "chat", "demo")
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -36,7 +36,7 @@ def test_help_says_what_each_option_is(monkeypatch, capsys, command):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_all_that_a_recipe_says_arrives(recipe):
     """Sections, too, that are called like a command: [convert]."""
-    command = "pretrain" if recipe.stem.startswith("pretrain") else "train"
+    command = recipe.stem.split("-")[0] if recipe.stem.startswith(("pretrain", "compare")) else "train"
     config = asdict(parsed(command, recipe=recipe)["config"])
     said = tomllib.loads(recipe.read_text())
     assert flat(said).items() <= flat(config).items()

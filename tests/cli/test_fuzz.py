@@ -34,6 +34,7 @@ FEW = ("--evaluation.max-tokens", "40")
 SHAPE = ("--shape.hidden-size", "8", "--shape.layers", "1", "--shape.heads", "2")
 STEPS = ("--short.steps", "1", "--long.steps", "1", "--short-block-size", "8")
 STAGE = ("--transfer.steps", "1", "--transfer.batch-size", "1", "--finetune.steps", "1", "--finetune.batch-size", "1")
+GRID = ("--rules", "add", "--feature-maps", "elu+1", "--seeds", "0")
 BASES: dict[str, list[tuple[str, ...]]] = {
     "pretrain": [(*DATA, *SHAPE, *STEPS, "--output", "OUT")],
     "convert": [("GPT2", "OUT"), ("GPT2", "OUT", "--positions", "drop", "--window", "2")],
@@ -42,6 +43,10 @@ BASES: dict[str, list[tuple[str, ...]]] = {
         ("--model", "GPT2", *DATA, *STAGE, *FEW, "--output", "OUT"),
         ("--model", "PURE", "--teacher", "GPT2", *DATA, *STAGE, *FEW, "--output", "RUN", "--resume"),
         ("--model", "PURE", *DATA, "--stage", "meta", "--meta.steps", "1", "--meta.blocks", "1", "--output", "OUT"),
+    ],
+    "compare": [
+        ("--model", "GPT2", *DATA, *STAGE, *FEW, *GRID, "--output", "OUT"),
+        ("--model", "GPT2", *DATA, *STAGE, *FEW, *GRID, "--windows", "0", "2", "--output", "OUT"),
     ],
     "eval": [
         ("PURE", "--text", "TEXT", *FEW, "--block-size", "16"),

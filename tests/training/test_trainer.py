@@ -20,6 +20,7 @@ from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig,
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import last_checkpoint
 from fastweights.training.finetune import FinetuneTrainer, divergence
+from fastweights.training.runs import seconds_trained
 from tests import tolerances
 from tests.conftest import make_gpt2, random_ids
 from tests.ops.problems import error
@@ -184,33 +185,58 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, model_folder,
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def told_to_stop(stage, at):
-    """Has SIGTERM come in the middle of a step."""
+def told_to_stop(stage, at, number):
+    """Has a signal come in the middle of a step."""
     compute = stage.compute_loss
 
     def told(*args, **kwargs):
         if stage.state.global_step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return compute(*args, **kwargs)
 
     stage.compute_loss = told
 
 
-def test_sigterm_ends_the_step_and_saves(tmp_path, caplog):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_ends_the_step_and_saves(tmp_path, caplog, number, name):
     run = RunConfig(save_every=100, log_every=1)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     trainer(tmp_path / "whole", steps=6, run=run).run(resume=False)
     stage = trainer(tmp_path / "stopped", steps=6, run=run)
-    told_to_stop(stage, at=2)
+    told_to_stop(stage, at=2, number=number)
     with pytest.raises(SystemExit) as stop:
         stage.run(resume=False)
-    assert stop.value.code == 143
+    assert stop.value.code == 128 + number
     assert last_checkpoint(tmp_path / "stopped").name == "checkpoint-3"
     assert len(caplog.messages) == 1
-    assert signal.getsignal(signal.SIGTERM) is before
-    trainer(tmp_path / "stopped", steps=6, run=run).run(resume=True)
+    assert f"stopped by {name} at step 3" in caplog.messages[0]
+    assert signal.getsignal(number) is before
+    seconds = stage.state.log_history[-1]["seconds"]
+    resumed = trainer(tmp_path / "stopped", steps=6, run=run)
+    resumed.run(resume=True)
+    assert resumed.state.log_history[2]["seconds"] <= seconds
+    rising = [entry["seconds"] for entry in resumed.state.log_history]
+    assert rising == sorted(rising)
+    assert seconds_trained(tmp_path / "stopped") == rising[-1] > rising[2]
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
+    stage = trainer(tmp_path, steps=6)
+    compute, steps = stage.compute_loss, []
+
+    def impatient(*args, **kwargs):
+        steps.append(stage.state.global_step)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return compute(*args, **kwargs)
+
+    stage.compute_loss = impatient
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(resume=False)
+    assert steps == [0]
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_threads_leave_signals_alone(tmp_path):

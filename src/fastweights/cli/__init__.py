@@ -17,7 +17,19 @@ from rich.console import Console
 from rich.text import Text
 
 from fastweights import __version__
-from fastweights.cli.commands import chat, convert, demo, evaluate, generate, merge, pretrain, read, sample, train
+from fastweights.cli.commands import (
+    chat,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    merge,
+    pretrain,
+    read,
+    sample,
+    train,
+)
 from fastweights.cli.console import note, printable, use_utf8
 from fastweights.cli.options import SHOW_ALL, declare_options, take_whole_numbers
 from fastweights.errors import FastWeightsError, check_file
@@ -53,6 +65,7 @@ COMMANDS = {
     "convert": convert.convert,
     "merge": merge.merge,
     "train": train.train,
+    "compare": compare.compare,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "read": read.read,
@@ -107,7 +120,7 @@ def make_app(*, show_all: bool = False) -> App:
 
 # What a command that is interrupted leaves behind.
 _LEFT: dict[str, str] = dict.fromkeys(
-    ("train", "pretrain", "sample"), "what was saved stays, and --resume goes on from there"
+    ("train", "compare", "pretrain", "sample"), "what was saved stays, and --resume goes on from there"
 )
 _LEFT["demo"] = "what was saved stays, and the next demo starts anew with --overwrite"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.conversion import ConversionConfig, SharedConversion
 from fastweights.settings.demo import DemoConfig
 from fastweights.settings.evaluation import (
     ComparisonConfig,
@@ -18,6 +18,7 @@ from fastweights.settings.evaluation import (
     RmsConfig,
 )
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.grid import GridConfig
 from fastweights.settings.sampling import SamplingConfig
 from fastweights.settings.text import DataConfig, HeldOutDataConfig
 from fastweights.settings.training import (
@@ -45,9 +46,11 @@ _DYNAMIC = ("parameters", "epsilon")
 _EVALUATION = ("context", "stride", "batch_size", "max_tokens", "carry_documents")
 _DATA = ("text_config", "text_column", "join_rows")
 
+_CONVERSION = ("normaliser", "layer_types", "value_gate", "rotary", "gate_bias")
+
 ADVANCED: dict[type, tuple[str, ...]] = {
     ComparisonConfig: ("sgd", "rms", "statistics_blocks"),
-    ConversionConfig: ("rule", "feature_map", "normaliser", "layer_types", "value_gate", "rotary", "gate_bias"),
+    ConversionConfig: ("rule", "feature_map", *_CONVERSION),
     DataConfig: _DATA,
     DemoConfig: (),
     DynamicEvaluationConfig: _DYNAMIC,
@@ -55,6 +58,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     FastWeightLayerSettings: (),
     FinetuneConfig: _STAGE,
     GPT2Shape: (),
+    GridConfig: (),
     HeldOutConfig: (*_EVALUATION, "parts_tokens"),
     HeldOutDataConfig: _DATA,
     LongStageConfig: _STAGE,
@@ -64,6 +68,7 @@ ADVANCED: dict[type, tuple[str, ...]] = {
     RmsConfig: _DYNAMIC,
     RunConfig: ("seed", "adam_beta2", "max_grad_norm", "save_every", "save_minutes", "log_every", "report_to"),
     SamplingConfig: (),
+    SharedConversion: _CONVERSION,
     ShortStageConfig: _STAGE,
     TrainConfig: (),
     TransferConfig: (*_STAGE, "calibrate"),

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from fastweights.evaluation.comparison import MethodResult
     from fastweights.evaluation.cost import DecodeCost
     from fastweights.evaluation.gains import Gain
+    from fastweights.training.grid import Row
 
 _COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
 _COLORS |= {"smollm2-base": "#444444", "smollm2": "#00798c"}
 _METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
 _METHOD_COLORS |= {"window alone": "#8d6a9f", "fast weights alone": "#66a182", "untrained window": "#b08968"}
 _METHOD_COLORS |= {"teacher": "#999999"}
+_MAP_COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#b08968")
+_PART_MARKERS = {"window alone": "_", "fast weights alone": "x", "untrained window": "."}
 _STAGES = {
     "transfer": "transfer: error of attention outputs\nrelative to their variance",
     "finetune": "finetune: divergence from the teacher\n(nats per token)",
@@ -112,20 +115,61 @@ def plot_gains(gains: dict[str, dict[str, list[Gain]]], methods: list[str], outp
     _save(figure, output)
 
 
+def plot_grid(rows: list[Row], output: Path) -> None:
+    """Retention of each rule with each feature map, one panel for each window, and that of the parts of hybrid models.
+
+    Args:
+        rows: of `Grid.ranking`.
+        output: PNG file to write.
+    """
+    rules, maps = list(dict.fromkeys(row.rule for row in rows)), sorted({row.feature_map for row in rows})
+    windows = sorted({row.window for row in rows})
+    figure, panels = _figure(len(windows), width=max(6, 1.5 * len(rules)) * len(windows))
+    thickness = 0.8 / len(maps)
+    for panel, window in zip(panels, windows, strict=True):
+        places = {}
+        for i, feature_map in enumerate(maps):
+            mine = [row for row in rows if (row.window, row.feature_map) == (window, feature_map) and row.seeds]
+            if not mine:
+                continue
+            here = [rules.index(row.rule) + thickness * (i - (len(maps) - 1) / 2) for row in mine]
+            style = {"color": _MAP_COLORS[i % len(_MAP_COLORS)], "label": feature_map, "error_kw": {"linewidth": 1}}
+            panel.bar(
+                here,
+                [row.retention for row in mine],
+                thickness,
+                yerr=[row.retention_spread or 0.0 for row in mine],
+                **style,
+            )
+            places |= dict(zip(here, mine, strict=True))
+        for part, marker in _PART_MARKERS.items():
+            found = {place: row.parts[part] for place, row in places.items() if part in row.parts}
+            if found:
+                panel.plot(list(found), list(found.values()), marker, color="#222222", markersize=4, label=part)
+        panel.set_xticks(range(len(rules)), rules)
+        panel.set_xlim(-0.5, len(rules) - 0.5)
+        panel.set_title(f"window of {window}" if window else "no window")
+        panel.set_ylim(bottom=0)
+        _label(panel, x="update rule, best first", y="retention of perplexity", beside=True)
+    _save(figure, output)
+
+
 def _figure(panels: int, width: float):
     # matplotlib is imported here and without pyplot: it is slow to start, and a figure of its own needs no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 4), layout="constrained")
-    return figure, figure.subplots(1, panels)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _label(panel: Axes, x: str, y: str) -> None:
+def _label(panel: Axes, x: str, y: str, *, beside: bool = False) -> None:
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.grid(alpha=0.25, which="both")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    if panel.get_legend_handles_labels()[1]:
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        panel.legend(frameon=False, **place)
 
 
 def _save(figure, output: Path) -> None:

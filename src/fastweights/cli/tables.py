@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastweights.evaluation.perplexity import Evaluation
     from fastweights.evaluation.recall import Recall
     from fastweights.settings.conversion import ConversionConfig
+    from fastweights.training.grid import Row
     from fastweights.training.pipeline import StageResult
 
 # Words are not defined in source code and the like, and what is said of them then means nothing.
@@ -128,6 +129,48 @@ def _print_whole(table: Table) -> None:
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
+
+
+_SHOWN_PARTS = ("window alone", "fast weights alone", "untrained window")
+
+
+def print_grid(rows: list[Row], title: str) -> None:
+    """One row per rule, feature map and window: means over seeds; of hybrid models, what each part keeps, too."""
+    caption = "retention: the original model's perplexity over this one's, with its standard deviation over seeds"
+    table = Table(title=as_it_is(title), title_justify="left", caption_justify="left")
+    columns: dict[str, Callable[[Row], str]] = {
+        "rule": lambda row: row.rule,
+        "map": lambda row: row.feature_map,
+        "window": lambda row: str(row.window or "-"),
+        "seeds": _seeds,
+        "loss": lambda row: f"{row.loss:.4f}",
+        "ppl": lambda row: _large(row.perplexity),
+        "retention": _retention,
+        "seconds": lambda row: f"{row.seconds:,.0f}",
+        "tokens/s": lambda row: f"{row.tokens_per_second:,.0f}",
+    }
+    if any(row.parts for row in rows):
+        caption += ";\nits parts on the first tokens of the text, and so the whole beside them"
+        shown = {"whole": "all", **{part: part for part in _SHOWN_PARTS}}
+        columns |= {name: lambda row, part=part: _part(row, part) for name, part in shown.items()}
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    table.caption = caption
+    _print_whole(table)
+
+
+def _seeds(row: Row) -> str:
+    return f"{len(row.seeds)}" + (f", {len(row.diverged)} diverged" if row.diverged else "")
+
+
+def _retention(row: Row) -> str:
+    return f"{row.retention:.3f}" + ("" if row.retention_spread is None else f" ± {row.retention_spread:.3f}")
+
+
+def _part(row: Row, part: str) -> str:
+    return f"{row.parts[part]:.3f}" if part in row.parts else "-"
 
 
 def _short(n: int) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.evaluation.gains import places
 from fastweights.reading.stream import Stream, check_block_size
 from fastweights.settings.evaluation import EvaluationConfig
@@ -191,7 +191,7 @@ def score(
             pieces = _windows(model, tokens, block_size, config)
         for positions, losses in pieces:
             if dynamic_evaluation is None and losses.isnan().any():
-                raise FastWeightsError(
+                raise DivergedError(
                     "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
                     "computes; give another model"
                 )

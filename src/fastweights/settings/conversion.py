@@ -19,7 +19,7 @@ LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
 WRITES = ("all", "leaving")
 _OF_THE_PAPER = ("decay", "identity")
-_OF_GATES = ("value_gate", "gate_bias", "gate_rank")
+OF_GATES = ("value_gate", "gate_bias", "gate_rank")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
 _SINKS = 4
@@ -28,23 +28,17 @@ _LAYERS = re.compile(r"auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionConfig:
-    """How a model's attention becomes fast weights.
+class SharedConversion:
+    """What a conversion is told beside its rule, its feature map and its windows.
 
     Raises:
         FastWeightsError: if a value is not among those that are allowed.
     """
 
-    rule: str = "decay"
-    """Update rule of the fast weights; decay is the paper's, others are in docs/methods.md."""
-    feature_map: str = "identity"
-    """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
     normaliser: bool | None = None
     """Divide what is read by the sum of its weights; by default, rules add and gated do with maps that allow it."""
-    window: int = 0
-    """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
     sinks: int | None = None
-    """First tokens of a text that stay visible to this softmax, as models rest on them; by default 4 with a window."""
+    """First tokens of a text that a window's softmax goes on seeing, as models rest on them; by default 4 with one."""
     write: Literal["all", "leaving"] | None = None
     """Tokens that fast weights beside a window hold: all, or by default those alone that leave the window."""
     layer_types: list[str] | None = None
@@ -53,8 +47,6 @@ class ConversionConfig:
     """Which to convert: numbers such as 0,4-9, or auto:4 for all but the 4 that are missed most; by default all."""
     wide_window: int = 0
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
-    windows: list[int] | None = None
-    """Per layer the window, 0 in one that is not hybrid; by default `window` and `wide_window`, as `layers` says."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     rotary: bool = True
@@ -68,8 +60,6 @@ class ConversionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
-        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser:
-            self._check_rule_and_feature_map()
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
             check_name("write", self.write, WRITES)
@@ -77,18 +67,49 @@ class ConversionConfig:
             raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
         if self.gate_rank < 0:
             raise FastWeightsError(f"gate_rank is {self.gate_rank}; allowed are 0 (full) and ranks of 1 up")
+        if self.layers is not None:
+            self._check_layers(self.layers)
+        if self.sinks is not None and self.sinks < 0:
+            raise FastWeightsError(f"sinks is {self.sinks}; allowed are 0 (none) and more tokens")
+        if self.layer_types is not None and (unknown := sorted(set(self.layer_types) - set(LAYER_TYPES))):
+            raise FastWeightsError(f"layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+
+    def _check_layers(self, layers: str) -> None:
+        if self.layer_types is not None:
+            raise FastWeightsError("layers and layer_types were given, which say the same: leave one out")
+        if not _LAYERS.fullmatch(layers):
+            raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, and auto:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig(SharedConversion):
+    """How a model's attention becomes fast weights.
+
+    Raises:
+        FastWeightsError: if a value is not among those that are allowed.
+    """
+
+    rule: str = "decay"
+    """Update rule of the fast weights; decay is the paper's, others are in docs/methods.md."""
+    feature_map: str = "identity"
+    """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
+    window: int = 0
+    """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
+    windows: list[int] | None = None
+    """Per layer the window, 0 in one that is not hybrid; by default `window` and `wide_window`, as `layers` says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser:
+            self._check_rule_and_feature_map()
         if self.window < 0 or self.window == 1:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
-        if self.layers is not None:
-            self._check_layers(self.layers)
         if self.windows is not None and any(window < 0 or window == 1 for window in self.windows):
             raise FastWeightsError(f"windows is {self.windows}; allowed are 0 (none) and 2 or more tokens")
         if self.wide_window:
             self._check_wide_window()
-        if self.sinks is not None and self.sinks < 0:
-            raise FastWeightsError(f"sinks is {self.sinks}; allowed are 0 (none) and more tokens")
         if self.write == "leaving" and not self.window:
             raise FastWeightsError("write is leaving and window is 0: there is no window to leave; give one, or all")
         if self.sinks and not self.window:
@@ -100,7 +121,7 @@ class ConversionConfig:
 
         check_name("rule", self.rule, RULES)
         check_name("feature_map", self.feature_map, FEATURE_MAPS)
-        changed = (name for name in _OF_GATES if getattr(self, name) != getattr(ConversionConfig, name))
+        changed = (name for name in OF_GATES if getattr(self, name) != getattr(ConversionConfig, name))
         if unused := [name for name in changed if name not in RULES[self.rule].settings]:
             gates = "has no such gates" if RULES[self.rule].settings else "has no gates"
             raise FastWeightsError(f"rule {self.rule} {gates}: leave {', '.join(unused)} out")
@@ -123,18 +144,10 @@ class ConversionConfig:
         return RULES[self.rule].normalises and FEATURE_MAPS[self.feature_map].non_negative
 
     def _check_layer_types(self, layer_types: list[str]) -> None:
-        if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):
-            raise FastWeightsError(f"layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
         if "hybrid_sliding" in layer_types and not self.window:
             raise FastWeightsError(f"layer_types has hybrid_sliding and window is {self.window}; give a window of 2 up")
         if self.window and "hybrid_sliding" not in layer_types:
             raise FastWeightsError(f"window is {self.window} and layer_types has no hybrid_sliding: none would have it")
-
-    def _check_layers(self, layers: str) -> None:
-        if self.layer_types is not None:
-            raise FastWeightsError("layers and layer_types were given, which say the same: leave one out")
-        if not _LAYERS.fullmatch(layers):
-            raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, and auto:N")
 
     def _check_wide_window(self) -> None:
         if not self.window or self.wide_window <= self.window:

@@ -106,6 +106,11 @@ def drop_others(newest: Path) -> None:
 def clear(stage: Path) -> None:
     """Delete a stage's checkpoints and its finished mark, and nothing else."""
     (stage / FINISHED).unlink(missing_ok=True)
+    drop_all(stage)
+
+
+def drop_all(stage: Path) -> None:
+    """Delete all checkpoints of a stage, which one that came to its end has no more use for."""
     for path in _newest_first(stage):
         shutil.rmtree(path)
 

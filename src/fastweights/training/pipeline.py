@@ -29,7 +29,14 @@ from fastweights.settings.text import STDLIB
 from fastweights.settings.training import TrainConfig
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import FINISHED, damage
-from fastweights.training.runs import begin_run, check_stage, check_start, process_state, tokens_seen
+from fastweights.training.runs import (
+    begin_run,
+    check_stage,
+    check_start,
+    process_state,
+    seconds_trained,
+    tokens_seen,
+)
 from fastweights.training.teacher import load_teacher
 
 if TYPE_CHECKING:
@@ -57,9 +64,11 @@ class StageResult:
     """Perplexity of the first row over this one's: the teacher's, or that of the model without the layer."""
     parts: dict[str, Evaluation] | None = None
     """Of a hybrid model after the last stage, from `evaluate_parts`: what each part is worth, on a part of the text."""
+    seconds: float = 0.0
+    """How long was trained up to here."""
 
 
-def train(config: TrainConfig) -> list[StageResult]:
+def train(config: TrainConfig, teacher: Evaluation | None = None) -> list[StageResult]:
     """Train a model as `config` says, and save it.
 
     The output folder gets the trained model with its tokenizer, results.json, run.json (the resolved config and the
@@ -67,29 +76,33 @@ def train(config: TrainConfig) -> list[StageResult]:
 
     Args:
         config: what to train, on what and how; with `resume`, a run of the same config in the same folder goes on.
+        teacher: what the held-out text costs the model that is converted, where another run has found that out already.
 
     Returns:
         Quality on held-out text at each point of the road, the teacher's or that of the model without a Fast Weight
         Layer first.
 
     Raises:
+        DivergedError: the loss or a weight is no longer finite, and the last good checkpoint is kept.
         FastWeightsError: a model, a text, a setting or the output folder is refused, before anything of an earlier run
-            is touched; or the loss or a weight is no longer finite, or something cannot be written, and the last good
-            checkpoint is kept.
-        SystemExit: the process got SIGTERM while a stage was trained, and a checkpoint was written first.
+            is touched; or something cannot be written, and the last good checkpoint is kept.
+        SystemExit: the process got SIGTERM or Ctrl-C while a stage was trained, and a checkpoint was written first.
     """
     with _Run(config) as run:
-        return _train_meta(run) if config.stage == "meta" else _train_conversion(run)
+        return _train_meta(run) if config.stage == "meta" else _train_conversion(run, teacher)
 
 
-def _train_conversion(run: _Run) -> list[StageResult]:
+def _train_conversion(run: _Run, known: Evaluation | None) -> list[StageResult]:
     from fastweights.training.calibration import calibrate, is_fresh  # slow to import, like the stages' trainers
 
     config = run.config
     student, teacher = _load_models(config)
     run.begin(config.stages, teacher)
     student, teacher = run.place(student), run.place(teacher)
-    run.evaluate("teacher", teacher)
+    if known is None:
+        run.evaluate("teacher", teacher)
+    else:
+        run.add("teacher", known)
     fresh = is_fresh(student)
     if fresh and (config.stage == "finetune" or config.transfer.calibrate):
         calibrate(student, teacher, run.blocks)
@@ -136,7 +149,7 @@ class _Run:
             check_start(config, self.inputs)
         self.tokenizer = load_tokenizer(config.model)
         self.results: list[StageResult] = []
-        self.tokens = 0
+        self.tokens, self.seconds = 0, 0.0
         self._alone = ExitStack()
 
     def __enter__(self) -> _Run:
@@ -149,15 +162,14 @@ class _Run:
         """Load the text and refuse what could not be trained or evaluated; then write down what the run is."""
         config = self.config
         self.stages = stages
-        self.blocks, self.held_out = _load_data(config, self.tokenizer)
+        self.blocks, self.held_out = load_data(config, self.tokenizer)
         check_block_size(model, config.data.block_size)
         check_stride(config.evaluation, config.data.block_size)
         for stage in stages:
             check_stage(getattr(config, stage), config.run, self.blocks)
         inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
-            texts = {"text": self.blocks.blocks, "held-out text": self.held_out.tokens}
-            contents = {"model": fingerprint(model), **{name: digest_of(tokens) for name, tokens in texts.items()}}
+            contents = contents_of(model, self.blocks, self.held_out)
             self._alone.enter_context(begin_run(config, inputs, contents))
 
     def place(self, model: _Model) -> _Model:
@@ -178,6 +190,7 @@ class _Run:
             )
             trainer.run(resume=config.resume)
         self.tokens += tokens_seen(folder)
+        self.seconds += seconds_trained(folder)
         return self.place(_load_trained(folder, *models[1:]))
 
     def evaluate(self, name: str, model: PreTrainedModel, **changes) -> None:
@@ -191,8 +204,13 @@ class _Run:
             evaluation = evaluate(
                 model, self.held_out, block_size=self.config.data.block_size, config=settings, progress=progress
             )
+        self.add(name, evaluation)
+
+    def add(self, name: str, evaluation: Evaluation) -> None:
+        """A result, and results.json with it."""
         first = self.results[0].evaluation if self.results else evaluation
-        self.results.append(StageResult(name, self.tokens, evaluation, math.exp(first.loss - evaluation.loss)))
+        retention = math.exp(first.loss - evaluation.loss)
+        self.results.append(StageResult(name, self.tokens, evaluation, retention, seconds=self.seconds))
         self._write()
 
     def evaluate_parts(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -238,7 +256,13 @@ def _refuse(given: object, default: object, section: str, reason: str) -> None:
         raise FastWeightsError(f"{section} was given, but {reason}")
 
 
-def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenBlocks, TokenizedText]:
+def contents_of(model: PreTrainedModel, blocks: TokenBlocks, held_out: TokenizedText) -> dict[str, str]:
+    """Digest of each of the things that a run reads, by name."""
+    texts = {"text": blocks.blocks, "held-out text": held_out.tokens}
+    return {"model": fingerprint(model), **{name: digest_of(tokens) for name, tokens in texts.items()}}
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenBlocks, TokenizedText]:
     """Training blocks and held-out text, which never overlap."""
     data, held_out = config.data, config.held_out
     documents = load_documents(data)

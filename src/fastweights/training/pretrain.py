@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> Path:
         FastWeightsError: the text, a setting or the output folder is refused, before anything of an earlier run is
             touched; or the loss or a weight is no longer finite, or something cannot be written, and the last good
             checkpoint is kept.
-        SystemExit: the process got SIGTERM, and a checkpoint was written first.
+        SystemExit: the process got SIGTERM or Ctrl-C, and a checkpoint was written first.
     """
     # transformers' Trainer is slow to start.
     from fastweights.training.pretrain_trainer import PretrainTrainer

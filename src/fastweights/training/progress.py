@@ -1,4 +1,4 @@
-"""What transformers' Trainer tells about its progress: loss, speed and time left."""
+"""What transformers' Trainer tells about its progress: loss, speed, time left and time taken."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ class ProgressBar(TrainerCallback):
         self.step, self.time = state.global_step, now
         self.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s"  # type: ignore[index]
         self.progress(state.global_step, state.max_steps, self.note)
+
+
+class Clock(TrainerCallback):
+    """Time that a stage has been trained for; after a resume it goes on from what the loss history says."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        self._start = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """Up to now."""
+        return time.perf_counter() - self._start

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from accelerate import PartialState
 
+    from fastweights.settings.grid import GridConfig
     from fastweights.settings.training import PretrainConfig, RunConfig, StageConfig, TrainConfig
     from fastweights.training.blocks import TokenBlocks
 
@@ -56,7 +57,7 @@ def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> Non
         )
 
 
-def check_start(config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None]) -> None:
+def check_start(config: TrainConfig | PretrainConfig | GridConfig, inputs: Iterable[str | Path | None]) -> None:
     """Refuse to write a run where something else is, or over what it reads.
 
     Args:
@@ -95,7 +96,7 @@ def check_apart(folder: Path, inputs: Iterable[str | Path | None]) -> None:
 
 @contextmanager
 def begin_run(
-    config: TrainConfig | PretrainConfig, inputs: Iterable[str | Path | None], contents: dict[str, str]
+    config: TrainConfig | PretrainConfig | GridConfig, inputs: Iterable[str | Path | None], contents: dict[str, str]
 ) -> Iterator[None]:
     """A folder for a run that begins, or goes on, and for it alone until the block ends.
 
@@ -138,9 +139,11 @@ def _check_contents(folder: Path, contents: dict[str, str]) -> None:
 # What may change when a run goes on.
 _FREE = ("config.resume", "config.overwrite", "config.output", "config.run.save_every", "config.run.save_minutes")
 _FREE += ("config.run.log_every", "config.run.report_to", "config.evaluation.", "versions.", "contents.")
+# A grid may grow: its cells have configs of their own.
+_FREE += ("config.rules", "config.feature_maps", "config.windows", "config.seeds")
 
 
-def check_same_run(config: TrainConfig | PretrainConfig) -> None:
+def check_same_run(config: TrainConfig | PretrainConfig | GridConfig) -> None:
     """Refuse to go on with a run that was started with another config, or with something that is no run.
 
     Raises:
@@ -196,4 +199,14 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, object]:
 
 def tokens_seen(stage: Path) -> int:
     """Tokens that the stage that trained in this folder has read, in all processes."""
-    return json.loads((stage / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["num_input_tokens_seen"]
+    return _trainer_state(stage)["num_input_tokens_seen"]
+
+
+def seconds_trained(stage: Path) -> float:
+    """How long the stage that trained in this folder took."""
+    last = _trainer_state(stage)["log_history"][-1]
+    return last["seconds" if "seconds" in last else "train_runtime"]  # of earlier versions: since the last resume
+
+
+def _trainer_state(stage: Path) -> dict:
+    return json.loads((stage / TRAINER_STATE_FILE).read_text(encoding="utf-8"))

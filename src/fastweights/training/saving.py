@@ -1,4 +1,4 @@
-"""When there is a checkpoint, beside those after every so many steps: after some minutes, and before SIGTERM's end."""
+"""When there is a checkpoint, beside those after every so many steps: after some minutes, and before a signal's end."""
 
 from __future__ import annotations
 
@@ -29,20 +29,32 @@ class Saving(TrainerCallback):
         self.trainer = trainer
         self.minutes = minutes
         self.told_to_stop = threading.Event()
+        self.signal = signal.SIGTERM
+        """That told it to."""
         self._wanted = False
         self._saved = time.monotonic()
 
     @contextmanager
-    def until_sigterm(self) -> Iterator[None]:
-        """Within the block, SIGTERM is noted and not obeyed; threads other than the main one have no say in signals."""
+    def until_told(self) -> Iterator[None]:
+        """Within the block, SIGTERM and Ctrl-C are noted and not obeyed, but for a Ctrl-C after another signal.
+
+        Threads other than the main one have no say in signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: self.told_to_stop.set())
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.told_to_stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        self.told_to_stop.set()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._saved = time.monotonic()

@@ -1,8 +1,8 @@
 """transformers' Trainer, and the five things that it lacks here.
 
 A loss or weight that is not finite stops the run and is never saved; parameters that conversion added have their own
-learning rate; a checkpoint that is not whole is never resumed from, nor another deleted for it; SIGTERM ends a run with
-a checkpoint; progress is one line.
+learning rate; a checkpoint that is not whole is never resumed from, nor another deleted for it; SIGTERM and Ctrl-C
+end a run with a checkpoint; progress is one line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.files import model_written_whole, said
 from fastweights.models.adapters import save_adapter
 from fastweights.models.loading import not_finite
@@ -31,7 +31,7 @@ from fastweights.training.checkpoints import (
     last_checkpoint,
     seal,
 )
-from fastweights.training.progress import ProgressBar
+from fastweights.training.progress import Clock, ProgressBar
 from fastweights.training.runs import check_stage
 from fastweights.training.saving import Saving
 
@@ -79,9 +79,11 @@ class StageTrainer(Trainer):
         tokens_per_step = config.tokens_per_step(blocks.block_size) * self.args.world_size
         self.progress = Progress(title, show=self.is_world_process_zero())
         self.saving = Saving(self, run.save_minutes)
+        self.clock = Clock()
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressBar(self.progress, tokens_per_step))
         self.add_callback(self.saving)
+        self.add_callback(self.clock)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -110,12 +112,17 @@ class StageTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise FastWeightsError(self._stopped(f"the loss is {loss.item()}"))
+            raise DivergedError(self._stopped(f"the loss is {loss.item()}"))
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Each entry of the loss history has the seconds of training up to it, those before a resume included."""
+        logs["seconds"] = self.clock.seconds
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
         if bad := not_finite(dict(self.model.named_parameters())):  # type: ignore[union-attr]
-            raise FastWeightsError(self._stopped(f"{bad} is no longer finite"))
+            raise DivergedError(self._stopped(f"{bad} is no longer finite"))
         folder = self.output / f"{CHECKPOINT}-{self.state.global_step}"
         with self._writing(folder):
             super()._save_checkpoint(model, trial)
@@ -169,20 +176,22 @@ class StageTrainer(Trainer):
             resume: go on from the last whole checkpoint in the output folder, where there is one.
 
         Raises:
-            FastWeightsError: the loss or a weight is no longer finite; or something cannot be written, or read back.
-            SystemExit: the process got SIGTERM, and saved a checkpoint.
+            DivergedError: the loss or a weight is no longer finite.
+            FastWeightsError: something cannot be written, or read back.
+            SystemExit: the process got SIGTERM or Ctrl-C, and saved a checkpoint.
         """
         found = [str(checkpoint_to_resume(self.output) or "") if resume and self.is_world_process_zero() else ""]
         checkpoint = broadcast_object_list(found)[0]
-        with self.saving.until_sigterm(), self.progress:
+        with self.saving.until_told(), self.progress:
             self.train(resume_from_checkpoint=checkpoint or None)
         if self.saving.told_to_stop.is_set():
             if self.is_world_process_zero():
                 step = self.state.global_step
+                told = self.saving.signal.name
                 logger.warning(
-                    "stopped by SIGTERM at step %d; a checkpoint was written, --resume goes on from it", step
+                    "stopped by %s at step %d; a checkpoint was written, --resume goes on from it", told, step
                 )
-            raise SystemExit(143)
+            raise SystemExit(128 + self.saving.signal)
         with self._writing(self.output):
             main = self.is_world_process_zero()
             self._write_model(main)
