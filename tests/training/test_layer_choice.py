@@ -66,6 +66,8 @@ def test_those_that_are_missed_most_stay(base, blocks, settings):
 
 
 def test_no_layer_left_to_convert_is_refused(base, blocks):
+    with pytest.raises(FastWeightsError, match="has fast weights already; give the model that it was converted from"):
+        choose_layers(convert(base), ConversionConfig(layers="auto:1"), blocks)
     with pytest.raises(FastWeightsError, match="layers is auto:3; the model has 3 to convert: keep at most 2"):
         choose_layers(base, ConversionConfig(layers="auto:3"), blocks)
 

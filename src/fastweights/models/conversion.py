@@ -51,10 +51,18 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
             attention or head that its family's row cannot express.
     """
     base = _own(model)
-    if isinstance(base, FastWeightsForCausalLM):
-        name = type(model).__name__ if isinstance(model, PreTrainedModel) else model
-        raise FastWeightsError(f"{name} has fast weights already; give the model that it was converted from")
+    check_softmax(base, type(model).__name__ if isinstance(model, PreTrainedModel) else str(model))
     return with_config(base, config or ConversionConfig())
+
+
+def check_softmax(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that is converted already, under the name that it was given by.
+
+    Raises:
+        FastWeightsError: it is.
+    """
+    if isinstance(model, FastWeightsForCausalLM):
+        raise FastWeightsError(f"{name} has fast weights already; give the model that it was converted from")
 
 
 def add_fast_weight_layer(
