@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_run_that_sigterm_stopped_ends_as_one_that_was_not(tmp_path):
         folder = tmp_path / ("whole" if name == "whole" else "stopped")
         stage = trainer(folder, add_fast_weight_layer(make_gpt2()), steps=6, blocks=3)
         if name == "stopped":
-            told_to_stop(stage, at=0)
+            told_to_stop(stage, at=0, number=signal.SIGTERM)
             with pytest.raises(SystemExit):
                 stage.run(resume=False)
             assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
