@@ -59,8 +59,8 @@ def decode_costs(
         models: by name.
         contexts: tokens before those that are timed, in rising order.
         tokens: steps timed at each context, about.
-        read_at_most: before each context, really read only so many tokens, and be told that the others were read: the
-            state has the same size, and a big model does not read for an hour.
+        read_at_most: before each context, really read only so many tokens, or as many as fill the longest window, and
+            be told that the others were read: the state has the same size, and a big model does not read for an hour.
         softmax_up_to: the longest context at which softmax models are timed; by default all.
     """
     caches: dict[tuple[str, int], Cache] = {}
@@ -103,6 +103,8 @@ def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
 def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
     """The state of a recurrent model after each of the contexts."""
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
+    if at_most is not None and isinstance(model, FastWeightsForCausalLM):
+        at_most = max(at_most, max(model.config.windows) + model.config.sinks)
     for context in contexts:
         if at_most is not None and reads_without_end(model) and context - read > at_most:
             assert isinstance(cache, FastWeightsCache)
