@@ -42,7 +42,7 @@ demo: setup
 
 # Two halves at once, and then the kernels for GPUs.
 test: setup $(VENV)/.tests-installed
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-tensors test-rest
+	$(MAKE) --no-print-directory --jobs=2 test-tensors test-rest
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
 
 _TENSORS := tests/layers tests/models tests/ops
