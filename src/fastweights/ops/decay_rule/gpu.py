@@ -206,11 +206,15 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [size for x in tensors for size in x.stride()]
 
 
+def _or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if state is None else state.contiguous()
+
+
 def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state before each chunk (M, G, K, V), what of it is left after it (M, G, K) and (M, G, V), the last state."""
     (_, G, _, K, V), M = p.sizes, len(c.starts)
     states, F, Z, final_state = p.new(M, G, K, V), p.new(M, G, K), p.new(M, G, V), p.new(p.N, G, K, V)
-    initial_state = torch.zeros_like(final_state) if initial_state is None else initial_state.contiguous()
+    initial_state = _or_zeros(initial_state, final_state)
     if M:
         _kernels().written[(M, G, prod(p.tiles))](
             p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z,
@@ -287,7 +291,7 @@ def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
     H, G, R, K, V = p.sizes
     BK, BV = p.sides
-    before = torch.zeros_like(final_state) if initial_state is None else initial_state.contiguous()
+    before = _or_zeros(initial_state, final_state)
     _kernels().step[(p.N, G, p.tiles[1])](
         p.q, p.k, p.v, *p.gates, before, o, final_state, *_strides(p.q, p.k, p.v, *p.gates), H, G, R, K, V, p.scale,
         KEY_GATE=p.log_f is not None, VALUE_GATE=p.log_z is not None, SHIFT=p.shift,
@@ -316,7 +320,7 @@ def _backward_op(
     (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
     M, tokens = len(c.starts), len(p.q)
     given = p.new(1, 1, 1).zero_().expand(tokens, H, V) if do is None else do.flatten(0, 1)
-    dfinal = torch.zeros_like(final_state) if dfinal is None else dfinal.contiguous()
+    dfinal = _or_zeros(dfinal, final_state)
     dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
     grid = (M, G, prod(p.tiles))
     if M:
