@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-tensors test-rest fuzz lint format bench docs site recipes comparison clean
+.PHONY: help setup demo test test-tensors test-rest fuzz lint format bench docs site recipes comparison gpu clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives; then SmolLM2 (5 to 10 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs    write docs/cli.md anew"
 	@echo "make site    build the documentation as a site, in site/"
 	@echo "make recipes train the embedded model to more than 0.95 (pure) and 0.98 (hybrid) retention (an hour or so)"
+	@echo "make gpu MINUTES=30   all that wants a GPU, most valuable first; DEVICE=cpu rehearses it in small"
 	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (hours)"
 
 setup: $(VENV)/.installed
@@ -84,6 +85,16 @@ recipes: setup
 
 comparison: setup
 	$(BIN)/python -m benchmarks.comparison
+
+# A rented machine without a package index has no use for the set-up: make gpu SETUP= BIN=FOLDER, of a Python with torch.
+MINUTES ?= 30
+DEVICE ?= cuda
+DATA ?= ../shared/data
+OUTPUT ?= gpu
+SETUP ?= setup
+
+gpu: $(SETUP)
+	PYTHONPATH=src:$(VENV)/triton $(BIN)/python -m benchmarks.gpu_hour --minutes $(MINUTES) --device $(DEVICE) --data $(DATA) --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) demo runs site

@@ -35,6 +35,12 @@ CONVERSIONS = {
     "and without rotary": BEST,
     "and gates of rank 16": {**BEST, "gate_rank": 16},
     "and no value gate": {**BEST, "value_gate": False},
+    "gated, elu+1, normalised": {"rule": "gated", "feature_map": "elu+1", "rotary": False},
+    "delta, elu+1": {"rule": "delta", "feature_map": "elu+1", "rotary": False},
+    "gated delta, elu+1": {"rule": "gated_delta", "feature_map": "elu+1", "rotary": False},
+    "gated delta, elu+1, rotary": {"rule": "gated_delta", "feature_map": "elu+1"},
+    "gated delta": {"rule": "gated_delta", "rotary": False},
+    "averages, learned softmax map": {**BEST, "feature_map": "softmax"},
 }
 BY_STAGE = ("all weights trained", "LoRA of rank 16", "half of it transfer")
 ROWS = (*CONVERSIONS, *BY_STAGE)

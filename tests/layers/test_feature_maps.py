@@ -3,7 +3,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers import feature_maps as module
-from fastweights.layers.feature_maps import FEATURE_MAPS, Dpfp, FeatureMap, make_feature_map
+from fastweights.layers.feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
 from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_llama, random_ids
@@ -63,19 +63,53 @@ def test_softmax_of_a_projection():
     torch.testing.assert_close(make_feature_map("softmax", 6, 4).double()(x), start)
 
 
-@pytest.mark.parametrize("nu", [1, 3])
-def test_dpfp_multiplies_neighbours(nu):
-    x, found = torch.randn(2, 3, 4, 5, dtype=torch.float64), Dpfp(5, 4, nu=nu)
+@pytest.mark.parametrize(("name", "nu"), [("dpfp", 1), ("dpfp-2", 2), ("dpfp-3", 3)])
+def test_dpfp_multiplies_neighbours(name, nu):
+    x, found = torch.randn(2, 3, 4, 5, dtype=torch.float64), make_feature_map(name, 5, 4)
     r = torch.cat((x.clamp(min=0), -x.clamp(max=0)), -1)
     expected = [r[..., i] * r[..., i - j] for j in range(1, nu + 1) for i in range(10)]
     assert found.width == len(expected)
     torch.testing.assert_close(found(x), torch.stack(expected, -1))
 
 
+def test_cosformer_weighs_by_distance():
+    q, k = torch.randn(2, 1, 30, 2, 5, dtype=torch.float64)
+    feature_map = make_feature_map("cosformer", 5, 2, 16)
+    p = torch.arange(30)
+    distance = (p[:, None] - p).double()
+    expected = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu()) * (distance * torch.pi / 32).cos()
+    for start in (0, 7, 10**15):  # a stream has no end
+        found = torch.einsum("bihk,bjhk->bhij", *(feature_map(x, p[None] + start) for x in (q, k)))
+        torch.testing.assert_close(found, expected)
+    assert feature_map(q).equal(feature_map(q, p[None]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", ["all", "leaving"])
+def test_cosformer_knows_how_far_back_a_written_token_is(write):
+    """Beside a window the key that is written is that of the token which leaves it."""
+    torch.manual_seed(0)
+    window = 5 if write == "leaving" else 0
+    settings = {"window": window, "sinks": 0, "write": "leaving"} if window else {}
+    model = convert(make_llama(), ConversionConfig(rule="add", feature_map="cosformer", rotary=False, **settings))
+    layer, x = model.fast_attentions()[0], torch.randn(1, 40, 32)
+    start = torch.tensor([[123]])
+    embeddings = model.model.base.rotary_emb(x, torch.arange(40)[None])
+    fast, _ = layer.read(x, None, embeddings, None, None, torch.arange(40)[None] + start)
+    q, k, v = (y[0].double() for y in layer.project(x))
+    distance = (torch.arange(40)[:, None] - torch.arange(40)).double()
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+    weights = torch.einsum("ihd,jhd->hij", q.relu(), k.relu()) * layer.scaling
+    weights = weights * (distance * torch.pi / (2 * layer.query_map.length)).cos() * (distance >= window)
+    expected = torch.einsum("hij,jhv->ihv", weights, v)
+    torch.testing.assert_close(fast[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
 def test_a_map_says_whether_it_is_nowhere_negative(name):
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64) * 5
-    assert trained(name, 6, 4)(x).ge(0).all() == FEATURE_MAPS[name].non_negative
+    where = [torch.tensor([[0, 3000, 6000]])] if FEATURE_MAPS[name].positional else []
+    assert trained(name, 6, 4)(x, *where).ge(0).all() == FEATURE_MAPS[name].non_negative
 
 
 @pytest.mark.parametrize("name", sorted(FEATURE_MAPS))

@@ -21,6 +21,7 @@ KINDS = {
     "pure": ConversionConfig(),
     "hybrid": ConversionConfig(window=8),
     "add": ConversionConfig(rule="add", feature_map="elu+1", window=5),
+    "cosformer": ConversionConfig(feature_map="cosformer", window=5),
     "gated": ConversionConfig(rule="gated", feature_map="relu"),
     "mixed": ConversionConfig(window=8, layer_types=["linear_attention", "full_attention", "hybrid_sliding"]),
     "softmax": ConversionConfig(layer_types=["full_attention"] * 3),

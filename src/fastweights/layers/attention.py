@@ -178,6 +178,7 @@ class FastWeightAttention(KeepsFloat32):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
         marks: TokenMarks | None = None,
+        feature_positions: Int[Tensor, "_ T"] | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T d"], None]:
         """The attention's output; the state comes from and goes to the cache.
@@ -187,6 +188,7 @@ class FastWeightAttention(KeepsFloat32):
             position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
             sink_embeddings: the same for queries of sinks, by the layer's window (`FastWeightsModel.sink_embeddings`).
             marks: padding and borders of documents among the tokens.
+            feature_positions: of the tokens, for a feature map that needs them; None for 0, 1, 2, ...
             **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
                 has no use for, such as a 4-D mask.
 
@@ -201,7 +203,9 @@ class FastWeightAttention(KeepsFloat32):
                     "its state would be lost; correct cache_argument in the family's row of ARCHITECTURES"
                 )
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
-        fast, window = self.read(hidden_states, layer_cache, position_embeddings, sink_embeddings, marks)
+        fast, window = self.read(
+            hidden_states, layer_cache, position_embeddings, sink_embeddings, marks, feature_positions
+        )
         return self.mix(fast, window), None
 
     def read(
@@ -211,6 +215,7 @@ class FastWeightAttention(KeepsFloat32):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
         marks: TokenMarks | None = None,
+        feature_positions: Int[Tensor, "_ T"] | None = None,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
         """What the fast weights and the window (None without one) say, before their learned factors.
 
@@ -220,6 +225,7 @@ class FastWeightAttention(KeepsFloat32):
             position_embeddings: of the rotary embedding.
             sink_embeddings: of the rotary embedding, for queries of sinks, by the layer's window.
             marks: padding and borders of documents.
+            feature_positions: of the tokens, for a feature map that needs them; None for 0, 1, 2, ...
         """
         marks = TokenMarks() if marks is None else marks
         position_embeddings = position_embeddings if self.rotates else None
@@ -252,8 +258,7 @@ class FastWeightAttention(KeepsFloat32):
                 k, v, marks = left.k, left.v, marks._replace(real=left.any)
         fast, state = self.rule(
             x,
-            self.query_map(q),
-            self.key_map(k),
+            *self._features(q, k, feature_positions),
             v,
             scale=self.scaling,
             marks=marks,
@@ -264,6 +269,17 @@ class FastWeightAttention(KeepsFloat32):
         if cache is not None:
             cache.write(state, x.shape[1])
         return fast, window
+
+    def _features(
+        self, q: Float[Tensor, "B T H D"], k: Float[Tensor, "B T G D"], positions: Int[Tensor, "_ T"] | None
+    ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T G K"]]:
+        if not self.query_map.positional:
+            return self.query_map(q), self.key_map(k)
+        if positions is None:
+            positions = torch.arange(q.shape[1], device=q.device)[None]
+        # The key that is written beside a token is its own, or that of the token which now leaves the window.
+        behind = self.window - 1 if self.writes_leaving else 0
+        return self.query_map(q, positions + behind), self.key_map(k, positions)
 
     def project(
         self, x: Float[Tensor, "B T d"]

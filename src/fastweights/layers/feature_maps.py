@@ -2,13 +2,15 @@
 
 A map works on each head by itself, (B, T, H, D) -> (B, T, H, width). A layer has one for its queries and one for its
 keys, of which there are fewer where heads share them; maps that learn have weights of their own for each head of
-either. The paper's own map is the identity (H. H. Mao, 2022).
+either, and one that is `positional` is told where each token stands. The paper's own map is the identity (H. H. Mao,
+2022).
 
 Notation: B batch, T time, H heads (of queries, or of keys), D width of a head, K width after the map.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from fastweights.errors import check_name
 from fastweights.layers.precision import KeepsFloat32
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
@@ -32,6 +34,8 @@ class FeatureMap(nn.Module):
 
     non_negative = False
     """Whether nothing that comes out is below 0, so that weights q·k can be divided by their sum."""
+    positional = False
+    """Whether `forward` takes the tokens' positions, too."""
 
     def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__()
@@ -69,19 +73,69 @@ class Dpfp(FeatureMap):
     Args:
         head_dim: width D of a query or key.
         heads: of queries, or of keys.
-        nu: ν, neighbours on one side.
     """
 
     non_negative = True
+    nu = 1
+    """ν, neighbours on one side."""
 
-    def __init__(self, head_dim: int, heads: int, nu: int = 1) -> None:
+    def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__(head_dim, heads)
-        self.nu, self.width = nu, 2 * nu * head_dim
+        self.width = 2 * self.nu * head_dim
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
         r = torch.cat((x, -x), -1).relu()
         return torch.cat([r * r.roll(j, -1) for j in range(1, self.nu + 1)], -1)
+
+
+class Dpfp2(Dpfp):
+    """The same with two neighbours, ν = 2."""
+
+    nu = 2
+
+
+class Dpfp3(Dpfp):
+    """The same with three neighbours, ν = 3."""
+
+    nu = 3
+
+
+class CosFormer(FeatureMap):
+    """[relu(x) cos θp, relu(x) sin θp] of the token at position p, with θ = π / 2M.
+
+    Two tokens' weight is then relu(q)·relu(k) cos(θ (p - p')): cosFormer, Qin et al. (arXiv 2202.08791). The cosine
+    falls from 1 for a token itself to 0 at a distance of M, beyond which weights turn negative: M is the longest text
+    that the map is made for. The width becomes 2D.
+
+    Args:
+        head_dim: width D of a query or key.
+        heads: of queries, or of keys.
+        length: M.
+    """
+
+    positional = True
+
+    def __init__(self, head_dim: int, heads: int, length: int = 2048) -> None:
+        super().__init__(head_dim, heads)
+        self.length, self.width = length, 2 * head_dim
+
+    def forward(
+        self, x: Float[Tensor, "B T H D"], positions: Int[Tensor, "_ T"] | None = None
+    ) -> Float[Tensor, "B T H K"]:
+        """Queries or keys, head by head.
+
+        Args:
+            x: queries or keys.
+            positions: of the tokens, from anywhere on: their differences alone matter. None for 0, 1, 2, ...
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # A position is reduced to one period first: in float32 angles of long texts would lose their digits.
+        angle = (positions % (4 * self.length)).to(dtype)[..., None, None] * (math.pi / (2 * self.length))
+        r = x.relu().to(dtype)
+        return torch.cat((r * angle.cos(), r * angle.sin()), -1).to(x.dtype)
 
 
 class _Projected(KeepsFloat32, FeatureMap):
@@ -156,15 +210,25 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu+1": EluPlusOne,
     "relu": ReluOfProjection,
     "dpfp": Dpfp,
+    "dpfp-2": Dpfp2,
+    "dpfp-3": Dpfp3,
+    "cosformer": CosFormer,
     "softmax": SoftmaxOfProjection,
 }
 
 
-def make_feature_map(name: str, head_dim: int, heads: int) -> FeatureMap:
+def make_feature_map(name: str, head_dim: int, heads: int, length: int | None = None) -> FeatureMap:
     """The map of that name.
+
+    Args:
+        name: one of FEATURE_MAPS.
+        head_dim: width of a query or key.
+        heads: of queries, or of keys.
+        length: of the longest text, for a positional map; by default its own.
 
     Raises:
         FastWeightsError: if there is none; it names those that there are.
     """
     check_name("feature_map", name, FEATURE_MAPS)
-    return FEATURE_MAPS[name](head_dim, heads)
+    kind = FEATURE_MAPS[name]
+    return kind(head_dim, heads, length) if kind.positional and length is not None else kind(head_dim, heads)  # type: ignore[call-arg]

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
+from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
@@ -98,6 +99,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
         self._windows = [*config.windows]
+        self._positional = FEATURE_MAPS[config.settings.feature_map].positional
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
         if config.settings.positions == "drop" and self.architecture.positions is not None:
@@ -242,6 +244,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         position_ids = reading.position_ids
         if position_ids is None:  # OPT would count them in a mask, and there may be none to count in
             position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
+        if self._positional:
+            kwargs["feature_positions"] = position_ids
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given),

@@ -29,11 +29,13 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
     """
     row, settings = architecture_of(config.base), config.settings
     shape = AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    length: int | None = getattr(config.base, "max_position_embeddings", None)
     for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
         if config.layer_types[i] == "full_attention":
             continue
         query_map, key_map = (
-            make_feature_map(settings.feature_map, shape.head_dim, heads) for heads in (shape.heads, shape.kv_heads)
+            make_feature_map(settings.feature_map, shape.head_dim, heads, length)
+            for heads in (shape.heads, shape.kv_heads)
         )
         rule_shape = RuleShape(
             hidden_size=shape.hidden_size,

