@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -30,6 +32,24 @@ class _OfBase:
     def __set__(self, config: FastWeightsConfig, value: Any) -> None:
         if value != self.__get__(config):
             setattr(config.base, self.name, value)
+
+
+_SHIM = "modeling_fastweights"
+_SHIM_CODE = '''"""How transformers loads this model by itself: from_pretrained(..., trust_remote_code=True).
+
+The package fastweights must be installed; with `import fastweights` before, transformers does without this file.
+"""
+
+from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.modeling import FastWeightsForCausalLM, FastWeightsModel
+
+__all__ = ["FastWeightsConfig", "FastWeightsForCausalLM", "FastWeightsModel"]
+'''
+_SHIM_CLASSES = {
+    "AutoConfig": f"{_SHIM}.FastWeightsConfig",
+    "AutoModel": f"{_SHIM}.FastWeightsModel",
+    "AutoModelForCausalLM": f"{_SHIM}.FastWeightsForCausalLM",
+}
 
 
 @strict
@@ -73,8 +93,8 @@ class FastWeightsConfig(PreTrainedConfig):
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, token, None) is None:
                 setattr(self, token, getattr(self.base, token, None))
-        # Empty, not missing: TRL looks here for classes that transformers does not have.
-        self.auto_map = getattr(self, "auto_map", None) or {}
+        # TRL, too, looks here for classes that transformers does not have.
+        self.auto_map = dict(_SHIM_CLASSES)
         conversion = self.conversion or {}
         if "layer_types" in conversion:  # saved, perhaps by an earlier version
             conversion = {**BEFORE, **conversion}
@@ -149,10 +169,16 @@ class FastWeightsConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As saved: with what the base config says, for those who look for it at the usual place."""
-        saved = super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE if hasattr(self, name)}
-        if not saved.get("auto_map"):
-            saved.pop("auto_map", None)
-        return saved
+        return super().to_dict() | {name: getattr(self, name) for name in _OUTSIDE if hasattr(self, name)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the config, and beside it what lets transformers load the model without an import of this package."""
+        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory, f"{_SHIM}.py").write_text(_SHIM_CODE, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would save a copy of this package's code where the shim goes."""
 
 
 _SETTABLE = {name for name, value in vars(FastWeightsConfig).items() if isinstance(value, _OfBase)} | {"sliding_window"}

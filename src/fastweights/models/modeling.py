@@ -68,6 +68,10 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
         """transformers lets modules of custom code without parameters of their own, GPT-2's among them, start wrong."""
         return False
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would save a copy of this file beside the weights; the config saves what they need."""
+
     def initialize_weights(self) -> None:
         """Let what a checkpoint lacks start as in a new model; transformers calls this."""
         initialise(self, self.base_model.base, super().initialize_weights)  # type: ignore[arg-type]
