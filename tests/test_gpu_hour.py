@@ -53,7 +53,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_may_write_its_checkpoint(tmp_
         "signal.signal(signal.SIGTERM, lambda *_: (open('KEPT', 'w').close(), sys.exit(3)))\n"
         "time.sleep(60)"
     ).replace("KEPT", str(tmp_path / "kept"))
-    assert not hour(tmp_path).run("part", [sys.executable, "-c", program], 16)
+    assert not hour(tmp_path).run("part", [sys.executable, "-c", program], 3)
     assert (tmp_path / "kept").exists()
 
 

@@ -270,3 +270,16 @@ def test_no_tokens_are_one_line(base, shape):
     model = convert(base, ConversionConfig(window=4))
     with pytest.raises(FastWeightsError, match=f"{shape[0]} rows of {shape[1]} tokens"):
         model(input_ids=torch.zeros(shape, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_document_that_begins_after_a_cache_leaves_the_positions_before_it_as_they_are():
+    reading = read_tokens((1, 4), filled(10), document_starts=torch.tensor([[False, False, True, False]]))
+    assert reading.position_ids.tolist() == [[10, 11, 0, 1]]
+
+
+def filled(tokens: int) -> FastWeightsCache:
+    model = convert(make_llama(), ConversionConfig()).eval()
+    cache = FastWeightsCache(model.config)
+    model(random_ids(1, tokens), cache=cache, use_cache=True)
+    return cache

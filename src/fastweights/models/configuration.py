@@ -173,8 +173,9 @@ class FastWeightsConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the config, and beside it what lets transformers load the model without an import of this package."""
-        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         Path(save_directory, f"{_SHIM}.py").write_text(_SHIM_CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -83,7 +83,7 @@ def read_tokens(
     found.append(None if seq_idx is None else _by_number(seq_idx, shape))
     starts = _any_of([x for x in found if x is not None], real)
     if starts is not None and position_ids is None:
-        position_ids = _positions_within(starts, real)
+        position_ids = _positions_within(starts, real) + past * (starts.cumsum(1) == 0)
     position_ids = _after_what_was_read(position_ids, starts, cache, shape)
     return Reading(mask, position_ids, TokenMarks(real, starts))
 

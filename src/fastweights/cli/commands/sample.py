@@ -110,7 +110,9 @@ def _load(model: str, config: SamplingConfig) -> tuple[PreTrainedModel, PreTrain
     from fastweights.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    return load_model(model, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32), tokenizer
+    loaded = load_model(model, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded if there is None else loaded.to(device=there), tokenizer
 
 
 def _prompts(files: tuple[Path, ...]) -> list[str]:
