@@ -112,7 +112,7 @@ def _load(model: str, config: SamplingConfig) -> tuple[PreTrainedModel, PreTrain
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded if there is None else loaded.to(device=there), tokenizer
+    return loaded if there is None else loaded.to(there), tokenizer  # type: ignore[arg-type]
 
 
 def _prompts(files: tuple[Path, ...]) -> list[str]:
