@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastweights.ops import decay_rule
 from tests import tolerances
-from tests.ops.problems import Problem, assert_close, error, errors, inputs, options, run, truth
+from tests.ops.problems import Problem, assert_close, assert_close_at_random, error, errors, inputs, options, run, truth
 
 FAST = ("chunked", "cpu")
 ALL = ("reference", *FAST)
@@ -91,6 +91,16 @@ def test_low_precision_inputs_have_a_float32_state_and_only_their_own_rounding(d
     assert_close(results, expected, tolerance)
 
 
+def test_numbers_that_cancel_have_the_rounding_of_their_terms():
+    """The key's gradient is a single number here, 0.0045 of terms of about 1; found by the test after this one."""
+    problem = Problem(1, 1, 29, 1, 1, 1, "none", "none", 0.01, False, False, (0, 0, 0, 1), seed=23)
+    for backend in FAST:
+        results = run(inputs(problem, torch.float32), backend, **options(problem))
+        assert_close_at_random(results, truth(problem, torch.float32), tolerances.FLOAT32)
+        with pytest.raises(AssertionError):
+            assert_close_at_random({**results, "dk": results["dk"] + 1e-3}, truth(problem), tolerances.FLOAT32)
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_agrees_with_the_reference_on_random_problems(data):
@@ -115,7 +125,7 @@ def test_agrees_with_the_reference_on_random_problems(data):
     )
     for backend in FAST:
         results = run(inputs(problem, torch.float32), backend, **options(problem))
-        assert_close(results, truth(problem, torch.float32), tolerances.FLOAT32)
+        assert_close_at_random(results, truth(problem, torch.float32), tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("backend", ALL)
