@@ -14,7 +14,6 @@ import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import time_side_by_side, write_csv
+from benchmarks.kernels import check, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.ops import decay_rule
 
@@ -44,39 +44,16 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     for backend in ("cpu", "chunked"):
-        check(backend)
+        check(backend, inputs(1, 257, 2, DIM), TOLERANCE)
     rows = [row for shape in SHAPES for row in measure(*shape, arguments.repeats)]
     show(rows)
     write_csv(arguments.output, rows, environment())
     console.print(f"written to {arguments.output}")
 
 
-def inputs(B: int, T: int, heads: int = HEADS) -> list[torch.Tensor]:
-    """q, k, v, key_log_decay, value_log_decay; gates between e^-0.2 and 1."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(B, T, heads, DIM) for _ in range(3))
-    f, z = (-0.2 * torch.rand(B, T, heads, DIM) for _ in range(2))
-    return [q, k / DIM**0.5, v, f, z]
-
-
-def check(backend: str) -> None:
-    """Outputs and all gradients against the reference in float64; ends the program if one is wrong."""
-    results = {}
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs(1, 257, 2)]
-        outputs: Any = decay_rule(*leaves, output_final_state=True, backend=name)
-        projections = [torch.linspace(-1, 1, DIM, dtype=dtype).expand_as(x) for x in outputs]
-        results[name] = [*outputs, *torch.autograd.grad(outputs, leaves, projections)]
-    names = ("o", "state", "dq", "dk", "dv", "dkey_log_decay", "dvalue_log_decay")
-    for name, result, truth in zip(names, results[backend], results["reference"], strict=True):
-        error = ((result - truth).abs().max() / truth.abs().max()).item()
-        if not error <= TOLERANCE:
-            sys.exit(f"backend {backend!r} is wrong: relative error {error:.1e} in {name}; nothing timed")
-
-
 def measure(B: int, T: int, repeats: int) -> list[dict]:
     """Rows of milliseconds for the forward pass alone, and with the gradients of all inputs."""
-    rule = inputs(B, T)
+    rule = inputs(B, T, HEADS, DIM)
     softmax = [x.transpose(1, 2).contiguous() for x in rule[:3]]
     tasks: dict[str, tuple[Callable, list[torch.Tensor]]] = {
         "softmax": (
@@ -88,7 +65,7 @@ def measure(B: int, T: int, repeats: int) -> list[dict]:
         "additive, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], rule[:3]),
     }
     rows = []
-    for mode, wrap in (("forward", _forward), ("forward and backward", _forward_and_backward)):
+    for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
         gc.collect()
         times = time_side_by_side({name: wrap(*task) for name, task in tasks.items()}, repeats)
         softmax_ms = next(iter(times.values()))["p50"]
@@ -109,24 +86,6 @@ def show(rows: list[dict]) -> None:
         faster = f"{row['times_faster_than_softmax']:.2f}"
         table.add_row(row["mode"], str(row["B"]), str(row["T"]), row["what"], *times, faster, end_section=last)
     console.print(table)
-
-
-def _forward(run: Callable, tensors: list[torch.Tensor]) -> Callable[[], None]:
-    def task() -> None:
-        with torch.no_grad():
-            run(*tensors)
-
-    return task
-
-
-def _forward_and_backward(run: Callable, tensors: list[torch.Tensor]) -> Callable[[], None]:
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    do = torch.ones_like(run(*leaves))
-
-    def task() -> None:
-        torch.autograd.grad(run(*leaves), leaves, do)
-
-    return task
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fastweights.files import written_whole
+
 
 def time_side_by_side(
     tasks: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1, seconds: float = 30.0
@@ -47,9 +49,7 @@ def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -
     """One line per row, each with the whole environment; whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{**row, **environment} for row in rows]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with written_whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)
-    partial.replace(path)

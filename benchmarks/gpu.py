@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import quantiles, write_csv
+from benchmarks.kernels import check, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.errors import FastWeightsError
 from fastweights.ops import decay_rule
@@ -56,7 +57,6 @@ GATES = {"both gates": (True, True), "key gate": (True, False), "value gate": (F
 HOST_CYCLES = 10_000_000
 """Of the card's clock, some milliseconds: longer than the host takes to launch anything here."""
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-NAMES = ("o", "state", "dq", "dk", "dv", "dkey_log_decay", "dvalue_log_decay")
 
 console = Console()
 Task = Callable[[], object]
@@ -110,9 +110,12 @@ def main() -> None:
         check_device(device)
     except FastWeightsError as error:
         sys.exit(f"benchmarks.gpu: {error}")
-    for dtype in TOLERANCES:
-        for gates in GATES:
-            check(gates, dtype, device)
+    T, D = (257, 64) if device.is_gpu else (35, 16)
+    for dtype, tolerance in TOLERANCES.items():
+        q, k, v, *logs = inputs(1, T, 2, D, device.name, dtype)
+        for gates, there in GATES.items():
+            given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
+            check("gpu", given, tolerance, f" ({gates}, {dtype})")
     console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16)")
     if find_spec("fla") is None:
         console.print(
@@ -160,35 +163,6 @@ def check_device(device: Device) -> None:
         raise FastWeightsError("on a CPU the kernels run in Triton's interpreter alone: set TRITON_INTERPRET=1")
 
 
-def inputs(B: int, T: int, H: int, D: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v, key_log_decay, value_log_decay; gates between e^-0.2 and 1."""
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(B, T, H, D, generator=generator, device=device) for _ in range(3))
-    f, z = (-0.2 * torch.rand(B, T, H, D, generator=generator, device=device) for _ in range(2))
-    return [x.to(dtype) for x in (q, k / D**0.5, v, f, z)]
-
-
-def check(gates: str, dtype: torch.dtype, device: Device) -> None:
-    """Outputs and all gradients against the reference in float64; ends the program if one is wrong."""
-    T, D = (257, 64) if device.is_gpu else (35, 16)
-    q, k, v, *logs = inputs(1, T, 2, D, device.name, dtype)
-    given = [q, k, v, *(log if has else None for log, has in zip(logs, GATES[gates], strict=True))]
-    results = {}
-    for name, to in (("gpu", dtype), ("reference", torch.float64)):
-        leaves: list[Any] = [None if x is None else x.to(to).requires_grad_() for x in given]
-        outputs: Any = decay_rule(*leaves, output_final_state=True, backend=name)
-        projections = [torch.linspace(-1, 1, D, dtype=x.dtype, device=x.device).expand_as(x) for x in outputs]
-        of = [x for x in leaves if x is not None]
-        found = iter(torch.autograd.grad(outputs, of, projections))
-        results[name] = [*outputs, *(None if x is None else next(found) for x in leaves)]
-    for name, result, truth in zip(NAMES, results["gpu"], results["reference"], strict=True):
-        if truth is None:
-            continue
-        error = ((result.double() - truth).abs().max() / truth.abs().max()).item()
-        if not error <= TOLERANCES[dtype]:
-            sys.exit(f"the kernels are wrong: {gates}, {dtype}, relative error {error:.1e} in {name}; nothing timed")
-
-
 def ceilings(device: Device) -> dict[str, float]:
     """What the card reaches: bytes a second copying, and operations a second multiplying bfloat16 matrices."""
     size, side = (1 << 30, 8192) if device.is_gpu else (1 << 20, 64)
@@ -226,7 +200,7 @@ def measure(
         contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
         contenders |= _of_fla(q, k, v, f, z)
     rows = []
-    for mode, wrap in (("forward", _forward), ("forward and backward", _forward_and_backward)):
+    for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
         tasks = {name: wrap(run, tensors) for name, (run, tensors) in contenders.items()}
         times = device.times(_that_run(tasks, f"{mode}, {B} x {T} x {H} x {D}"))
         for name, of in times.items():
@@ -235,7 +209,7 @@ def measure(
     return rows
 
 
-def _that_run(tasks: dict[str, Task], where: str) -> dict[str, Task]:
+def _that_run(tasks: Mapping[str, Task], where: str) -> dict[str, Task]:
     """Those that do not fail, in memory for instance; what fails is said. The first must run."""
     found = {}
     for name, task in tasks.items():
@@ -415,24 +389,6 @@ def _of_fla(*tensors: torch.Tensor) -> dict[str, tuple[Callable, list[torch.Tens
         ),
         "fla, chunk_gla": (lambda q, k, v, f: gla.chunk_gla(q, k, v, f)[0], list(tensors[:4])),
     }
-
-
-def _forward(run: Callable, tensors: list[torch.Tensor]) -> Task:
-    def task() -> None:
-        with torch.no_grad():
-            run(*tensors)
-
-    return task
-
-
-def _forward_and_backward(run: Callable, tensors: list[torch.Tensor]) -> Task:
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    do = torch.ones_like(tensors[2])
-
-    def task() -> None:
-        torch.autograd.grad(run(*leaves), leaves, do)
-
-    return task
 
 
 if __name__ == "__main__":

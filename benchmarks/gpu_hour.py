@@ -36,6 +36,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fastweights.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 _SAMPLES = "samples.jsonl"
 TRIAL_STEPS, TRIAL_LOG = 12, 4
@@ -91,9 +93,7 @@ class Hour:
     def note(self, name: str, **what: object) -> None:
         """Keep on disk what is known of a part."""
         self.done[name] = {**self.done.get(name, {}), **what}
-        whole = self.file.with_suffix(".tmp")
-        whole.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
-        whole.replace(self.file)
+        write_text(self.file, json.dumps(self.done, indent=2) + "\n")
 
     def run(self, name: str, command: list[str], seconds: float, variables: Mapping[str, str] | None = None) -> bool:
         """Run a command for so long at most; its output goes to NAME.log. Whether it came to its end."""

@@ -76,7 +76,7 @@ def test_a_pipeline_writes_with_it(folder, tmp_path):
     assert json.loads(out.splitlines()[-1])[0]["generated_text"] == expected
 
 
-def test_our_own_loading_runs_no_code_of_the_folder(folder, tmp_path, monkeypatch):
+def test_our_own_loading_runs_no_code_of_the_folder(folder):
     """What stands beside the weights is for transformers; whatever it were, we would not run it."""
     shim = folder / "modeling_fastweights.py"
     code = shim.read_text()

@@ -284,16 +284,8 @@ def _add(digest: hashlib._Hash, tensors: dict[str, Tensor]) -> None:
 
 def _lasting(config: dict) -> dict:
     """What of a config says how the model computes, and not where it came from."""
-    passing = {
-        "_name_or_path",
-        "base_model",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "architectures",
-        "auto_map",
-    }
-    passing |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+    passing = {"_name_or_path", "base_model", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    passing |= {"auto_map", "pad_token_id", "bos_token_id", "eos_token_id"}
     passing |= {"use_cache", "return_dict", "output_hidden_states", "output_attentions"}
     return {
         name: _lasting(value) if isinstance(value, dict) else value

@@ -108,11 +108,11 @@ def _load(model: str, config: SamplingConfig) -> tuple[PreTrainedModel, PreTrain
     import torch
 
     from fastweights.models.loading import load_model, load_tokenizer
+    from fastweights.training.runs import process_state
 
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded if there is None else loaded.to(there), tokenizer  # type: ignore[arg-type]
+    return loaded.to(process_state().device), tokenizer  # type: ignore[arg-type]
 
 
 def _prompts(files: tuple[Path, ...]) -> list[str]:

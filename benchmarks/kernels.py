@@ -1,0 +1,71 @@
+"""What benchmarks of the decay rule share: its inputs, the check before any timing, the passes that are timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastweights.ops import decay_rule
+
+_NAMES = ("o", "state", "dq", "dk", "dv", "dkey_log_decay", "dvalue_log_decay")
+
+
+def inputs(
+    B: int, T: int, H: int, D: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """q, k, v, key_log_decay, value_log_decay; gates between e^-0.2 and 1."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(B, T, H, D, generator=generator, device=device) for _ in range(3))
+    f, z = (-0.2 * torch.rand(B, T, H, D, generator=generator, device=device) for _ in range(2))
+    return [x.to(dtype) for x in (q, k / D**0.5, v, f, z)]
+
+
+def check(backend: str, given: Sequence[torch.Tensor | None], tolerance: float, what: str = "") -> None:
+    """Outputs and all gradients against the reference in float64; ends the program if one is wrong.
+
+    Args:
+        backend: to check.
+        given: what `inputs` gives, with None for a gate that is left out.
+        tolerance: largest difference over the largest value.
+        what: of which problem this is said, where there are several.
+    """
+    results = {}
+    for name in (backend, "reference"):
+        leaves: list[Any] = [
+            None if x is None else x.detach().to(x.dtype if name == backend else torch.float64).requires_grad_()
+            for x in given
+        ]
+        outputs: Any = decay_rule(*leaves, output_final_state=True, backend=name)
+        projections = [torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x) for x in outputs]
+        found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], projections))
+        results[name] = [*outputs, *(None if x is None else next(found) for x in leaves)]
+    for name, result, truth in zip(_NAMES, results[backend], results["reference"], strict=True):
+        if truth is None:
+            continue
+        error = ((result.double() - truth).abs().max() / truth.abs().max()).item()
+        if not error <= tolerance:
+            sys.exit(f"backend {backend!r}{what} is wrong: relative error {error:.1e} in {name}; nothing timed")
+
+
+def forward(run: Callable, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A call of `run` that remembers nothing for gradients."""
+
+    def task() -> None:
+        with torch.no_grad():
+            run(*tensors)
+
+    return task
+
+
+def forward_and_backward(run: Callable, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A call of `run` with the gradients of all its inputs; the third, v, has the shape of what comes out."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    do = torch.ones_like(tensors[2])
+
+    def task() -> None:
+        torch.autograd.grad(run(*leaves), leaves, do)
+
+    return task
