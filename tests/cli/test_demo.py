@@ -33,10 +33,9 @@ def test_a_small_demo_writes_all_it_promises(tmp_path, shipped):
     assert set(written["retention"]) == {"pure", "hybrid"}
     for name in ("pure", "hybrid"):
         losses = written["loss"][name]
-        assert list(losses) == ["teacher", "converted", "transfer", "finetune"]
-        # Four steps do not better a hybrid, which starts at its window.
-        assert losses["finetune"] < losses["converted"] + (0 if name == "pure" else 0.2)
-        assert written["tokens"][name] == (12 * 1024 if name == "pure" else 4 * 4096)
+        assert list(losses) == ["teacher", "converted", "finetune"]
+        assert losses["finetune"] < losses["converted"]
+        assert written["tokens"][name] == (12 * 1024 if name == "pure" else 6 * 1024)
         costs = written["decode"][name]
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]

@@ -16,6 +16,7 @@ def test_output_is_the_papers_formula(value_gate):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
+        layer.fast_unit.copy_(torch.rand(2) + 0.1)
         x = torch.randn(2, 11, 32)
         q, k, v = (y.unflatten(-1, (2, 16)) for y in layer.c_attn(x).chunk(3, -1))
         f = torch.sigmoid(layer.rule.key_gate(x)).unflatten(-1, (2, 16))
@@ -25,7 +26,7 @@ def test_output_is_the_papers_formula(value_gate):
             decay = f[:, t, :, :, None] * z[:, t, :, None, :]
             state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
             outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * 16**-0.5)
-        y = torch.stack(outputs, 1) * layer.fast_scale[:, None]
+        y = torch.stack(outputs, 1) * (layer.fast_scale * layer.fast_unit)[:, None]
         expected = layer.c_proj(y.flatten(-2))
         torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
 

@@ -53,6 +53,8 @@ def train(model, targets=None, rank: int = 4, alpha: int | None = None):
         for name, parameter in model.named_parameters():
             if "lora_" in name or name in new:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for layer in model.fast_attentions():
+            layer.fast_unit.uniform_(0.5, 2.0)
     return model.eval()
 
 
@@ -173,9 +175,18 @@ def test_matrices_take_two_bytes_and_vectors_four(adapter):
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert any(".lora_A.weight" in name for name in tensors)
     assert any(".fast_scale" in name for name in tensors)
+    assert any(".fast_unit" in name for name in tensors)
     for name, tensor in tensors.items():
         assert tensor.dtype == (torch.bfloat16 if tensor.ndim > 1 else torch.float32), name
         assert name.startswith("base_model.model.model.base."), name
+
+
+def test_an_adapter_from_before_factors_had_units_has_units_of_one(adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: x for name, x in tensors.items() if ".fast_unit" not in name}, file, metadata={"format": "pt"})
+    for layer in load_model(adapter).fast_attentions():
+        assert layer.fast_unit.eq(1).all()
 
 
 def test_memories_know_their_model_again(tmp_path):

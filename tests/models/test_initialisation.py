@@ -50,11 +50,12 @@ def test_what_a_checkpoint_lacks_starts_as_new(family, kind, tmp_path):
     ours = {
         name
         for name in weights
-        if any(part in name for part in ("rule", "_map", "fast_scale", "window_", "fast_weight_layer"))
+        if any(part in name for part in ("rule", "_map", "fast_scale", "fast_unit", "window_", "fast_weight_layer"))
         and not name.endswith(("up.weight", "down.weight"))  # random
     }
     assert len(ours) > 10
-    kept = {"model.fast_weight_layer.norm_scale"} | {name for name in ours if name.endswith("key_gate.bias")}
+    loaded = ("key_gate.bias", "1.attn.fast_unit", "1.self_attn.fast_unit")
+    kept = {"model.fast_weight_layer.norm_scale"} | {name for name in ours if name.endswith(loaded)}
     for name in kept & ours:
         weights[name] = torch.full_like(weights[name], 3.0)
     save_file({name: w for name, w in weights.items() if name not in ours - kept}, file, metadata={"format": "pt"})

@@ -104,6 +104,17 @@ def test_weights_that_are_cut_off_are_refused(folder, kept):
     assert is_refused(load_model, folder)
 
 
+def test_a_model_from_before_factors_had_units_has_units_of_one(tmp_path):
+    convert(make_gpt2()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    old = {name: x for name, x in weights.items() if "fast_unit" not in name}
+    assert old.keys() < weights.keys()
+    save_file(old, file, metadata={"format": "pt"})
+    assert all(layer.fast_unit.eq(1).all() for layer in load_model(tmp_path).fast_attentions())
+
+
 def is_refused(load, folder) -> bool:
     try:
         load(folder)

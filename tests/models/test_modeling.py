@@ -118,6 +118,7 @@ def test_bf16_keeps_gates_and_states_in_fp32(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     new = set(model.new_parameter_names())
     assert {p.dtype for n, p in model.named_parameters() if n in new} == {torch.float32}
+    assert {x.dtype for x in model.new_tensors().values()} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if n not in new} == {torch.bfloat16}
     cache = DynamicCache(config=model.config)
     logits = model(random_ids(1, 20), cache=cache).logits

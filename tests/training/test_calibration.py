@@ -99,6 +99,28 @@ def test_fast_weights_start_at_nothing_only_where_anything_costs_something(block
     assert calibrate(model, base, blocks) == expected
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 8])
+def test_at_a_factor_of_one_each_head_is_as_large_as_its_share_of_the_teachers_output(blocks, window):
+    """Whatever the size of the sums, so that no optimizer's step is large beside a factor."""
+    base = make_gpt2()
+    model = convert(base, ConversionConfig(window=window))
+    ids = torch.stack([blocks[i]["input_ids"] for i in (0, 4, 8, 12)])
+    records = record_attention(base, ids)
+    for seen in (1.0, 30.0):
+        for layer in model.fast_attentions():
+            layer.rule.key_gate.bias.fill_(seen)
+        fit_layers(model, records)
+        for layer, record in zip(model.fast_attentions(), records, strict=True):
+            bias = layer.output(torch.zeros(1, 1, 32))
+            fast, _ = layer.read(record.inputs)
+            for head in range(layer.heads):
+                alone = torch.zeros_like(fast)
+                alone[:, :, head] = fast[:, :, head] * layer.fast_unit[head]
+                size = (layer.output(alone.flatten(-2)) - bias).norm()
+                assert size.item() == pytest.approx((record.output - bias).norm().item() / layer.heads**0.5, rel=1e-4)
+
+
 def test_factors_learn_from_nothing_and_gates_once_they_have_moved(base, blocks):
     model = window_alone(convert(base, ConversionConfig(window=8)))
     layer = model.fast_attentions()[0]

@@ -43,13 +43,13 @@ def trainer(folder, steps=4, run=None, kl_weight=0.0, **settings):
 
 
 def test_new_and_pretrained_parameters_have_their_own_learning_rates(tmp_path):
-    stage = trainer(tmp_path, learning_rate=1e-4, new_learning_rate=1e-2, weight_decay=0.1)
+    stage = trainer(tmp_path, learning_rate=1e-4, new_learning_rate=1e-2, factor_learning_rate=1e-1, weight_decay=0.1)
     optimizer = stage.create_optimizer()
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     new = set(stage.model.new_parameter_names())
     for name, parameter in stage.model.named_parameters():
         rate, decay = rates[id(parameter)]
-        assert rate == (1e-2 if name in new else 1e-4)
+        assert rate == (1e-1 if "_scale" in name else 1e-2 if name in new else 1e-4)
         assert decay == (0.1 if parameter.ndim > 1 and "ln_" not in name else 0.0)
 
 

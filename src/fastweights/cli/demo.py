@@ -27,7 +27,7 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.demo import DemoConfig
 from fastweights.settings.evaluation import ComparisonConfig, EvaluationConfig, HeldOutConfig
 from fastweights.settings.text import DataConfig
-from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, TrainConfig, TransferConfig
+from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, TrainConfig
 from fastweights.training.pipeline import StageResult, train
 
 if TYPE_CHECKING:
@@ -52,34 +52,29 @@ class DemoResult:
 
 def train_config(name: str, config: DemoConfig) -> TrainConfig:
     """The demo's training run of "pure" or "hybrid"."""
+    # Many small steps, and large ones for gates and factors: they have far to go.
     if name == "pure":
-        # Far from the teacher at first: short time constants too, many small steps, large ones for the gates.
+        # Far from the teacher at first: short time constants too.
         convert = ConversionConfig(positions="drop", gate_bias=(-2.0, 6.0))
-        steps = max(1, config.tokens // 2 // 1024)
-        transfer = TransferConfig(
-            steps=steps, batch_size=1, learning_rate=2e-3, new_learning_rate=2e-2, warmup_steps=min(2, steps)
-        )
-        finetune = FinetuneConfig(
-            steps=steps, batch_size=1, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=min(2, steps)
-        )
+        steps, rates, weights = config.tokens // 1024, (1e-3, 2e-2, 0.3), "all"
     else:
-        # The window leaves little to learn, and large steps undo what it gives.
         convert = ConversionConfig(positions="drop", window=config.window)
-        steps = max(1, config.tokens // 6 // 4096)
-        transfer = TransferConfig(steps=3 * steps, learning_rate=1e-3, new_learning_rate=3e-3, warmup_steps=2)
-        finetune = FinetuneConfig(
-            steps=steps,
-            learning_rate=3e-4,
-            new_learning_rate=1e-3,
-            warmup_steps=min(2, steps),
-            weights="attention",
-        )
+        steps, rates, weights = config.tokens // 2048, (1e-3, 3e-2, 1e-1), "attention"
+    finetune = FinetuneConfig(
+        steps=max(1, steps),
+        batch_size=1,
+        learning_rate=rates[0],
+        new_learning_rate=rates[1],
+        factor_learning_rate=rates[2],
+        warmup_steps=min(2, steps),
+        weights=weights,
+    )
     return TrainConfig(
         output=config.output / name,
         overwrite=config.overwrite,
         held_out="test",
+        stage="finetune",
         convert=convert,
-        transfer=transfer,
         finetune=finetune,
         evaluation=HeldOutConfig(max_tokens=config.held_out_tokens),
         run=RunConfig(log_every=max(1, finetune.steps // 15)),

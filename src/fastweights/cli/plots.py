@@ -31,20 +31,23 @@ _STAGES = {
 
 
 def plot_training(folders: dict[str, Path], output: Path) -> None:
-    """Training loss of both stages against tokens, one line per model.
+    """Training loss of each stage against tokens, one line per model.
 
     Args:
         folders: a training run's output folder per model name.
         output: PNG file to write.
     """
-    figure, panels = _figure(2, width=10)
-    for panel, (stage, label) in zip(panels, _STAGES.items(), strict=True):
+    stages = [stage for stage in _STAGES if any((folder / stage).is_dir() for folder in folders.values())]
+    figure, panels = _figure(len(stages), width=5 * len(stages))
+    for panel, stage in zip(panels, stages, strict=True):
         for name, folder in folders.items():
-            history = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            if not (state := folder / stage / "trainer_state.json").exists():
+                continue
+            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
             points = [(entry["num_input_tokens_seen"] / 1000, entry["loss"]) for entry in history if "loss" in entry]
             tokens, losses = zip(*points, strict=True) if points else ((), ())
             panel.plot(tokens, losses, color=_COLORS[name], label=name, marker="o", markersize=3)
-        _label(panel, x="tokens (thousands)", y=label)
+        _label(panel, x="tokens (thousands)", y=_STAGES[stage])
         panel.set_yscale("log")
     _save(figure, output)
 

@@ -1,10 +1,12 @@
 """FastWeightAttention: takes the place of a pretrained softmax attention and keeps its projections.
 
-    y_t = α S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only, with sinks (`window.py`)
+    y_t = α u S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only, with sinks: `window.py`
 
 with a state S that a rule (`rules.py`) writes, a feature map φ (`feature_maps.py`) and the pretrained W_q, W_k, W_v and
 W_o. In a hybrid layer S_t holds, by default, the tokens that have left the window of token t and are no sinks, so that
-each token is in one of the two places. The factors α and β, learned per head, and the window are ours; the rest is
+each token is in one of the two places. The factors α and β, learned per head, and the window are ours, and the unit u,
+which calibration sets: fast weights are sums over a long text, of any size, and a step of an optimizer that suits all
+other factors would be many times an α that holds that size as well. The rest is
 H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
 
 Notation: B batch, T time, H query heads, G key/value heads, D width of a head, K width of a key after the feature map,
@@ -121,6 +123,9 @@ class FastWeightAttention(KeepsFloat32):
         FastWeightsError: if `attention` has a module or parameter that `projections` does not know of.
     """
 
+    fast_unit: Tensor
+    """Of each head's factor, (H,); set by calibration, not trained."""
+
     def __init__(
         self,
         attention: nn.Module,
@@ -151,6 +156,7 @@ class FastWeightAttention(KeepsFloat32):
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
+        self.register_buffer("fast_unit", torch.ones(shape.heads, dtype=torch.float32))
         self.window_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32)) if window else None
         bias = torch.zeros(shape.heads, window + sinks, dtype=torch.float32) if window and window_bias else None
         self.window_bias = None if bias is None else nn.Parameter(bias)
@@ -161,6 +167,7 @@ class FastWeightAttention(KeepsFloat32):
         for module in (self.rule, self.query_map, self.key_map):
             module.reset_parameters()
         self.fast_scale.fill_(1.0)
+        self.fast_unit.fill_(1.0)
         if self.window_scale is not None:
             self.window_scale.fill_(1.0)
         if self.window_bias is not None:
@@ -170,6 +177,10 @@ class FastWeightAttention(KeepsFloat32):
         """Names of the parameters that the base model does not have."""
         own = ("rule", "query_map", "key_map", "fast_scale", "window_scale", "window_bias")
         return [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
+
+    def factors(self) -> list[nn.Parameter]:
+        """Of the fast weights, and of the window if there is one."""
+        return [self.fast_scale] if self.window_scale is None else [self.fast_scale, self.window_scale]
 
     def forward(
         self,
@@ -293,7 +304,7 @@ class FastWeightAttention(KeepsFloat32):
 
     def mix(self, fast: Float[Tensor, "B T H V"], window: Float[Tensor, "B T H V"] | None) -> Float[Tensor, "B T d"]:
         """Scale by the learned factors, add, and project to the residual stream."""
-        y = fast * self.fast_scale.to(fast.dtype)[:, None]
+        y = fast * (self.fast_scale * self.fast_unit).to(fast.dtype)[:, None]
         if window is not None and self.window_scale is not None:
             y = y + window * self.window_scale.to(window.dtype)[:, None]
         return self.output(y.flatten(-2))

@@ -40,6 +40,8 @@ CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "fas
 FORMAT = 1
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"\.lora_[AB]\.default\.weight$")
+_UNIT = ".fast_unit"
+"""What adapters had none of when they were first made; it was 1."""
 _NO_TARGETS = "dummy-target-modules"
 """peft's name for an adapter without LoRA."""
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -67,7 +69,7 @@ def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str
         raise FastWeightsError(f"{folder} has a model in it: give the adapter a folder of its own")
     original = convert(base, model.config.settings)
     state = model.state_dict()
-    new = set(model.new_parameter_names())
+    new = set(model.new_tensors())
     lora = _lora_settings(model)
     _check_rest(state, original)
     kept = {
@@ -251,7 +253,7 @@ def _lora_settings(model: FastWeightsForCausalLM) -> dict[str, Any]:
 
 def _check_rest(state: dict[str, Tensor], original: FastWeightsForCausalLM) -> None:
     """Refuse to leave out what is not the base model's own, bit for bit."""
-    new = set(original.new_parameter_names())
+    new = set(original.new_tensors())
     theirs = {name: x for name, x in original.state_dict().items() if name not in new}
     ours = {name.replace(".base_layer.", "."): x for name, x in state.items() if ".lora_" not in name}
     for name, tensor in ours.items():
@@ -302,8 +304,8 @@ def _check_sample(expected: dict[str, Tensor], model: FastWeightsForCausalLM, wh
 def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> None:
     """Put the adapter into the weights of the model that it belongs to, or its LoRA beside them."""
     tensors, what = adapter.tensors, f"the weights of the adapter {adapter.folder}"
-    new = {name: model.get_parameter(name) for name in model.new_parameter_names()}
-    shapes = {name: parameter.shape for name, parameter in new.items()}
+    new = model.new_tensors()
+    shapes = {name: tensor.shape for name, tensor in new.items()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for name in adapter.targets:
         if name not in linear:
@@ -311,6 +313,9 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
         rows, columns = _as_linear(linear[name]).shape
         shapes[f"{name}.lora_A.weight"] = torch.Size((adapter.rank, columns))
         shapes[f"{name}.lora_B.weight"] = torch.Size((rows, adapter.rank))
+    for name in shapes.keys() - tensors.keys():
+        if name.endswith(_UNIT):
+            tensors[name] = torch.ones(shapes[name])
     if others := sorted(tensors.keys() ^ shapes.keys()):
         missing = "have no" if others[0] in shapes else "have an unknown"
         raise FastWeightsError(f"{what} {missing} {others[0]}: save or download it again")
@@ -320,8 +325,8 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
             raise FastWeightsError(f"{what} have {name} of shape {given}, and the model of {needed}: save it again")
     if bad := not_finite(tensors):
         raise FastWeightsError(f"{what} have numbers in {bad} that are not finite: train or download it again")
-    for name, parameter in new.items():
-        parameter.copy_(tensors[name])
+    for name, tensor in new.items():
+        tensor.copy_(tensors[name])
     if adapter.targets and not merge:
         add_lora(model, adapter.rank, alpha=adapter.config["lora_alpha"], targets=adapter.targets)
         for name in adapter.targets:

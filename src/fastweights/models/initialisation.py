@@ -62,8 +62,9 @@ def _as_it_was(attention: FastWeightAttention) -> nn.Module:
 
 @torch.no_grad()
 def _reset_missing(module: nn.Module, reset: Callable[[], None]) -> None:
-    """Reset the parameters, but for those that were loaded."""
-    loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+    """Reset parameters and buffers, but for those that were loaded."""
+    tensors = (*module.parameters(), *module.buffers())
+    loaded = [(x, x.detach().clone()) for x in tensors if getattr(x, "_is_hf_initialized", False)]
     reset()
-    for parameter, value in loaded:
-        parameter.copy_(value)
+    for tensor, value in loaded:
+        tensor.copy_(value)

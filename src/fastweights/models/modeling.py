@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", "window_scale", "window_bias", "fast_weight_layer"}
+_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", "fast_unit", "window_scale", "window_bias"}
+_FLOAT32_PARTS |= {"fast_weight_layer"}
 
 
 class AttentionRecord(NamedTuple):
@@ -60,6 +61,8 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
+    # Models that were saved before factors had units have none: it was 1.
+    _keys_to_ignore_on_load_missing = [r"\.fast_unit$"]  # noqa: RUF012 (transformers' own)
 
     config: FastWeightsConfig
 
@@ -116,7 +119,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
 
     def _keep_in_fp32(self) -> None:
         """Tell transformers what to load in float32 whatever the dtype, and its quantisers what to leave alone."""
-        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        named = (*self.named_parameters(), *self.named_buffers())
+        parts = {part for name, _ in named for part in name.split(".")}
         self._keep_in_fp32_modules_strict = parts & _FLOAT32_PARTS
         # Quantisers read this list alone, match from a name's beginning, and it may not have what the other has.
         self._keep_in_fp32_modules = {r".*\.rule\..*"} if "rule" in parts else set()
@@ -419,6 +423,14 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             if isinstance(module, FastWeightAttention)
             for parameter in module.new_parameter_names()
         ]
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """All that conversion added to the weights, by name: these parameters, and the units of the factors."""
+        attentions = [
+            (name, module) for name, module in self.named_modules() if isinstance(module, FastWeightAttention)
+        ]
+        units = {f"{name}.fast_unit": module.fast_unit for name, module in attentions}
+        return {name: self.get_parameter(name) for name in self.new_parameter_names()} | units
 
     def get_output_embeddings(self) -> nn.Module:
         """The unembedding."""

@@ -22,7 +22,7 @@ class DemoConfig:
     window: int = 64
     """Exact window of the hybrid model."""
     tokens: int = 380_000
-    """Tokens that the pure model is trained on; the hybrid one needs two thirds of it."""
+    """Tokens that the pure model is trained on; the hybrid one needs half of it."""
     held_out_tokens: int = 24576
     """Tokens of unseen text on which each stage is evaluated."""
     contexts: tuple[int, ...] = CONTEXTS

@@ -27,7 +27,7 @@ class StageConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of pretrained parameters."""
     new_learning_rate: float | None = None
-    """Peak learning rate of gates and scales; by default `learning_rate`."""
+    """Peak learning rate of what is new; by default `learning_rate`."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a fiftieth of `steps`."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
@@ -53,6 +53,11 @@ class StageConfig:
         """Steps of warm-up, given or by default."""
         return self.steps // 50 if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def new_rate(self) -> float:
+        """Peak learning rate of what is new."""
+        return self.learning_rate if self.new_learning_rate is None else self.new_learning_rate
+
     def tokens_per_step(self, block_size: int) -> int:
         """Tokens of one optimizer step in one process."""
         return block_size * self.batch_size * self.gradient_accumulation
@@ -62,21 +67,33 @@ class StageConfig:
 class ConversionStageConfig(StageConfig):
     """What the stages that train a conversion share."""
 
+    factor_learning_rate: float | None = None
+    """Peak learning rate of the factors of fast weights and window, in units of the size that the teacher's attention
+    has; by default `new_learning_rate`."""
     lora_rank: int = 0
     """Rank of LoRA on the projections of the converted layers, whose own weights then stay as they are, like all others
     of the base model: what was trained is an adapter. 0 for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.factor_learning_rate is not None and not 0 < self.factor_learning_rate < math.inf:
+            raise FastWeightsError(
+                f"factor_learning_rate is {self.factor_learning_rate}; it must be positive and finite"
+            )
         if self.lora_rank < 0:
             raise FastWeightsError(f"lora_rank is {self.lora_rank}; allowed are 0 (no LoRA) and ranks of 1 up")
+
+    @property
+    def factor_rate(self) -> float:
+        """Peak learning rate of the factors of fast weights and window."""
+        return self.new_rate if self.factor_learning_rate is None else self.factor_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig(ConversionStageConfig):
     """Training of the converted layers."""
 
-    new_learning_rate: float | None = 3e-3
+    new_learning_rate: float | None = 1e-2
     calibrate: bool = True
     """Begin a fresh conversion with the factors at which its own loss is lowest, from the window alone to those that
     bring each layer nearest to the teacher's output."""
@@ -90,7 +107,7 @@ class FinetuneConfig(ConversionStageConfig):
     """What is trained without LoRA: all weights, or those of the converted layers alone."""
 
     learning_rate: float = 3e-4
-    new_learning_rate: float | None = 1e-3
+    new_learning_rate: float | None = 1e-2
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
 

@@ -1,9 +1,10 @@
 """Calibration: where the new factors of a fresh conversion start, before anything is trained.
 
-Un-normalised fast weights are sums over all that was read, so that at a factor of 1 their output is orders of magnitude
-off. Least squares give the factors that bring each layer nearest to the teacher's attention; but errors add up from
-layer to layer, and what is best for each may be worse than nothing for the model. So the model's own loss then says how
-much of the way there is worth going from where the window stands alone.
+Un-normalised fast weights are sums over all that was read, so that their output is orders of magnitude off: each head
+is given the unit that makes it as large as its share of the teacher's output. Least squares then give the factors that
+bring each layer nearest to the teacher's attention; but errors add up from layer to layer, and what is best for each
+may be worse than nothing for the model. So the model's own loss says how much of the way there is worth going from
+where the window stands alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _TOKENS = 1024
 
 def is_fresh(student: FastWeightsForCausalLM) -> bool:
     """Whether no factor has moved since the conversion."""
-    return all(bool((factor == 1).all()) for layer in student.fast_attentions() for factor in _factors(layer))
+    return all(bool((factor == 1).all()) for layer in student.fast_attentions() for factor in layer.factors())
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def calibrate(student: FastWeightsForCausalLM, teacher: PreTrainedModel, blocks:
     ids = torch.stack([block["input_ids"] for block in spread[::2]]).to(student.device)
     # These are taken for running text, both for the teacher and for the student.
     fit_layers(student, record_attention(teacher, ids, positions=student.config.settings.positions))  # type: ignore[arg-type]
-    fitted = [[factor.clone() for factor in _factors(layer)] for layer in student.fast_attentions()]
+    fitted = [[factor.clone() for factor in layer.factors()] for layer in student.fast_attentions()]
     losses = {}
     for share in SHARES:
         _go(student, fitted, share)
@@ -76,31 +77,33 @@ def calibrate(student: FastWeightsForCausalLM, teacher: PreTrainedModel, blocks:
 
 @torch.no_grad()
 def fit_layers(student: FastWeightsForCausalLM, records: list[AttentionRecord]) -> None:
-    """Give each head the factors that bring its layer nearest to the teacher's output, in the least-squares sense.
+    """Give each head its unit, and the factors that bring its layer nearest to the teacher's output by least squares.
 
     Args:
-        student: whose factors are set.
+        student: whose units and factors are set.
         records: what the teacher's attention did with some text, one for each layer of the model.
     """
     for layer in student.fast_attentions():
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
+        layer.fast_unit.fill_(1.0)
         parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs))
-        factors = _least_squares(parts, _targets(layer, record))
+        targets = _targets(layer, record)
+        sizes = parts[: layer.heads].flatten(1).norm(dim=1)
+        unit = targets.norm() / layer.heads**0.5 / sizes
+        layer.fast_unit.copy_(torch.where(unit.isfinite() & (unit > 0), unit, 1.0))
+        parts[: layer.heads] *= layer.fast_unit[:, None, None]
+        factors = _least_squares(parts, targets)
         layer.fast_scale.copy_(factors[: layer.heads])
         if layer.window_scale is not None:
             layer.window_scale.copy_(factors[layer.heads :])
 
 
-def _factors(layer: FastWeightAttention) -> list[torch.nn.Parameter]:
-    return [layer.fast_scale] if layer.window_scale is None else [layer.fast_scale, layer.window_scale]
-
-
 def _go(student: FastWeightsForCausalLM, fitted: list[list[Tensor]], share: float) -> None:
     """From the window alone (factors 0 and 1) a share of the way to `fitted`."""
     for layer, ends in zip(student.fast_attentions(), fitted, strict=True):
-        for factor, start, end in zip(_factors(layer), (0.0, 1.0), ends, strict=False):
+        for factor, start, end in zip(layer.factors(), (0.0, 1.0), ends, strict=False):
             factor.copy_(start + share * (end - start))
 
 

@@ -14,8 +14,8 @@ from fastweights.training.blocks import positions_if_packed
 from fastweights.training.teacher import documents_apart
 from fastweights.training.trainer import StageTrainer
 
-_ELEMENTS = 1 << 22
-"""Logits that are made distributions of at once."""
+_ELEMENTS = 1 << 18
+"""Logits that are made distributions of at once: one megabyte in fp32, so that a second-level cache holds them."""
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastweights.models.modeling import FastWeightsForCausalLM
-    from fastweights.settings.training import FinetuneConfig
+    from fastweights.settings.training import ConversionStageConfig, FinetuneConfig
 
 
 class FinetuneTrainer(StageTrainer):
@@ -44,7 +44,7 @@ class FinetuneTrainer(StageTrainer):
             raise FastWeightsError("LoRA is kept as an adapter of the model that was converted: give that as teacher")
         if config.lora_rank or config.weights == "attention":
             train_attention(student, config.lora_rank)
-        super().__init__(student, config, *args, **kwargs, new_parameters=student.new_parameter_names())
+        super().__init__(student, config, *args, **kwargs, rates=peak_rates(student, config))
         if teacher is not None:
             teacher.to(self.args.device)  # type: ignore[arg-type]
 
@@ -77,6 +77,14 @@ def train_attention(student: FastWeightsForCausalLM, lora_rank: int) -> None:
     student.requires_grad_(False)
     for layer in student.fast_attentions():
         layer.requires_grad_(True)
+
+
+def peak_rates(student: FastWeightsForCausalLM, config: ConversionStageConfig) -> dict[str, float]:
+    """Peak learning rates of what the conversion added; everything else has the stage's own."""
+    return {
+        name: config.factor_rate if name.endswith(("fast_scale", "window_scale")) else config.new_rate
+        for name in student.new_parameter_names()
+    }
 
 
 def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:

@@ -43,9 +43,8 @@ class MetaTrainer(StageTrainer):
         assert layer is not None
         model.requires_grad_(config.base_learning_rate is not None)
         layer.requires_grad_(True)
-        super().__init__(
-            model, config, *args, **kwargs, new_parameters=(LAYER + n for n in layer.small_parameter_names())
-        )
+        small = (LAYER + name for name in layer.small_parameter_names())
+        super().__init__(model, config, *args, **kwargs, rates=dict.fromkeys(small, config.new_rate))
         if self.args.n_gpu > 1:
             raise FastWeightsError(
                 f"one process was given {self.args.n_gpu} GPUs; fast weights that go on from step to step need a "

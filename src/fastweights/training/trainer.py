@@ -36,7 +36,7 @@ from fastweights.training.runs import check_stage
 from fastweights.training.saving import Saving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class StageTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         *,
         title: str,
-        new_parameters: Iterable[str] = (),
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         check_stage(config, run, blocks)
         super().__init__(
@@ -75,7 +75,7 @@ class StageTrainer(Trainer):
         )
         self.config = config
         self.output = output
-        self.new_parameters = frozenset(new_parameters)
+        self.rates = {} if rates is None else rates
         tokens_per_step = config.tokens_per_step(blocks.block_size) * self.args.world_size
         self.progress = Progress(title, show=self.is_world_process_zero())
         self.saving = Saving(self, run.save_minutes)
@@ -106,8 +106,7 @@ class StageTrainer(Trainer):
 
     def learning_rate_of(self, name: str) -> float:
         """Peak learning rate of a parameter."""
-        new_rate = self.config.new_learning_rate or self.config.learning_rate
-        return new_rate if name in self.new_parameters else self.config.learning_rate
+        return self.rates.get(name, self.config.learning_rate)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

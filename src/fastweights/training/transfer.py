@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastweights.training.blocks import positions_if_packed
-from fastweights.training.finetune import train_attention
+from fastweights.training.finetune import peak_rates, train_attention
 from fastweights.training.teacher import record_attention
 from fastweights.training.trainer import StageTrainer
 
@@ -35,7 +35,7 @@ class TransferTrainer(StageTrainer):
         self.teacher = teacher
         self.positions: Any = student.config.settings.positions
         train_attention(student, config.lora_rank)
-        super().__init__(student, config, *args, **kwargs, new_parameters=student.new_parameter_names())
+        super().__init__(student, config, *args, **kwargs, rates=peak_rates(student, config))
         self.teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
