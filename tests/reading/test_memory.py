@@ -147,6 +147,16 @@ def test_bad_files(tmp_path):
         new_memory(model).generate()
 
 
+def test_a_model_from_before_factors_had_units_is_the_same_with_units_of_one():
+    model = convert(make_gpt2())
+    now = fingerprint(model)
+    layer = model.fast_attentions()[0]
+    units = layer._buffers.pop("fast_unit")
+    assert fingerprint(model) == now
+    layer._buffers["fast_unit"] = 2 * units
+    assert fingerprint(model) != now
+
+
 def test_what_does_not_compute_does_not_tell_models_apart(tmp_path):
     model = make("pure")
     before = fingerprint(model)
