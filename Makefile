@@ -14,7 +14,7 @@ help:
 	@echo "make bench   time the recurrences and decoding beside softmax attention; CSV in benchmarks/results"
 	@echo "make docs    write docs/cli.md anew"
 	@echo "make site    build the documentation as a site, in site/"
-	@echo "make recipes train the embedded model to a retention of 0.88 (pure) and 0.90 (hybrid) (an hour or so)"
+	@echo "make recipes train the embedded model to a retention of 0.86 (pure) and 0.90 (hybrid) (an hour or so)"
 	@echo "make gpu MINUTES=30   all that wants a GPU, most valuable first; DEVICE=cpu rehearses it in small"
 	@echo "make comparison  what learning while reading gives, three seeds, on the embedded text (hours)"
 

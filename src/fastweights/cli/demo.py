@@ -56,16 +56,16 @@ def train_config(name: str, config: DemoConfig) -> TrainConfig:
     if name == "pure":
         # Far from the teacher at first: short time constants too.
         convert = ConversionConfig(positions="drop", gate_bias=(-2.0, 6.0))
-        steps, rates, weights = config.tokens // 1024, (1e-3, 2e-2, 0.3), "all"
+        steps, (rate, of_gates, of_factors), weights = config.tokens // 1024, (1e-3, 2e-2, 0.3), "all"
     else:
         convert = ConversionConfig(positions="drop", window=config.window)
-        steps, rates, weights = config.tokens // 2048, (1e-3, 3e-2, 1e-1), "attention"
+        steps, (rate, of_gates, of_factors), weights = config.tokens // 2048, (1e-3, 3e-2, 1e-1), "attention"
     finetune = FinetuneConfig(
         steps=max(1, steps),
         batch_size=1,
-        learning_rate=rates[0],
-        new_learning_rate=rates[1],
-        factor_learning_rate=rates[2],
+        learning_rate=rate,
+        new_learning_rate=of_gates,
+        factor_learning_rate=of_factors,
         warmup_steps=min(2, steps),
         weights=weights,
     )

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fastweights.layers.rules import Rule
     from fastweights.layers.window import KeysAndValues
 
+UNIT = "fast_unit"
+"""Name of the buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
+
 
 class Projections(Protocol):
     """How one architecture computes queries, keys, values and output from its own modules."""
@@ -156,7 +159,7 @@ class FastWeightAttention(KeepsFloat32):
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
-        self.register_buffer("fast_unit", torch.ones(shape.heads, dtype=torch.float32))
+        self.register_buffer(UNIT, torch.ones(shape.heads, dtype=torch.float32))
         self.window_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32)) if window else None
         bias = torch.zeros(shape.heads, window + sinks, dtype=torch.float32) if window and window_bias else None
         self.window_bias = None if bias is None else nn.Parameter(bias)

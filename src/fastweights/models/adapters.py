@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import model_written_whole
+from fastweights.layers.attention import UNIT
 from fastweights.models.conversion import convert, with_config
 from fastweights.models.loading import load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora
@@ -40,8 +41,6 @@ CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "fas
 FORMAT = 1
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"\.lora_[AB]\.default\.weight$")
-_UNIT = ".fast_unit"
-"""What adapters had none of when they were first made; it was 1."""
 _NO_TARGETS = "dummy-target-modules"
 """peft's name for an adapter without LoRA."""
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -314,7 +313,7 @@ def _fill(adapter: _Adapter, model: FastWeightsForCausalLM, *, merge: bool) -> N
         shapes[f"{name}.lora_A.weight"] = torch.Size((adapter.rank, columns))
         shapes[f"{name}.lora_B.weight"] = torch.Size((rows, adapter.rank))
     for name in shapes.keys() - tensors.keys():
-        if name.endswith(_UNIT):
+        if name.endswith(UNIT):
             tensors[name] = torch.ones(shapes[name])
     if others := sorted(tensors.keys() ^ shapes.keys()):
         missing = "have no" if others[0] in shapes else "have an unknown"

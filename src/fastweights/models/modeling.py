@@ -12,7 +12,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.attention import FastWeightAttention
+from fastweights.layers.attention import UNIT, FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.linear import use_onednn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", "fast_unit", "window_scale", "window_bias"}
+_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", UNIT, "window_scale", "window_bias"}
 _FLOAT32_PARTS |= {"fast_weight_layer"}
 
 
@@ -61,8 +61,7 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
     _is_stateful = True
-    # Models that were saved before factors had units have none: it was 1.
-    _keys_to_ignore_on_load_missing = [r"\.fast_unit$"]  # noqa: RUF012 (transformers' own)
+    _keys_to_ignore_on_load_missing = [rf"\.{UNIT}$"]  # noqa: RUF012 (transformers' own)
 
     config: FastWeightsConfig
 
@@ -426,10 +425,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
 
     def new_tensors(self) -> dict[str, Tensor]:
         """All that conversion added to the weights, by name: these parameters, and the units of the factors."""
-        attentions = [
-            (name, module) for name, module in self.named_modules() if isinstance(module, FastWeightAttention)
-        ]
-        units = {f"{name}.fast_unit": module.fast_unit for name, module in attentions}
+        units = {name: buffer for name, buffer in self.named_buffers() if name.endswith(UNIT)}
         return {name: self.get_parameter(name) for name in self.new_parameter_names()} | units
 
     def get_output_embeddings(self) -> nn.Module:

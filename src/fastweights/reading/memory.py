@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
 from fastweights.files import written_whole
+from fastweights.layers.attention import UNIT
 from fastweights.layers.window import KeysAndValues
 from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.loading import not_finite
@@ -265,8 +266,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """What tells a model from another: its config, and all its weights."""
     digest = hashlib.sha256(type(model).__name__.encode())
     weights = model.state_dict().items()
-    # Factors had no units once, and memories from then are of the same model.
-    _add(digest, {name: x for name, x in weights if not (name.endswith(".fast_unit") and x.eq(1).all())})
+    _add(digest, {name: x for name, x in weights if not (name.endswith(UNIT) and x.eq(1).all())})
     digest.update(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -39,14 +39,17 @@ class StageConfig:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise FastWeightsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "new_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise FastWeightsError(f"{name} is {value}; it must be positive and finite")
+        self._check_rates("learning_rate", "new_learning_rate")
         if not 0 <= self.weight_decay < math.inf:
             raise FastWeightsError(f"weight_decay is {self.weight_decay}; it must be 0 or more, and finite")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise FastWeightsError(f"warmup_steps is {self.warmup_steps}; allowed are 0 to steps ({self.steps})")
+
+    def _check_rates(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise FastWeightsError(f"{name} is {value}; it must be positive and finite")
 
     @property
     def warmup(self) -> int:
@@ -76,10 +79,7 @@ class ConversionStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor_learning_rate is not None and not 0 < self.factor_learning_rate < math.inf:
-            raise FastWeightsError(
-                f"factor_learning_rate is {self.factor_learning_rate}; it must be positive and finite"
-            )
+        self._check_rates("factor_learning_rate")
         if self.lora_rank < 0:
             raise FastWeightsError(f"lora_rank is {self.lora_rank}; allowed are 0 (no LoRA) and ranks of 1 up")
 
@@ -135,8 +135,7 @@ class MetaConfig(StageConfig):
         super().__post_init__()
         if self.blocks < 1:
             raise FastWeightsError(f"blocks is {self.blocks}; it must be at least 1")
-        if self.base_learning_rate is not None and not 0 < self.base_learning_rate < math.inf:
-            raise FastWeightsError(f"base_learning_rate is {self.base_learning_rate}; it must be positive and finite")
+        self._check_rates("base_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

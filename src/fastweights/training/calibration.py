@@ -87,7 +87,6 @@ def fit_layers(student: FastWeightsForCausalLM, records: list[AttentionRecord]) 
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
-        layer.fast_unit.fill_(1.0)
         parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs))
         targets = _targets(layer, record)
         sizes = parts[: layer.heads].flatten(1).norm(dim=1)
