@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fastweights.layers.window import KeysAndValues
 
 UNIT = "fast_unit"
-"""Name of the buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
+"""Buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
 
 
 class Projections(Protocol):
