@@ -8,6 +8,7 @@ works as well, as ours take the place of its still empty ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +34,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastweights.models.configuration import FastWeightsConfig
+    from fastweights.models.decoding import DecodingState
+
+
+@dataclass
+class Ring:
+    """What a window keeps, in places that stay while single tokens come: token t of W in place t mod W."""
+
+    k: Float[Tensor, "B G D W"]
+    plain_k: Float[Tensor, "B G W _"]
+    """Before the rotary embedding, of width 0 where nobody asks for it."""
+    v: Float[Tensor, "B G W V"]
+    sink_k: Float[Tensor, "B G S D"]
+    sink_v: Float[Tensor, "B G S V"]
+    tokens: int
+    """Read so far."""
+
+    def last(self) -> tuple[Float[Tensor, "B G L _"], Float[Tensor, "B G L V"]]:
+        """Keys and values of the last W - 1 tokens, or of all, in their order."""
+        window = self.v.shape[2]
+        order = torch.arange(max(0, self.tokens - window + 1), self.tokens, device=self.v.device) % window
+        keys = torch.cat((self.k[..., order].transpose(2, 3), self.plain_k[:, :, order]), -1)
+        return keys, self.v[:, :, order]
 
 
 class _Recurrent(LinearAttentionLayer):
@@ -66,6 +89,13 @@ class _Recurrent(LinearAttentionLayer):
             self.is_recurrent_states_initialized[state_idx] = True
         self.recurrent_states[state_idx] = state
         self.has_previous_state[state_idx] = True
+
+    def own_state(self) -> Tensor:
+        """The state in memory that nobody else holds, so that it may be written over."""
+        state = self.state()
+        assert state is not None
+        self.put(state.clone(memory_format=torch.contiguous_format))
+        return self.recurrent_states[0]  # type: ignore[return-value]
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
         """transformers' name for `put`."""
@@ -139,6 +169,61 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
     """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
     sinks: KeysAndValues | None = None
     """The first tokens of each row's document; what stands for those it has not read yet is seen by none."""
+    ring: Ring | None = None
+    """In the place of keys and values, while single tokens come."""
+    _kept: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Of the window; whoever asks for them ends the ring, if there is one."""
+        self._leave_ring()
+        return self._kept[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._leave_ring()
+        self._kept = (keys, self._kept[1])
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        self._leave_ring()
+        return self._kept[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._leave_ring()
+        self._kept = (self._kept[0], values)
+
+    def _leave_ring(self) -> None:
+        if self.ring is not None:
+            self._kept, self.ring = self.ring.last(), None
+
+    def as_ring(self, head_dim: int) -> Ring | None:
+        """The window as a ring from now on; None where rows are at different places, or some of it is not there.
+
+        Args:
+            head_dim: width of a key with its rotary embedding, which may have another behind it.
+        """
+        (keys, values), window, sinks = self._kept, self.sliding_window, self.number_of_sinks
+        tokens = self.document_length()
+        if self.ring is not None or keys is None or values is None or not isinstance(tokens, int):
+            return self.ring
+        B, G, L, E = keys.shape
+        if min(tokens, window - 1) != L or keys.dtype != torch.float32 or bool(sinks) != (self.sinks is not None):
+            return None
+        order = torch.arange(tokens - L, tokens, device=keys.device) % window
+        k, plain = keys.new_zeros(B, G, head_dim, window), keys.new_zeros(B, G, window, E - head_dim)
+        v = values.new_zeros(B, G, window, values.shape[3])
+        k[..., order], plain[:, :, order] = keys[..., :head_dim].transpose(2, 3), keys[..., head_dim:]
+        v[:, :, order] = values
+        first = (k[:, :, :, :0].transpose(2, 3), v[:, :, :0])
+        if self.sinks is not None:
+            first = tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in self.sinks)
+            self.sinks = KeysAndValues(*(x.transpose(1, 2) for x in first))  # the same memory
+        self.ring = Ring(k, plain, v, *(x.contiguous() for x in first), tokens=tokens)
+        self._kept = (None, None)
+        return self.ring
 
     def __init__(self, sliding_window: int, number_of_sinks: int = 0) -> None:
         super().__init__(sliding_window=sliding_window)
@@ -236,6 +321,8 @@ class FastWeightsCache(DynamicCache):
 
     is_view = False
     """Whether another cache, which a user made, has the same layers."""
+    decoding: DecodingState | None = None
+    """What goes on from it token by token (`decoding.py`), while nothing else does."""
     _padded = _several_documents = False
 
     @classmethod
@@ -406,6 +493,8 @@ class FastWeightsCache(DynamicCache):
     def set_lengths(self, lengths: list[int]) -> None:
         """The counterpart of `lengths`."""
         for layer, length in zip(self.recurrent, lengths, strict=True):
+            if isinstance(layer, HybridCacheLayer):
+                _ = layer.keys  # a ring would lose its places
             layer.cumulative_length = length
 
 

@@ -19,6 +19,7 @@ from fastweights.models.architectures import architecture_of, attention_modules,
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.models.quantisation import check_not_quantised
 from fastweights.models.recording import record_calls
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
@@ -121,6 +122,7 @@ def with_config(
         conversion: how to convert it.
         block: of a Fast Weight Layer before the unembedding; None for no such layer.
     """
+    check_not_quantised(base, "conversion")
     config = FastWeightsConfig(
         base_config=base.config,
         conversion=asdict(conversion),

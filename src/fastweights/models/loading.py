@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fastweights.errors import FastWeightsError, reason_of
+from fastweights.errors import FastWeightsError, check_name, reason_of
 from fastweights.files import recover
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.names import resolve_model, without_hub
+from fastweights.models.quantisation import quantise
+from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +76,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, gguf_file: str | None = None
+    source: str | Path, *, dtype: torch.dtype = torch.float32, weights: str | None = None, gguf_file: str | None = None
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, converted or not, in evaluation mode.
 
@@ -84,6 +86,8 @@ def load_model(
         source: a `save_pretrained` folder, one of `save_adapter`, a .gguf file, a hub name, "embedded", "smollm2" or
             "smollm2-base".
         dtype: of the weights; states and gates are fp32 in any case.
+        weights: "bf16", "int8" or "int4" to keep the matrices of linear layers so, "fp32" or None to keep them as they
+            are; a model that was saved so has them so in any case.
         gguf_file: name of a GGUF file inside `source`.
 
     Returns:
@@ -93,6 +97,11 @@ def load_model(
         FastWeightsError: there is no such model, it is of no known family, or its weights are damaged or not those of
             its config.
     """
+    check_name("weights", weights or "fp32", WEIGHTS)
+    return quantise(_load_whole(source, dtype, gguf_file), weights or "fp32")
+
+
+def _load_whole(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
     if gguf_file is None and _adapter(source) is not None:
         from fastweights.models.adapters import load_adapter  # which loads its base model from here
 
@@ -210,7 +219,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if parameter.is_meta or not parameter.numel() or parameter.dtype not in _FLOATS:
             continue
         # NaN and infinities show in the extremes, which take one pass and no room.

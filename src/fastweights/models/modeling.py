@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+import fastweights.models.quantisation  # noqa: F401 (transformers learns of it)
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import UNIT, FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
@@ -22,6 +23,7 @@ from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import FastWeightsCache, PendingPosition
 from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.decoding import decode
 from fastweights.models.documents import Reading, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, keep_frequencies, replace_attention
@@ -463,6 +465,10 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())
+        others = {**kwargs, "inputs_embeds": inputs_embeds, "labels": labels, "no cache": use_cache is False}
+        logits = decode(self, input_ids, cache, attention_mask, position_ids, others)
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits, cache=cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -20,6 +20,7 @@ from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, co
 from fastweights.models.adapters import adapter_config, load_adapter, save_adapter
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
 from fastweights.models.lora import lora_rank
+from fastweights.models.quantisation import check_not_quantised
 from fastweights.progress import Progress
 from fastweights.reading.memory import digest_of, fingerprint
 from fastweights.reading.stream import check_block_size
@@ -118,6 +119,7 @@ def _train_conversion(run: _Run, known: Evaluation | None) -> list[StageResult]:
 def _train_meta(run: _Run) -> list[StageResult]:
     config = run.config
     base = load_model(config.model)
+    check_not_quantised(base, "training")
     transformers.set_seed(config.run.seed)
     has_layer = isinstance(base, FastWeightsForCausalLM) and base.fast_weight_layer is not None
     if has_layer:
@@ -296,6 +298,7 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
     is_adapter = adapter_config(resolve_model(config.model)) is not None
     lora = any(getattr(config, stage).lora_rank for stage in config.stages)
     model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
+    check_not_quantised(model, "training")
     if isinstance(model, FastWeightsForCausalLM):
         _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
         if config.stage != "finetune" and not model.fast_attentions():

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from fastweights.cli.console import Line, note
 from fastweights.cli.sampling import check_sampling, sampling_settings
 from fastweights.errors import FastWeightsError, check_seed
+from fastweights.settings.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,7 @@ def generate(
     beams: int = 1,
     seed: int = 0,
     memory: Path | None = None,
+    weights: Weights | None = None,
     json: bool = False,
 ) -> None:
     """Go on with a text; a converted model does so at constant time and memory per token.
@@ -68,7 +70,9 @@ def generate(
     seed
         Seed of sampling, of each prompt.
     memory
-        File that `fastweights read` made: go on from the text that was read.
+        File that `fastweights read` made, with the same weights: go on from the text that was read.
+    weights
+        Keep matrices as "bf16", "int8" or "int4": less memory, more tokens a second, a little less exact.
     json
         Print a line of JSON for each prompt: prompt, text, tokens, seconds, and why it stops ("end", "length", "stop").
     """
@@ -85,7 +89,7 @@ def generate(
     from fastweights.models.loading import load_model, load_tokenizer
     from fastweights.reading.memory import load_memory
 
-    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    tokenizer, loaded = load_tokenizer(model), load_model(model, weights=weights)
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens, beams=beams)
     line = Line()

@@ -3,10 +3,17 @@
 from pathlib import Path
 
 from fastweights.cli.console import say
+from fastweights.settings.weights import Weights
 
 
 def merge(
-    adapter: str, output: Path, *, base: str | None = None, window: int | None = None, overwrite: bool = False
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    window: int | None = None,
+    weights: Weights | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write an adapter and its base model as one model, which needs neither any more.
 
@@ -20,17 +27,21 @@ def merge(
         Model that the adapter was trained on; by default where the adapter says.
     window
         Another window than the adapter's: a longer one takes more memory and keeps more, without any training.
+    weights
+        Save matrices as "bf16", "int8" or "int4", for inference: the model is then loaded so.
     overwrite
         Replace the model that is in that folder.
     """
     from fastweights.files import check_output_folder, only_run, save_model
     from fastweights.models.adapters import load_adapter
     from fastweights.models.loading import check_apart, load_tokenizer
+    from fastweights.models.quantisation import quantise
 
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
     model, tokenizer = load_adapter(adapter, base, window=window), load_tokenizer(base or adapter)
+    model = quantise(model, weights or "fp32")
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)

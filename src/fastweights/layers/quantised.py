@@ -1,0 +1,316 @@
+"""Linear layers whose matrix is kept in few bits, for decoding, whose time is that of reading matrices from memory.
+
+    bf16   as it is, rounded to 8 binary digits
+    int8   whole numbers of 8 bits, and a scale for each row
+    int4   of 4 bits, and a scale and an offset for each group of 32 numbers of a row: llama.cpp's Q4_1
+
+Whatever is added up stays as it is: only the product is in bf16, with sums in float32. A few tokens are multiplied by
+torch's own kernels for such matrices, many by the matrix unpacked to bf16, which then costs little. torchao has the
+same kernels for int8, behind a class of tensors that takes longer to find them than the product does, and none for int4
+on a CPU (docs/log.md).
+
+Notation: n inputs, m outputs, g numbers in a group.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from fastweights.errors import check_name
+from fastweights.layers.linear import linear as linear_of_float32
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int8, UInt8
+    from torch import Tensor
+
+GROUP = 32
+FEW = 16
+"""Tokens up to which the kernels for few bits are the faster ones (measured on Zen 5, docs/log.md)."""
+_ROWS = 16
+"""torch packs matrices of four bits whose rows are a multiple of this."""
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer for inference; a subclass says how its matrix is kept. Gradients reach its input, not its matrix.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        bias: whether it has one, kept in float32.
+    """
+
+    bias: Float[Tensor, " m"] | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: nn.Linear | Conv1D) -> QuantisedLinear:
+        """A layer's matrix and bias, kept so."""
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        with torch.device(weight.device):
+            made = cls(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+        made.keep(weight.detach().float())
+        if layer.bias is not None:
+            made.bias = layer.bias.detach().float()
+        return made
+
+    def keep(self, weight: Float[Tensor, "m n"]) -> None:
+        """Take this matrix, rounded."""
+        raise NotImplementedError
+
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """What is kept of it, in bf16."""
+        raise NotImplementedError
+
+    def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+        """The product in bf16 with few rows of bf16."""
+        return linear(x, self.matrix())
+
+    @classmethod
+    @torch.no_grad()
+    def join(cls, layers: list[QuantisedLinear]) -> QuantisedLinear | None:
+        """One layer that makes what several make of the same input, one after another.
+
+        It has their matrices in one place, of which each of them keeps its part; None if these are not of one kind.
+        """
+        if any(type(layer) is not cls or layer.bias is not None or not layer._can_be_joined() for layer in layers):
+            return None
+        made = cls.__new__(cls)
+        made.__dict__.update(layers[0].__dict__)
+        made._buffers = dict(layers[0]._buffers)
+        made.out_features = sum(layer.out_features for layer in layers)
+        for name, axis in (("weight", 0), ("scales", cls._axis)):
+            if name not in made._buffers:
+                continue
+            parts = [layer._buffers[name] for layer in layers]
+            made._buffers[name] = whole = torch.cat(parts, axis)  # type: ignore[arg-type]
+            first = 0
+            for layer, part in zip(layers, parts, strict=True):
+                assert part is not None
+                layer._buffers[name] = whole.narrow(axis, first, part.shape[axis])
+                first += part.shape[axis]
+        return made
+
+    _axis = 0
+    """Of its outputs, among the dimensions of its scales."""
+
+    def _can_be_joined(self) -> bool:
+        return True
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        """Of a part of what was joined, its own memory: files hold no views."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight", "scales"):
+            x = destination.get(f"{prefix}{name}")
+            if x is not None and x.untyped_storage().nbytes() != x.nbytes:
+                destination[f"{prefix}{name}"] = x.clone(memory_format=torch.contiguous_format)
+
+    def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """In the dtype of the input."""
+        rows, differentiated = prod(input.shape[:-1]), torch.is_grad_enabled() and input.requires_grad
+        if rows <= FEW and input.is_cpu and not differentiated:
+            x = input.reshape(rows, self.in_features).to(torch.bfloat16)
+            y = self.few(x).to(input.dtype).view(*input.shape[:-1], self.out_features)
+        elif input.is_cpu and not has_bf16_products():
+            y = linear_of_float32(input.float(), self.matrix().float()).to(input.dtype)
+        else:
+            y = linear(input.to(torch.bfloat16), self.matrix()).to(input.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class BFloat16Linear(QuantisedLinear):
+    """Of bf16 numbers, beside a model whose other parts are in float32."""
+
+    weight: Float[Tensor, "m n"]
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.bfloat16))
+
+    def keep(self, weight: Float[Tensor, "m n"]) -> None:
+        """Take this matrix, rounded."""
+        self.weight = weight.to(torch.bfloat16)
+
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """What is kept of it."""
+        return self.weight
+
+
+class Int8Linear(QuantisedLinear):
+    """Of eight bits, with a scale for each row."""
+
+    weight: Int8[Tensor, "m n"]
+    scales: Float[Tensor, " m"]
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.ones(out_features, dtype=torch.bfloat16))
+
+    def keep(self, weight: Float[Tensor, "m n"]) -> None:
+        """Take this matrix, rounded."""
+        self.scales = _not_zero(weight.abs().amax(1) / 127)
+        self.weight = (weight / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """What is kept of it, in bf16."""
+        return self.weight.to(torch.bfloat16) * self.scales[:, None]
+
+    def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+        """By torch's kernel."""
+        return torch._weight_int8pack_mm(x, self.weight, self.scales)
+
+
+class Int4Linear(QuantisedLinear):
+    """Of four bits, with a scale and an offset for each group.
+
+    `weight` has two numbers in a byte, those of a row one after another, as it is saved; `pack` puts them in the order
+    that this machine's kernel reads, and what `state_dict` gives is the former.
+    """
+
+    weight: UInt8[Tensor, "m half"]
+    scales: Float[Tensor, "groups m 2"]
+    """And the offset, which stands for the code 8."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("weight", torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.ones(in_features // GROUP, out_features, 2, dtype=torch.bfloat16))
+        self._block = 0
+        """Rows that the packed codes mix; 0 while they are as they are saved."""
+
+    @staticmethod
+    def takes(in_features: int, out_features: int) -> bool:
+        """Whether a matrix of this size can be kept so."""
+        return in_features % GROUP == 0 and out_features % _ROWS == 0
+
+    def keep(self, weight: Float[Tensor, "m n"]) -> None:
+        """Take this matrix, rounded."""
+        groups = weight.unflatten(1, (-1, GROUP))
+        least, most = groups.aminmax(dim=-1)
+        scale = _not_zero((most - least) / 15)
+        offset = (least + 8 * scale.float()).to(torch.bfloat16)
+        codes = (groups - offset.float()[..., None]) / scale.float()[..., None]
+        codes = (codes.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)
+        self.weight, self._block = codes[:, ::2] | codes[:, 1::2] << 4, 0
+        self.scales = torch.stack((scale, offset), -1).transpose(0, 1).contiguous()
+        self.pack()
+
+    def pack(self) -> None:
+        """Put the codes in the order of this machine's kernel, if torch has one whose order is known."""
+        if self._block == 0 and self.weight.is_cpu and (block := _packed_rows()):
+            self.weight = _pack(_nibbles(self.weight))
+            self._block = block
+
+    def _plain(self) -> UInt8[Tensor, "m n"]:
+        """One number a byte."""
+        return _unpack(self.weight, self._block) if self._block else _nibbles(self.weight)
+
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """What is kept of it, in bf16."""
+        scale, offset = self.scales.float().permute(2, 1, 0)[..., None]
+        numbers = self._plain().unflatten(1, (-1, GROUP)).float() - 8
+        return (numbers * scale + offset).to(torch.bfloat16).flatten(1)
+
+    def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+        """By torch's kernel, where it has one."""
+        if not self._block:
+            return super().few(x)
+        return _multiply_int4(x, self.weight, GROUP, self.scales.contiguous())
+
+    _axis = 1
+
+    def _can_be_joined(self) -> bool:
+        return self._block > 0 and self.out_features % self._block == 0
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._block:
+            numbers = self._plain()
+            destination[f"{prefix}weight"] = numbers[:, ::2] | numbers[:, 1::2] << 4
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self._block:  # what is loaded is as it is saved, and takes the place of what is packed
+            self.weight, self._block = torch.empty_like(self.weight), 0
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pack()
+
+
+LINEAR: dict[str, type[QuantisedLinear]] = {"bf16": BFloat16Linear, "int8": Int8Linear, "int4": Int4Linear}
+
+
+def kept_as(weights: str, in_features: int, out_features: int, *, head: bool) -> type[QuantisedLinear]:
+    """How a matrix is kept: the unembedding, and a matrix of an odd size, in eight bits where others have four.
+
+    Args:
+        weights: "bf16", "int8" or "int4".
+        in_features: of the matrix.
+        out_features: likewise.
+        head: whether it is the unembedding.
+    """
+    check_name("weights", weights, LINEAR)
+    if weights == "int4" and (head or not Int4Linear.takes(in_features, out_features)):
+        return Int8Linear
+    return LINEAR[weights]
+
+
+@cache
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies matrices of bf16 faster than it turns them into float32."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _multiply_int4(*arguments: Any) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(*arguments)
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    """In bf16, and not 0 where all numbers are alike."""
+    return scale.clamp(min=1e-12).to(torch.bfloat16)
+
+
+def _nibbles(codes: UInt8[Tensor, "m half"]) -> UInt8[Tensor, "m n"]:
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+
+
+def _pack(numbers: UInt8[Tensor, "m n"]) -> UInt8[Tensor, "m half"]:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.to(torch.int32), 1)
+
+
+def _unpack(packed: UInt8[Tensor, "m half"], block: int) -> UInt8[Tensor, "m n"]:
+    """Blocks of rows are column by column, the lower half's in the lower bits; of fewer rows, neighbours are pairs."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    whole = rows // block * block
+    first, rest = packed.flatten().split((whole * columns // 2, (rows - whole) * columns // 2))
+    blocks = first.view(-1, columns, block // 2)
+    blocks = torch.stack((blocks & 15, blocks >> 4), 2).permute(0, 2, 3, 1).reshape(whole, columns)
+    if whole == rows:
+        return blocks
+    rest = rest.view(columns, -1)
+    return torch.cat((blocks, torch.stack((rest & 15, rest >> 4), -1).flatten(1).T))
+
+
+@cache
+def _packed_rows() -> int:
+    """Rows that torch packs together, which depends on the CPU; 0 where it has another order, or no such kernel."""
+    numbers = (torch.arange(80 * GROUP) % 97 % 16).to(torch.uint8).view(80, GROUP)
+    try:
+        packed = _pack(numbers)
+    except (AttributeError, RuntimeError):
+        return 0
+    return next((block for block in (64, 32) if _unpack(packed, block).equal(numbers)), 0)

@@ -1,0 +1,456 @@
+"""A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
+
+A converted model of Llama's kind (RMS norms, a gated unit) gets its own step for one token of each row, of the same
+weights and the same cache: products by the library that its layers have, and what lies between two of them by one CPU
+kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it, and goes
+on plainly with everything else: other families, padding, gradients, hooks.
+
+Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
+W window, S sinks.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers import Cache
+
+from fastweights.layers.feature_maps import FeatureMap
+from fastweights.layers.linear import linear
+from fastweights.layers.precision import Float32Linear
+from fastweights.layers.quantised import FEW, QuantisedLinear
+from fastweights.layers.rules import AddRule, AverageRule, DecayRule, GatedRule, LowRank
+from fastweights.models.architectures import SplitProjections
+from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
+from fastweights.ops.numba.runtime import load_kernels
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from fastweights.layers.attention import FastWeightAttention
+    from fastweights.models.modeling import FastWeightsForCausalLM
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+_RULES = (AddRule, DecayRule, AverageRule, GatedRule)
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_UNIT = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_enabled = True
+
+
+def set_fast_decoding(enabled: bool) -> None:
+    """Switch these steps on or off everywhere in this process; off, each token goes through transformers' modules."""
+    global _enabled
+    _enabled = enabled
+
+
+def decode(
+    model: FastWeightsForCausalLM,
+    input_ids: Int[Tensor, "B T"] | None,
+    cache: Cache | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    others: dict[str, Any],
+) -> Float[Tensor, "B 1 vocabulary"] | None:
+    """Logits after one more token of each row, which becomes part of the cache; None if this is no case for it.
+
+    Args:
+        model: the model.
+        input_ids: (B, 1), or whatever its forward was given.
+        cache: with the state of the tokens before.
+        attention_mask: of which no token may be padding.
+        position_ids: which must be those that follow.
+        others: arguments of its forward that change what it does, all of which must be None or False.
+    """
+    if (
+        input_ids is None
+        or cache is None
+        or input_ids.shape[1] != 1
+        or not _enabled
+        or torch.is_grad_enabled()
+        or model.training
+        or any(value is not None and value is not False for value in others.values())
+        or not _is_plain_call()
+        or not isinstance(cache, FastWeightsCache)
+        or (attention_mask is not None and not (attention_mask.ndim == 2 and bool(attention_mask.all())))
+    ):
+        return None
+    state = cache.decoding
+    if state is None or not state.is_current(cache, len(input_ids)):
+        state = cache.decoding = _begin(model, cache, len(input_ids))
+    if state is None or (position_ids is not None and not bool((position_ids == state.tokens).all())):
+        return None
+    lock = state.decoder.lock
+    if not lock.acquire(blocking=False):  # another thread decodes with the same model
+        return None
+    try:
+        return state.decoder.step(input_ids, state)
+    finally:
+        lock.release()
+
+
+def _is_plain_call() -> bool:
+    """Whether nothing watches what torch does, as tracers, counters and autocast do."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch.is_autocast_enabled("cpu")
+        or torch.overrides._len_torch_function_stack() > 0
+    )
+
+
+def why_plain(model: FastWeightsForCausalLM) -> str | None:
+    """Why a model's steps go through transformers' modules; None where they do not."""
+    base, attentions = model.model.base, model.fast_attentions()
+    layers = getattr(base, "layers", ())
+    if model.config.base.model_type not in _FAMILIES:
+        return f"it is of the family {model.config.base.model_type}; those of Llama's kind are {', '.join(_FAMILIES)}"
+    if len(attentions) != len(layers):
+        return "not all of its layers have fast weights"
+    if model.fast_weight_layer is not None:
+        return "it has a Fast Weight Layer"
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
+        return "it is not in float32 on a CPU"
+    if getattr(model.config.base, "hidden_act", "silu") != "silu":
+        return f"its activation is {model.config.base.hidden_act}"
+    for layer in layers:
+        parts = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
+        if parts != (_PARTS, _UNIT):
+            return "its layers have other parts than Llama's"
+    for attention in attentions:
+        rule = attention.rule
+        if type(rule) not in _RULES or rule.shape.normaliser:
+            return f"its rule is {type(rule).__name__}, or has a normaliser"
+        if type(attention.query_map) is not FeatureMap or type(attention.key_map) is not FeatureMap:
+            return "it has a feature map"
+        if attention.window_bias is not None:
+            return "it has biases in its window"
+        if type(attention.projections) is not SplitProjections:
+            return "its projections are other than Llama's"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "it has hooks"
+        if isinstance(module, nn.Linear | QuantisedLinear) and not _is_known(module):
+            return f"it has layers of the kind {type(module).__name__}"
+    return None
+
+
+class Decoder:
+    """The steps of one model, with room for what lies between two operations; not copied with the model.
+
+    Args:
+        model: one that `why_plain` has nothing against.
+    """
+
+    def __init__(self, model: FastWeightsForCausalLM) -> None:
+        self.lock = threading.Lock()
+        self.model, self.base = model, model.model.base
+        self.kernels: Any = load_kernels("decoding")
+        self.windows = sorted(set(model.config.windows) - {0})
+        self._room: Room | None = None
+        self.weights: list[tuple[int, int]] = []
+        """Where the model's were when the room was made."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def room(self, rows: int) -> Room:
+        """For so many rows; there is one at a time."""
+        if self._room is None or self._room.rows != rows:
+            self._room = Room(self, rows)
+            self.weights = _weights(self.model)  # which joins some of them
+        return self._room
+
+    @torch.no_grad()
+    def step(self, ids: Int[Tensor, "B 1"], state: DecodingState) -> Float[Tensor, "B 1 vocabulary"]:
+        """Logits after this token, which becomes part of the state.
+
+        Args:
+            ids: the token of each row.
+            state: changed in place.
+        """
+        room = state.room
+        room.x.copy_(self.base.embed_tokens(ids[:, 0]))  # type: ignore[operator]
+        room.more.zero_()
+        self._rotate(room, state.tokens)
+        for layer, arguments in zip(room.layers, state.arguments, strict=True):
+            layer(state.tokens, arguments)
+        room.normalise(room.last_norm)
+        state.read_one()
+        return self.model.lm_head(room.normed)[:, None]
+
+    def _rotate(self, room: Room, tokens: int) -> None:
+        """Cosines and sines of this position, and for each window of the one that sinks are seen from."""
+        if room.rotary.shape[2]:
+            reach = (window + self.model.config.sinks - 1 for window in self.windows)
+            positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach)]])
+            cos, sin = self.base.rotary_emb(room.x, positions)  # type: ignore[operator]
+            room.rotary[:, 0], room.rotary[:, 1] = cos[0], sin[0]
+
+
+class DecodingState:
+    """Where a text is, and the arguments of each layer's kernel for it: weights, and parts of a cache.
+
+    Args:
+        decoder: that goes on from there.
+        layers: of a cache, whose windows are rings from now on.
+        rings: of these; None for a layer without a window.
+        rows: of the cache.
+    """
+
+    def __init__(self, decoder: Decoder, layers: list[Any], rings: list[Ring | None], rows: int) -> None:
+        self.decoder, self.room, self.rows = decoder, decoder.room(rows), rows
+        self.tokens: int = layers[0].position_offset + layers[0].cumulative_length
+        """Of their document that all rows have read."""
+        self._layers, self._rings = layers, rings
+        self._fast = [layer.own_state() for layer in layers]
+        kept = zip(self.room.layers, self._fast, rings, strict=True)
+        self.arguments = [step.arguments(fast, ring) for step, fast, ring in kept]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def read_one(self) -> None:
+        """Count a token."""
+        self.tokens += 1
+        for layer, ring in zip(self._layers, self._rings, strict=True):
+            layer.cumulative_length += 1
+            if ring is not None:
+                ring.tokens += 1
+
+    def is_current(self, cache: FastWeightsCache, rows: int) -> bool:
+        """Whether nothing else has changed the cache, nor taken the decoder's room."""
+        first = self._layers[0]
+        if rows != self.rows or self.decoder._room is not self.room:
+            return False
+        if self.tokens != first.position_offset + first.cumulative_length or not first.has_previous_state[0]:
+            return False
+        kept = zip(cache.layers, self._layers, self._fast, self._rings, strict=False)
+        return all(
+            layer is ours and layer.recurrent_states[0] is fast and (ring is None or layer.ring is ring)  # type: ignore[attr-defined]
+            for layer, ours, fast, ring in kept
+        )
+
+
+class Room:
+    """What lies between two operations of a step, for so many rows, and the steps of all layers.
+
+    Args:
+        decoder: of a model.
+        rows: B.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int) -> None:
+        self.rows, self.kernels = rows, decoder.kernels
+        config = decoder.model.config
+        base: Any = decoder.base
+        self.x, self.more, self.normed = (torch.zeros(rows, config.hidden_size) for _ in range(3))
+        self.arrays = [x.numpy() for x in (self.x, self.more, self.normed)]
+        self.last_norm = _norm(base.norm)
+        width = 0
+        if any(attention.rotates for attention in decoder.model.fast_attentions()):
+            width = base.rotary_emb(self.x, torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
+        self.rotary = torch.zeros(1 + len(decoder.windows), 2, width)
+        """Cosines and sines of the token, then of queries for the sinks of each window."""
+        attentions = decoder.model.fast_attentions()
+        places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
+        self.layers = [
+            LayerStep(self, layer, attention, places[attention.window])
+            for layer, attention in zip(base.layers, attentions, strict=True)
+        ]
+
+    def normalise(self, norm: tuple[Any, float]) -> None:
+        """Add what a layer's part has said to the residual stream, and normalise it for the next, by `_norm`."""
+        x, more, normed = self.arrays
+        self.kernels.add_and_normalise(x, more, *norm, normed)
+
+
+class LayerStep:
+    """One layer's part of a step.
+
+    Args:
+        room: for what comes in and goes out.
+        layer: of a model of Llama's kind.
+        attention: its attention.
+        place: of the cosines and sines for its sinks.
+    """
+
+    def __init__(self, room: Room, layer: Any, attention: FastWeightAttention, place: int) -> None:
+        self.room, self.attention = room, attention
+        self.norms = [_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)]
+        rows, D = room.rows, attention.head_dim
+        rule: Any = attention.rule
+        _, _, V = rule.state_shape
+        H, G = attention.heads, attention.kv_heads
+        self.rotary = [room.rotary[i if attention.rotates else 0].numpy() for i in (0, place)]
+        if not attention.rotates:
+            self.rotary = [room.rotary[0, :, :0].numpy()] * 2
+        names: Any = attention.projections
+        modules = [attention.get_submodule(name) for name in (names.q, names.k, names.v)]
+        self.project = _Products(room.normed, modules)
+        shapes = (H, D), (G, D), (G, V)
+        self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
+        self.read = torch.zeros(rows, H, V)
+        self.output = _Products(self.read.view(rows, -1), [attention.get_submodule(names.out)], [room.more])
+        norms = [attention.get_submodule(name) for name in (names.q_norm, names.k_norm) if name is not None]
+        self.head_norms = [norm.weight.detach().numpy() for norm in norms] or [_EMPTY[1], _EMPTY[1]]  # type: ignore[union-attr]
+        self.epsilon = norms[0].variance_epsilon if norms else 0.0
+        self.gates = [_Gate(getattr(rule, name, None), room.normed) for name in ("key_gate", "value_gate")]
+        self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
+        mlp = layer.mlp
+        self.expand = _Products(room.normed, [mlp.gate_proj, mlp.up_proj])
+        unit = torch.zeros(rows, mlp.down_proj.in_features)
+        self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
+        self.contract = _Products(unit, [mlp.down_proj], [room.more])
+
+    def __call__(self, tokens: int, arguments: tuple[tuple, tuple]) -> None:
+        """From the residual stream to what the layer adds to it.
+
+        Args:
+            tokens: before this one.
+            arguments: of the kernel, what comes before that number and after it.
+        """
+        room = self.room
+        room.normalise(self.norms[0])
+        self.project()
+        for product in self.gate_products:
+            product()
+        first, rest = arguments
+        room.kernels.attend(*first, tokens, *rest)
+        self.output()
+        room.normalise(self.norms[1])
+        self.expand()
+        room.kernels.gated_unit(*self.unit)
+        self.contract()
+
+    def arguments(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> tuple[tuple, tuple]:
+        """Of the kernel, with a state that it changes, before and after the number of tokens."""
+        attention = self.attention
+        window = [_EMPTY[4]] * 5
+        if ring is not None:
+            window = [x.numpy() for x in (ring.k, ring.plain_k, ring.v, ring.sink_k, ring.sink_v)]
+        scales = attention.fast_scale, attention.fast_unit, attention.window_scale
+        scales = [_EMPTY[1] if x is None else x.detach().numpy() for x in scales]
+        gates = [array for gate in self.gates for array in gate.arrays]
+        first = (
+            *self.made,
+            self.room.arrays[2],
+            *self.rotary,
+            *self.head_norms,
+            self.epsilon,
+            *gates,
+            fast.numpy(),
+            *window,
+            *scales,
+        )
+        averages = isinstance(attention.rule, AverageRule)
+        flags = attention.rotary, attention.writes_leaving, averages, self.head_norms[0].size > 0
+        return (*first, attention.scaling), (*flags, self.read.numpy())
+
+
+class _Gate:
+    """What the kernel is given of a rule's gate: both matrices of one of low rank, else what its only matrix makes."""
+
+    def __init__(self, gate: Any, x: Float[Tensor, "B d"]) -> None:
+        self.product = None
+        self.arrays = [torch.zeros(len(x), 0).numpy(), _EMPTY[2], _EMPTY[2], _EMPTY[1]]
+        """(B, _) what is made here, (rank, d) and (_, rank) the two matrices, and the bias."""
+        if isinstance(gate, LowRank):
+            weights = gate.down.weight, gate.up.weight, gate.up.bias
+            self.arrays[1:] = (weight.detach().numpy() for weight in weights)
+        elif gate is not None:
+            self.product = _Products(x, [gate])
+            self.arrays = [self.product.outputs[0].numpy(), _EMPTY[2], _EMPTY[2], gate.bias.detach().numpy()]
+
+
+class _Products:
+    """The same rows times the matrices of several layers.
+
+    Args:
+        x: the rows, whose numbers change.
+        layers: linear ones.
+        outputs: where the products go; by default new places, which are next to each other if there is one row.
+    """
+
+    def __init__(self, x: Float[Tensor, "B n"], layers: list[Any], outputs: list[Tensor] | None = None) -> None:
+        self.x, self.layers = x, layers
+        sizes = [layer.out_features for layer in layers]
+        if outputs is None and len(x) == 1:
+            outputs = [*torch.zeros(1, sum(sizes)).split(sizes, 1)]
+        self.outputs = [torch.zeros(len(x), size) for size in sizes] if outputs is None else outputs
+        self._short = torch.zeros_like(x, dtype=torch.bfloat16)
+        """The rows in bf16, for layers of few bits."""
+        self._pairs = list(zip(layers, self.outputs, strict=True))
+        kind = type(layers[0])
+        joined = kind.join(layers) if issubclass(kind, QuantisedLinear) and len(layers) > 1 else None
+        if joined is not None and len(x) == 1:
+            whole = self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))
+            self._pairs, joined = [(joined, whole)], None
+        self._joined = joined
+
+    def __call__(self) -> None:
+        """Multiply."""
+        x = self.x
+        if len(x) > FEW or not isinstance(self.layers[0], QuantisedLinear):
+            for layer, output in self._pairs:
+                output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, layer.weight, layer.bias))
+            return
+        short = self._short
+        short.copy_(x)
+        if self._joined is not None:
+            made = self._joined.few(short).split([layer.out_features for layer in self.layers], 1)
+            for output, part in zip(self.outputs, made, strict=True):
+                output.copy_(part)
+            return
+        for layer, output in self._pairs:
+            output.copy_(layer.few(short))
+            if layer.bias is not None:
+                output.add_(layer.bias)
+
+
+_EMPTY = {n: torch.zeros((0,) * n).numpy() for n in (1, 2, 4)}
+
+
+def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) -> DecodingState | None:
+    if not cache.fits(model.config) or cache.padded or cache.several_documents:
+        return None
+    attentions = model.fast_attentions()
+    layers: list[Any] = cache.layers[: len(attentions)]
+    if len(layers) != len(cache.layers) or any(
+        not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers
+    ):
+        return None
+    if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
+        return None
+    decoder: Decoder | None = model.__dict__.get("_decoder")
+    if decoder is None or decoder.weights != _weights(model):
+        if why_plain(model) is not None:
+            return None
+        decoder = model.__dict__["_decoder"] = Decoder(model)
+    rings = [
+        layer.as_ring(attention.head_dim) if isinstance(layer, HybridCacheLayer) else None
+        for layer, attention in zip(layers, attentions, strict=True)
+    ]
+    if any(ring is None and isinstance(layer, HybridCacheLayer) for layer, ring in zip(layers, rings, strict=True)):
+        return None
+    return DecodingState(decoder, layers, rings, rows)
+
+
+def _norm(norm: Any) -> tuple[Any, float]:
+    """What the kernel is given of it."""
+    return norm.weight.detach().numpy(), norm.variance_epsilon
+
+
+def _weights(model: nn.Module) -> list[tuple[int, int]]:
+    """Which modules a model has, and where their numbers are: what a decoder was made for."""
+    tensors = (x for x in (*model.parameters(), *model.buffers()))
+    return [(id(module), 0) for module in model.modules()] + [(id(x), x.data_ptr()) for x in tensors]
+
+
+def _is_known(layer: nn.Linear | QuantisedLinear) -> bool:
+    return isinstance(layer, QuantisedLinear | Float32Linear) or type(layer) is nn.Linear

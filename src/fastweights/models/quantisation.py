@@ -1,0 +1,172 @@
+"""Models with their matrices in few bits, by transformers' own way: `from_pretrained(..., quantization_config=...)`.
+
+Any causal LM takes it, converted or not, so that the two can be compared. What is saved has the few bits and says so in
+its config; once `fastweights` is imported, transformers loads it again. States, gates and factors stay in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fastweights.errors import FastWeightsError, check_name
+from fastweights.layers.quantised import LINEAR, Int4Linear, QuantisedLinear, kept_as
+from fastweights.settings.weights import WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "fastweights"
+
+
+class WeightsConfig(QuantizationConfigMixin):
+    """In how many bits the matrices of a model's linear layers are kept.
+
+    Args:
+        weights: "bf16", "int8" (a scale for each row) or "int4" (scale and offset for groups of 32; the unembedding has
+            int8 then).
+        modules_to_not_convert: names of layers, or of modules that have them inside, which stay as they are.
+        others: what transformers saves beside these.
+
+    Raises:
+        FastWeightsError: `weights` is none of these.
+    """
+
+    def __init__(self, weights: str = "int4", modules_to_not_convert: list[str] | None = None, **others: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        check_name("weights", weights, LINEAR)
+        self.weights, self.modules_to_not_convert = weights, modules_to_not_convert
+
+
+class WeightsQuantizer(HfQuantizer):
+    """What `from_pretrained` does with a `WeightsConfig`: it loads whole weights and rounds them, or rounded ones."""
+
+    quantization_config: WeightsConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            for name, layer in linear_layers(model, self.quantization_config).items():
+                kind = _kind(model, layer, self.quantization_config)
+                columns, rows = _sizes(layer)
+                with torch.device("meta"):
+                    _put(model, name, kind(columns, rows, bias=layer.bias is not None))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            _replace(model, self.quantization_config)
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.pack()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Nothing learns in so few bits, and peft knows no adapter for them."""
+        return False
+
+
+register_quantization_config(METHOD)(WeightsConfig)
+register_quantizer(METHOD)(WeightsQuantizer)
+
+
+def quantise(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+    """Keep the matrices of a model that is in memory in few bits, in place.
+
+    Args:
+        model: any causal LM, in float32 or bf16.
+        weights: "fp32", which leaves them as they are, or what `WeightsConfig` takes.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FastWeightsError: there is no such kind, or the model is quantised already.
+    """
+    check_name("weights", weights, WEIGHTS)
+    has = weights_of(model)
+    if weights == "fp32" or has == weights:
+        return model
+    if has != "fp32":
+        raise FastWeightsError(
+            f"the model's weights are {has} already, and {weights} were asked for: give the model before that, or "
+            "leave weights out"
+        )
+    config = WeightsConfig(weights)
+    quantizer = WeightsQuantizer(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    quantizer.postprocess_model(model)
+    model.__dict__["hf_quantizer"] = quantizer
+    return model
+
+
+def weights_of(model: PreTrainedModel) -> str:
+    """How a model's matrices are kept: what `quantise` takes, or another quantiser's name; "fp32" for plain ones."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return "fp32"
+    return config.weights if isinstance(config, WeightsConfig) else str(getattr(config, "quant_method", "quantised"))
+
+
+def check_not_quantised(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model whose matrices were rounded here, and can neither be trained nor changed.
+
+    Args:
+        model: any.
+        what: is to be done with it.
+    """
+    if (has := weights_of(model)) in LINEAR:
+        raise FastWeightsError(
+            f"the model's weights are {has}, and {what} needs them whole: give the model before that"
+        )
+
+
+def linear_layers(model: PreTrainedModel, config: WeightsConfig) -> dict[str, nn.Linear | Conv1D]:
+    """Those whose matrices are to be kept in few bits, by name; none of what conversion added.
+
+    Args:
+        model: any causal LM.
+        config: says which are left out.
+    """
+    whole = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+    skipped = set(config.modules_to_not_convert or ())
+    if any("fast_weight_layer" in name for name, _ in model.named_parameters()):
+        skipped.add("lm_head")  # a Fast Weight Layer learns from it
+    return {  # type: ignore[return-value]
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and not whole.intersection(name.split("."))
+        and not any(name == part or name.startswith(f"{part}.") or f".{part}." in f".{name}." for part in skipped)
+    }
+
+
+def _replace(model: PreTrainedModel, config: WeightsConfig) -> None:
+    for name, layer in linear_layers(model, config).items():
+        _put(model, name, _kind(model, layer, config).of(layer))
+
+
+def _kind(model: PreTrainedModel, layer: nn.Linear | Conv1D, config: WeightsConfig) -> type[QuantisedLinear]:
+    return kept_as(config.weights, *_sizes(layer), head=layer is model.get_output_embeddings())
+
+
+def _sizes(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Inputs and outputs."""
+    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else tuple(layer.weight.shape[::-1])  # type: ignore[return-value]
+
+
+def _put(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    model.set_submodule(name, module.train(model.training))
+    for tied in ("all_tied_weights_keys", "_tied_weights_keys"):
+        if isinstance(keys := getattr(model, tied, None), dict):  # that of a class, too, which stays as it is
+            setattr(model, tied, {key: value for key, value in keys.items() if key != f"{name}.weight"})

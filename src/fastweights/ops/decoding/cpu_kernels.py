@@ -1,0 +1,310 @@
+"""What lies between two matrix products of a step of decoding; importing this compiles it (`runtime.load_kernels`).
+
+Notation
+    B        rows, all at the same place of their texts
+    H, G     query heads, key/value heads; R = H / G of the former read each of the latter
+    D, K, V  width of a head in the window, of a key in the fast weights (here K = D), of a value
+    W, S     window, sinks
+    ring_k (B, G, D, W) has its keys one channel after another, so that sixteen of them are multiplied at once
+    plain_k (B, G, W, D) has them before their rotary embedding, or is of width 0 where that is not needed
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import float32, int32, njit
+
+_FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+"""Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
+_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXP = tuple(np.float32(1 / math.factorial(n)) for n in (6, 5, 4, 3, 2))
+
+
+def _kernel(signature: str) -> Any:
+    return njit(signature, nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")
+
+
+_inner: Any = njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", inline="never")
+
+
+@_inner
+def _exponentials(x):
+    """x = exp(x) for numbers up to 0, to two units in the last place."""
+    bits = x.view(np.int32)
+    for i in range(x.shape[0]):
+        value = max(x[i], float32(-87.0))
+        n = np.floor(value * _LOG2E + float32(0.5))
+        r = value - n * _LN2_HIGH - n * _LN2_LOW
+        p = _EXP[0]
+        p = p * r + _EXP[1]
+        p = p * r + _EXP[2]
+        p = p * r + _EXP[3]
+        p = p * r + _EXP[4]
+        p = p * r * r + r + float32(1.0)
+        x[i] = p
+        bits[i] += int32(n) << 23
+
+
+@_inner
+def _rotate(x, cos, sin, out):
+    """out = x with rotary embedding of its first channels, of which the second half belongs to the first."""
+    half = cos.shape[0] // 2
+    for i in range(x.shape[0]):
+        out[i] = x[i]
+    for i in range(half):
+        out[i] = x[i] * cos[i] - x[i + half] * sin[i]
+        out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half]
+
+
+@_inner
+def _normalise(x, weight, epsilon):
+    total = float32(0.0)
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    factor = float32(1.0) / math.sqrt(total / float32(x.shape[0]) + epsilon)
+    for i in range(x.shape[0]):
+        x[i] = x[i] * factor * weight[i]
+
+
+@_inner
+def _dot(x, y):
+    total = float32(0.0)
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@_inner
+def _gate(logits, up, low, bias, first, signs, out):
+    """out = sigmoid of one head's gate: of `up` times what a low rank left, or of the logits, which have a bias."""
+    for i in range(out.shape[0]):
+        value = bias[first + i] + _dot(up[first + i], low) if low.shape[0] > 0 else logits[first + i]
+        out[i] = -abs(value)
+        signs[i] = value
+    _exponentials(out)
+    for i in range(out.shape[0]):
+        small = out[i]  # exp(-|value|), which cannot overflow
+        share = float32(1.0) if signs[i] >= 0 else small
+        out[i] = share / (float32(1.0) + small)
+
+
+@_inner
+def _read(state, q, rotated_q, rotated_fast, first, fast_scale, fast_unit, scale, read, out):
+    """Add what the state says to each query of a group."""
+    for r in range(rotated_q.shape[0]):
+        h = first + r
+        for j in range(read.shape[0]):
+            read[j] = float32(0.0)
+        for i in range(state.shape[0]):
+            number = rotated_q[r, i] if rotated_fast else q[h, i]
+            for j in range(read.shape[0]):
+                read[j] += number * state[i, j]
+        factor = scale * fast_scale[h] * fast_unit[h]
+        for j in range(read.shape[0]):
+            out[h, j] += read[j] * factor
+
+
+@_inner
+def _write(state, f, z, k, v):
+    """state = f z^T * state + k v^T; a gate may be one number for all channels."""
+    for i in range(state.shape[0]):
+        keep, key = f[i if f.shape[0] > 1 else 0], k[i]
+        if z.shape[0] > 1:
+            for j in range(state.shape[1]):
+                state[i, j] = state[i, j] * (keep * z[j]) + key * v[j]
+        else:
+            keep *= z[0]
+            for j in range(state.shape[1]):
+                state[i, j] = state[i, j] * keep + key * v[j]
+
+
+@_inner
+def _times(q, k, scale, out):
+    """out = scale * k^T q for the first columns of k, as many as there are."""
+    for w in range(out.shape[0]):
+        out[w] = float32(0.0)
+    for i in range(0, q.shape[0] - 3, 4):
+        q0, q1, q2, q3 = q[i] * scale, q[i + 1] * scale, q[i + 2] * scale, q[i + 3] * scale
+        for w in range(out.shape[0]):
+            out[w] += q0 * k[i, w] + q1 * k[i + 1, w] + q2 * k[i + 2, w] + q3 * k[i + 3, w]
+    for i in range(q.shape[0] - q.shape[0] % 4, q.shape[0]):
+        for w in range(out.shape[0]):
+            out[w] += q[i] * scale * k[i, w]
+
+
+@_inner
+def _add_weighted(v, weights, out):
+    """out += weights^T v"""
+    n = weights.shape[0]
+    for w in range(0, n - 3, 4):
+        p0, p1, p2, p3 = weights[w], weights[w + 1], weights[w + 2], weights[w + 3]
+        for j in range(out.shape[0]):
+            out[j] += p0 * v[w, j] + p1 * v[w + 1, j] + p2 * v[w + 2, j] + p3 * v[w + 3, j]
+    for w in range(n - n % 4, n):
+        for j in range(out.shape[0]):
+            out[j] += weights[w] * v[w, j]
+
+
+@_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4, f4[:,::1])")
+def add_and_normalise(x, more, weight, epsilon, out):
+    """x += more; out = x / rms(x) * weight, for each row."""
+    for b in range(x.shape[0]):
+        total = float32(0.0)
+        for i in range(x.shape[1]):
+            value = x[b, i] + more[b, i]
+            x[b, i] = value
+            total += value * value
+        factor = float32(1.0) / math.sqrt(total / float32(x.shape[1]) + epsilon)
+        for i in range(x.shape[1]):
+            out[b, i] = x[b, i] * factor * weight[i]
+
+
+@_kernel("void(f4[:,::1], f4[:,::1], f4[:,::1])")
+def gated_unit(gate, up, out):
+    """out = silu(gate) * up"""
+    for b in range(gate.shape[0]):
+        for i in range(gate.shape[1]):
+            out[b, i] = -abs(gate[b, i])
+        _exponentials(out[b])
+        for i in range(gate.shape[1]):
+            small = out[b, i]  # exp(-|g|), which cannot overflow
+            share = float32(1.0) if gate[b, i] >= 0 else small
+            out[b, i] = gate[b, i] * share / (float32(1.0) + small) * up[b, i]
+
+
+@_kernel(
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4,"
+    "f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1],"
+    "f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1],"
+    "f4[::1], f4[::1], f4[::1], f4, i8, b1, b1, b1, b1, f4[:,:,::1])"
+)
+def attend(
+    q,
+    k,
+    v,
+    x,
+    rotary,
+    sink_rotary,
+    q_norm,
+    k_norm,
+    epsilon,
+    key_logits,
+    key_down,
+    key_up,
+    key_bias,
+    value_logits,
+    value_down,
+    value_up,
+    value_bias,
+    fast,
+    ring_k,
+    plain_k,
+    ring_v,
+    sink_k,
+    sink_v,
+    fast_scale,
+    fast_unit,
+    window_scale,
+    scale,
+    count,
+    rotated_fast,
+    leaving,
+    averages,
+    normed,
+    out,
+):
+    """Fast weights and window of one layer for one token, which become part of the state; out is their sum.
+
+    x: (B, d) the layer's input, of which gates of low rank are made: `up` times `down` times x, and a bias.
+    key_logits, value_logits: (B, _) what other gates are made of, bias included.
+    rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
+    key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
+    rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
+    leaving: whether they are written what leaves the window, and read before that.
+    averages: whether they are written under k * (1 - gate).
+    """
+    B, H, D = q.shape
+    G, V = v.shape[1], v.shape[2]
+    R, W, S = H // G, ring_k.shape[3], sink_k.shape[2]
+    seen = min(W, count + 1)
+    far = min(S, max(0, count - W + 1))
+    place = count % W if W > 0 else 0
+    weights = np.empty((R, far + seen), dtype=np.float32)
+    rotated_q, sink_q = np.empty((R, D), dtype=np.float32), np.empty((R, D), dtype=np.float32)
+    rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
+    read, zero = np.empty(V, dtype=np.float32), float32(0.0)
+    f = np.ones(max(1, key_bias.shape[0] // G), dtype=np.float32)
+    signs = np.empty(max(D, V), dtype=np.float32)
+    z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
+    key_low = np.empty(key_down.shape[0], dtype=np.float32)
+    value_low = np.empty(value_down.shape[0], dtype=np.float32)
+    for b in range(B):
+        for i in range(key_low.shape[0]):
+            key_low[i] = _dot(key_down[i], x[b])
+        for i in range(value_low.shape[0]):
+            value_low[i] = _dot(value_down[i], x[b])
+        for g in range(G):
+            if normed:
+                _normalise(k[b, g], k_norm, epsilon)
+            _rotate(k[b, g], rotary[0], rotary[1], rotated_k)
+            for r in range(R):
+                if normed:
+                    _normalise(q[b, g * R + r], q_norm, epsilon)
+                _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
+                for j in range(V):
+                    out[b, g * R + r, j] = zero
+            if W > 0:
+                for i in range(D):
+                    ring_k[b, g, i, place] = rotated_k[i]
+                for i in range(plain_k.shape[3]):
+                    plain_k[b, g, place, i] = k[b, g, i]
+                for j in range(V):
+                    ring_v[b, g, place, j] = v[b, g, j]
+                if count < S:
+                    for i in range(D):
+                        sink_k[b, g, count, i] = rotated_k[i]
+                    for j in range(V):
+                        sink_v[b, g, count, j] = v[b, g, j]
+                for r in range(R):
+                    h = g * R + r
+                    if far > 0:
+                        _rotate(q[b, h], sink_rotary[0], sink_rotary[1], sink_q[r])
+                        for s in range(far):
+                            weights[r, s] = _dot(sink_q[r], sink_k[b, g, s]) * scale
+                    _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
+                    most = weights[r, 0]
+                    for w in range(1, far + seen):
+                        most = max(most, weights[r, w])
+                    for w in range(far + seen):
+                        weights[r, w] -= most
+                    _exponentials(weights[r])
+                    total = zero
+                    for w in range(far + seen):
+                        total += weights[r, w]
+                    factor = window_scale[h] / total
+                    for w in range(far + seen):
+                        weights[r, w] *= factor
+                    _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
+                    _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
+            state = fast[b, g]
+            left = (place + 1) % W if leaving else 0
+            if leaving:
+                _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+            if not leaving or count >= W - 1 + S:
+                if key_bias.shape[0] > 0:
+                    _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], signs, f)
+                if value_bias.shape[0] > 0:
+                    _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], signs, z)
+                for i in range(D):
+                    if leaving:
+                        key = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
+                    else:
+                        key = rotated_k[i] if rotated_fast else k[b, g, i]
+                    keep = f[i if f.shape[0] > 1 else 0]
+                    written[i] = key * (float32(1.0) - keep) if averages else key
+                _write(state, f, z, written, ring_v[b, g, left] if leaving else v[b, g])
+            if not leaving:
+                _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])

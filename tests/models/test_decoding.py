@@ -1,0 +1,255 @@
+"""Steps of decoding by few large operations: they give what transformers' modules give, and leave what they leave."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from fastweights.models import convert
+from fastweights.models.cache import FastWeightsCache, state_bytes
+from fastweights.models.decoding import set_fast_decoding, why_plain
+from fastweights.models.quantisation import quantise
+from fastweights.reading.memory import load_memory, new_memory
+from fastweights.settings.conversion import ConversionConfig
+from tests import tolerances
+from tests.conftest import FAMILIES, make_llama, random_ids
+from tests.ops.problems import error
+
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+RULES = ("decay", "add", "gated", "average")
+FORMS = {
+    "pure": {},
+    "pure, no rotary": {"rotary": False},
+    "window": {"window": 8},
+    "window, no rotary": {"window": 8, "rotary": False},
+    "window of 2": {"window": 2, "rotary": False},
+    "no sinks": {"window": 8, "sinks": 0},
+    "writes all": {"window": 8, "write": "all"},
+    "several windows": {"window": 4, "wide_window": 16, "layers": "0,2"},
+}
+
+
+def make(family: str = "llama", rule: str = "decay", **settings):
+    """A model whose gates and factors say something."""
+    if "layers" in settings:
+        settings = {**settings, "windows": [4, 16, 4]}
+        del settings["layers"], settings["wide_window"]
+    model = convert(FAMILIES[family](), ConversionConfig(rule=rule, **settings)).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name in model.new_parameter_names():
+            parameter = model.get_parameter(name)
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _on():
+    yield
+    set_fast_decoding(True)
+
+
+@torch.no_grad()
+def check(model, rows: int = 1, start: int = 5, tolerance: float = 2 * tolerances.FLOAT32) -> FastWeightsCache:
+    """Twelve tokens one by one, and then five at once, both ways."""
+    ids, caches = random_ids(rows, 40), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        cache = FastWeightsCache(model.config)
+        logits = [model(ids[:, :start], cache=cache).logits[:, -1:]]
+        logits += [model(ids[:, i : i + 1], cache=cache).logits for i in range(start, start + 12)]
+        assert (cache.decoding is not None) == fast
+        assert cache.get_seq_length() == start + 12
+        then = model(ids[:, -5:], cache=cache).logits
+        caches.append((torch.cat(logits, 1), then, cache))
+    (plain, plain_then, _), (fast, fast_then, cache) = caches
+    assert error(fast, plain) <= tolerance
+    assert error(fast_then, plain_then) <= tolerance
+    return cache
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_and_windows(rule, form):
+    for start in (1, 20):
+        check(make(rule=rule, **FORMS[form]), start=start)
+
+
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+@pytest.mark.parametrize("form", ["pure", "window, no rotary"])
+def test_families(family, form):
+    model = make(family, **FORMS[form])
+    assert why_plain(model) is None
+    check(model)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 20])
+def test_rows(rows):
+    check(make(window=8), rows)
+
+
+@pytest.mark.parametrize("settings", [{"gate_rank": 4}, {"value_gate": False}, {"gate_rank": 4, "window": 8}])
+def test_gates(settings):
+    check(make(**settings))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_quantised(weights, rows):
+    check(quantise(make(window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
+
+
+@torch.no_grad()
+def test_quantised_weights_are_joined_and_still_saved(tmp_path):
+    model = quantise(make_wide(), "int4")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check(model, tolerance=8 * tolerances.BFLOAT16)
+    attention = model.fast_attentions()[0]
+    joined = (
+        attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
+    )
+    assert joined == (attention.q_proj._block > 0 and 64 % attention.q_proj._block == 0)
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(before[name]), name
+    model.save_pretrained(tmp_path)
+    copied = copy.deepcopy(model)
+    check(copied, tolerance=8 * tolerances.BFLOAT16)
+    assert copied.__dict__["_decoder"] is not model.__dict__["_decoder"]
+
+
+def make_wide():
+    return convert(
+        make_llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1), ConversionConfig(window=8)
+    ).eval()
+
+
+@torch.no_grad()
+def test_generate_by_sampling_beams_and_with_padding():
+    model, ids = make(window=8), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for arguments in (
+        {"attention_mask": torch.ones_like(ids)},
+        {"attention_mask": mask},
+        {"attention_mask": torch.ones_like(ids), "num_beams": 3},
+        {"attention_mask": torch.ones_like(ids), "cache": DynamicCache()},
+    ):
+        told = []
+        for fast in (False, True):
+            set_fast_decoding(fast)
+            arguments = {key: DynamicCache() if key == "cache" else value for key, value in arguments.items()}
+            told.append(model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=256, **arguments))
+        assert told[0].equal(told[1])
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_on_by_itself():
+    model, ids = make(window=8), random_ids(1, 40)
+    cache = FastWeightsCache(model.config)
+    model(ids[:, :20], cache=cache)
+    model(ids[:, 20:21], cache=cache)
+    copied = copy.deepcopy(cache)
+    expected = model(ids[:, 21:22], cache=cache).logits
+    model(ids[:, 30:31], cache=cache)  # of which the copy must know nothing
+    assert model(ids[:, 21:22], cache=copied).logits.equal(expected)
+    assert copied.decoding is not cache.decoding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["pure", "window"])
+def test_a_cache_that_is_emptied_begins_anew(form):
+    model, ids = make(**FORMS[form]), random_ids(1, 40)
+    cache, logits = FastWeightsCache(model.config), []
+    for _ in range(2):
+        logits.append(torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(20)], 1))
+        cache.reset()
+    assert logits[0].equal(logits[1])
+
+
+@torch.no_grad()
+def test_the_state_keeps_its_size_and_is_saved(tmp_path):
+    model, ids = make(window=8), random_ids(1, 40)
+    memory = new_memory(model).read([ids[0, :20]])
+    told = memory.generate(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    sizes = []
+    cache = FastWeightsCache(model.config)
+    model(ids[:, :20], cache=cache)
+    for i in range(20, 36):
+        model(ids[:, i : i + 1], cache=cache)
+        sizes.append(state_bytes(cache))
+    assert len(set(sizes)) == 1
+    memory.save(tmp_path / "x")
+    assert load_memory(model, tmp_path / "x").generate(max_new_tokens=6, do_sample=False, eos_token_id=None).equal(told)
+
+
+@torch.no_grad()
+def test_weights_that_change_are_seen():
+    """In place while a text goes on, and by others in their place when the next begins."""
+    model = make(window=8)
+    check(model)
+    model.fast_attentions()[0].fast_scale.mul_(2.0)
+    check(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.01
+    check(model)
+    quantise(model, "bf16")
+    check(model, tolerance=8 * tolerances.BFLOAT16)
+
+
+@torch.no_grad()
+def test_what_is_no_case_for_it():
+    ids = random_ids(1, 12)
+
+    def plain(model, **arguments) -> bool:
+        cache = FastWeightsCache(model.config)
+        model(ids[:, :8], cache=cache)
+        model(ids[:, 8:9], cache=cache, **arguments)
+        return cache.decoding is None or not cache.decoding.is_current(cache, 1)
+
+    assert not plain(make())
+    assert plain(make(), output_hidden_states=True)
+    assert plain(make(), position_ids=torch.tensor([[9]]))
+    assert not plain(make(), position_ids=torch.tensor([[8]]))
+    with torch.enable_grad():
+        assert plain(make())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain(make())
+    hooked, seen = make(), []
+    hooked.model.base.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert plain(hooked)
+    assert len(seen) == 2
+    for model, reason in (
+        (make("gpt2"), "family gpt2"),
+        (make("llama", "delta"), "rule is DeltaRule"),
+        (make("llama", feature_map="elu+1"), "feature map"),
+        (make("llama").bfloat16(), "float32"),
+    ):
+        assert reason in why_plain(model)
+        assert plain(model)
+
+
+@torch.no_grad()
+def test_two_threads_with_one_model():
+    model, ids = make(window=8), random_ids(2, 60)
+    alone = []
+    for row in range(2):
+        cache = FastWeightsCache(model.config)
+        model(ids[row : row + 1, :8], cache=cache)
+        alone.append([model(ids[row : row + 1, i : i + 1], cache=cache).logits for i in range(8, 60)])
+    found: list[list] = [[], []]
+
+    @torch.no_grad()
+    def go(row: int) -> None:
+        cache = FastWeightsCache(model.config)
+        model(ids[row : row + 1, :8], cache=cache)
+        found[row] += [model(ids[row : row + 1, i : i + 1], cache=cache).logits for i in range(8, 60)]
+
+    threads = [threading.Thread(target=go, args=(row,)) for row in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for row in range(2):
+        assert error(torch.cat(found[row], 1), torch.cat(alone[row], 1)) <= 2 * tolerances.FLOAT32

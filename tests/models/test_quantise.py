@@ -1,0 +1,135 @@
+"""Models in few bits: by `load_model(weights=...)` and by transformers, saved, loaded, and where they are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastweights.errors import FastWeightsError
+from fastweights.layers.quantised import LINEAR, Int8Linear, QuantisedLinear
+from fastweights.models import add_fast_weight_layer, convert, load_model
+from fastweights.models.quantisation import WeightsConfig, check_not_quantised, quantise, weights_of
+from fastweights.reading.memory import load_memory, new_memory
+from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from tests.conftest import MAKERS, random_ids
+from tests.ops.problems import error
+
+NEAR = {"bf16": 0.05, "int8": 0.08, "int4": 0.6}
+"""Relative errors of random models' logits (measured: up to 0.02, 0.04, 0.33)."""
+
+
+def make(family: str, *, converted: bool) -> PreTrainedModel:
+    model = MAKERS[family]()
+    return convert(model, ConversionConfig(window=8, positions="drop")).eval() if converted else model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", LINEAR)
+@pytest.mark.parametrize("family", sorted(MAKERS))
+@pytest.mark.parametrize("converted", [False, True])
+def test_kept_saved_and_loaded(tmp_path, family, weights, converted):
+    model, ids = make(family, converted=converted), random_ids(2, 20)
+    model.save_pretrained(tmp_path / "whole")
+    whole = load_model(tmp_path / "whole")(ids).logits
+    kept = load_model(tmp_path / "whole", weights=weights)
+    logits = kept(ids).logits
+    assert 0 < error(logits, whole) < NEAR[weights]
+    assert weights_of(kept) == weights
+    layers = {name for name, module in kept.named_modules() if isinstance(module, QuantisedLinear)}
+    assert any(name.endswith("lm_head") for name in layers)
+    assert not any(type(module) is torch.nn.Linear for module in kept.modules())
+    if converted:
+        ours = kept.new_tensors()
+        for name, tensor in model.new_tensors().items():
+            assert ours[name].equal(tensor), name
+            assert ours[name].dtype == torch.float32
+
+    kept.save_pretrained(tmp_path / "kept")
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["weights"]) == ("fastweights", weights)
+    asked = WeightsConfig(weights)
+    for again in (
+        load_model(tmp_path / "kept"),
+        load_model(tmp_path / "kept", weights=weights),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "kept"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=asked),
+    ):
+        assert again(ids).logits.equal(logits)
+        assert {name for name, module in again.named_modules() if isinstance(module, QuantisedLinear)} == layers
+    with pytest.raises(FastWeightsError, match=f"are {weights} already, and .* were asked for"):
+        load_model(tmp_path / "kept", weights="int8" if weights != "int8" else "int4")
+    # A class's list of tied weights is everybody's.
+    assert load_model(tmp_path / "whole")(ids).logits.equal(whole)
+
+
+def test_a_file_is_smaller(tmp_path):
+    sizes = {}
+    for weights in ("fp32", "int8", "int4"):
+        model = MAKERS["llama"](hidden_size=128, intermediate_size=256)
+        quantise(model, weights).save_pretrained(tmp_path / weights)
+        sizes[weights] = (tmp_path / weights / "model.safetensors").stat().st_size
+    assert sizes["int4"] < sizes["int8"] < 0.5 * sizes["fp32"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", LINEAR)
+def test_generation_and_memory(tmp_path, weights):
+    model = quantise(make("llama", converted=True), weights)
+    ids = random_ids(2, 12)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), **arguments).shape == (2, 20)
+    memory = new_memory(model).read([ids[0]])
+    memory.save(tmp_path / "x.memory")
+    again = load_memory(model, tmp_path / "x.memory")
+    assert again.tokens == 12
+    with pytest.raises(FastWeightsError, match="made by another model"):
+        load_memory(make("llama", converted=True), tmp_path / "x.memory")
+
+
+def test_layers_that_are_left_out():
+    model = MAKERS["llama"]()
+    quantise(model, "int8")
+    assert isinstance(model.lm_head, Int8Linear)
+    folder_config = WeightsConfig("int4", modules_to_not_convert=["lm_head", "down_proj"])
+    assert folder_config.to_dict()["modules_to_not_convert"] == ["lm_head", "down_proj"]
+
+
+def test_modules_that_are_not_to_be_converted(tmp_path):
+    MAKERS["llama"]().save_pretrained(tmp_path)
+    config = WeightsConfig("int8", modules_to_not_convert=["lm_head", "down_proj", "model.layers.0"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    plain = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    first = {name for name in plain if name.startswith("model.layers.0.")}
+    assert len(first) == 7
+    assert plain - first == {"lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"}
+
+
+@torch.no_grad()
+def test_a_fast_weight_layer_keeps_its_unembedding():
+    model = quantise(add_fast_weight_layer(MAKERS["llama"](), FastWeightLayerSettings()), "int4")
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model(random_ids(1, 20)).logits.isfinite().all()
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(FastWeightsError, match="weights 'int3' is unknown; known are fp32, bf16, int8, int4"):
+        load_model("embedded", weights="int3")
+    with pytest.raises(FastWeightsError, match="weights 'fp32' is unknown"):
+        WeightsConfig("fp32")
+    model = quantise(MAKERS["llama"](), "int4")
+    with pytest.raises(FastWeightsError, match="weights are int4, and conversion needs them whole"):
+        convert(model)
+    check_not_quantised(MAKERS["llama"](), "training")
+
+
+@torch.no_grad()
+def test_a_damaged_scale_is_noticed(tmp_path):
+    model = quantise(MAKERS["llama"](), "int8")
+    model.model.layers[0].mlp.up_proj.scales[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FastWeightsError, match=r"up_proj\.scales .* is not finite"):
+        load_model(tmp_path)
