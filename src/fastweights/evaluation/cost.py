@@ -67,15 +67,15 @@ def decode_costs(
     for name, model in models.items():
         model.eval()
         if _is_recurrent(model):
-            read = _read(model, contexts, read_at_most)
+            read = caches_after(model, contexts, read_at_most)
         else:
-            read = {n: _random_cache(model, n) for n in contexts if softmax_up_to is None or n <= softmax_up_to}
+            read = {n: random_cache(model, n) for n in contexts if softmax_up_to is None or n <= softmax_up_to}
         caches |= {(name, context): cache for context, cache in read.items()}
     sizes = {turn: state_bytes(cache) for turn, cache in caches.items()}
     times = {turn: [] for turn in caches}
     for _ in range(-(-tokens // _STEPS_A_TURN)):
         for turn, cache in caches.items():
-            steps = [_step(models[turn[0]], cache) for _ in range(_STEPS_A_TURN + 1)]
+            steps = [time_of_step(models[turn[0]], cache) for _ in range(_STEPS_A_TURN + 1)]
             times[turn] += steps[1:]  # the first one finds another model's weights in the processor's cache
     costs = {name: [] for name in models}
     for name, context in caches:
@@ -93,14 +93,14 @@ def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
     Returns:
         One of the contexts, or 0.
     """
-    a_token, room = state_bytes(_random_cache(model, 1)), _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    a_token, room = state_bytes(random_cache(model, 1)), _SHARE_OF_MEMORY * psutil.virtual_memory().available
     return max(
         (n for n, all_so_far in zip(contexts, accumulate(contexts), strict=True) if a_token * all_so_far <= room),
         default=0,
     )
 
 
-def _read(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
+def caches_after(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
     """The state of a recurrent model after each of the contexts."""
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     if at_most is not None and isinstance(model, FastWeightsForCausalLM):
@@ -123,7 +123,8 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
     return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_attentions())
 
 
-def _step(model: PreTrainedModel, cache: Cache) -> float:
+def time_of_step(model: PreTrainedModel, cache: Cache) -> float:
+    """Seconds that a model takes for one random token more."""
     token = torch.randint(model.config.vocab_size, (1, 1), device=model.device)
     arguments = {}
     limit = position_limit(model.config)  # of a softmax model; ours say what is wrong with a text that is too long
@@ -136,7 +137,8 @@ def _step(model: PreTrainedModel, cache: Cache) -> float:
     return time.perf_counter() - start
 
 
-def _random_cache(model: PreTrainedModel, context: int) -> Cache:
+def random_cache(model: PreTrainedModel, context: int) -> Cache:
+    """Keys and values of so many tokens that a softmax model never read."""
     config = model.config
     cache = DynamicCache(config=config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

