@@ -52,6 +52,30 @@ def test_products_are_those_of_what_is_kept(kind, rows, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("n", [1, 3, 12, 33, 100])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_odd_sizes_of_eight_bits(n, rows):
+    """For which torch's kernel reads beyond the end of a row."""
+    for m in (1, 7, 64):
+        _, kept = make(Int8Linear, n, m)
+        x = torch.randn(rows, n)
+        truth = nn.functional.linear(x.bfloat16().double(), kept.matrix().double(), kept.bias.double())
+        assert error(kept(x), truth) <= 2 * tolerances.BFLOAT16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_casts_leave_what_is_kept(kind, dtype):
+    _, kept = make(kind)
+    x = torch.randn(3, 64)
+    before, state = kept(x), kept.state_dict()
+    assert kept.to(dtype)(x).equal(before)
+    for name, tensor in kept.state_dict().items():
+        assert tensor.dtype == state[name].dtype
+
+
+@torch.no_grad()
 def test_a_matrix_on_the_grid_of_four_bits_is_kept_exactly():
     """As those of a Q4_1 file are, up to the scales' own rounding."""
     layer = nn.Linear(64, 16, bias=False)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import threading
+import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.models import convert
 from fastweights.models.cache import FastWeightsCache, state_bytes
-from fastweights.models.decoding import set_fast_decoding, why_plain
-from fastweights.models.quantisation import quantise
+from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
+from fastweights.models.lora import add_lora
+from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
@@ -253,3 +257,181 @@ def test_two_threads_with_one_model():
     [thread.join() for thread in threads]
     for row in range(2):
         assert error(torch.cat(found[row], 1), torch.cat(alone[row], 1)) <= 2 * tolerances.FLOAT32
+
+
+@torch.no_grad()
+def steps(monkeypatch, do) -> int:
+    """How often a decoder made a step while `do` was done."""
+    made, step = [], Decoder.step
+
+    def counted(self, *arguments):
+        made.append(1)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", counted)
+        do()
+    return len(made)
+
+
+def test_memories_generate_by_these_steps(monkeypatch):
+    model, ids = make(window=8), random_ids(1, 20)
+    memory = new_memory(model).read([ids[0]])
+    told, arguments = [], {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        made = steps(monkeypatch, lambda: told.append(memory.fork().generate(**arguments)))
+        assert made == (10 if fast else 0)
+    assert told[0].equal(told[1])
+
+
+@torch.no_grad()
+def test_positions_count_from_where_a_cache_is_said_to_begin():
+    model, ids, logits = make(window=8), random_ids(1, 20), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        for position in (0, 10):
+            cache = FastWeightsCache(model.config)
+            model(ids[:, :10], cache=cache)
+            cache.begin_here()
+            logits.append(model(ids[:, 10:11], cache=cache, position_ids=torch.tensor([[position]])).logits)
+    assert error(logits[2], logits[0]) <= 2 * tolerances.FLOAT32
+    assert error(logits[3], logits[1]) <= 2 * tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_lora_and_what_else_changes_the_layers():
+    model = make(window=8)
+    check(model)
+    add_lora(model, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    assert "layers of the kind Linear" in why_plain(model)
+    ids, logits = random_ids(1, 20), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        cache = FastWeightsCache(model.config)
+        model(ids[:, :10], cache=cache)
+        logits.append(model(ids[:, 10:11], cache=cache).logits)
+    assert logits[0].equal(logits[1])
+
+
+def hook(model):
+    model.model.base.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def own_forward(model):
+    mlp = model.model.base.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 2 * forward(x)
+
+
+def other_numbers(model):
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+def scaled_norm(model):
+    model.model.base.norm.weight = torch.nn.Parameter(2 * model.model.base.norm.weight)
+
+
+CHANGES = {
+    "hook": hook,
+    "forward": own_forward,
+    "data": other_numbers,
+    "norm": scaled_norm,
+    "bits": lambda m: quantise(m, "int8"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_in_the_middle_of_a_text_is_noticed(what):
+    ids, logits = random_ids(1, 20), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        model = make(window=8)
+        cache = FastWeightsCache(model.config)
+        model(ids[:, :10], cache=cache)
+        model(ids[:, 10:11], cache=cache)
+        CHANGES[what](model)
+        logits.append(model(ids[:, 11:12], cache=cache).logits)
+    assert error(logits[1], logits[0]) <= (8 * tolerances.BFLOAT16 if what == "bits" else 2 * tolerances.FLOAT32)
+
+
+@torch.no_grad()
+def test_another_model_goes_on_with_its_own_weights():
+    model, other, ids, logits = make(window=8), make(window=8), random_ids(1, 20), []
+    other_numbers(other)
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        cache = FastWeightsCache(model.config)
+        model(ids[:, :10], cache=cache)
+        model(ids[:, 10:11], cache=cache)
+        logits.append(other(ids[:, 11:12], cache=cache).logits)
+    assert error(logits[1], logits[0]) <= 2 * tolerances.FLOAT32
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])
+def test_inference_mode_leaves_nothing_behind(weights):
+    model, ids = quantise(make(window=8), weights), random_ids(1, 20)
+    with torch.inference_mode():
+        cache = FastWeightsCache(model.config)
+        for i in range(6):
+            model(ids[:, i : i + 1], cache=cache)
+        assert cache.decoding is not None
+    check(model, tolerance=8 * tolerances.BFLOAT16)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left_out", ["k_proj", "up_proj", "o_proj"])
+def test_layers_of_several_kinds(tmp_path, left_out):
+    make(window=8).save_pretrained(tmp_path)
+    config = WeightsConfig("int8", modules_to_not_convert=[left_out])
+    check(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config), tolerance=8 * tolerances.BFLOAT16)
+
+
+@torch.no_grad()
+def test_a_pickled_cache_goes_on():
+    model, ids, logits = make(window=4), random_ids(1, 24), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        cache = FastWeightsCache(model.config)
+        for i in range(10):
+            model(ids[:, i : i + 1], cache=cache)
+            if i == 1:
+                cache = pickle.loads(pickle.dumps(cache))
+        logits.append(model(ids[:, 10:14], cache=cache).logits)
+    assert error(logits[1], logits[0]) <= 2 * tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_joined_once_whatever_the_number_of_rows():
+    model, places = quantise(make(window=8), "int8"), set()
+    for rows in (1, 2, 1, 3):
+        check(model, rows, tolerance=8 * tolerances.BFLOAT16)
+        places.add(model.fast_attentions()[0].q_proj.weight.untyped_storage().data_ptr())
+    assert len(places) == 1
+
+
+def test_old_layers_are_given_back():
+    model = make(window=8)
+    check(model)
+    old = weakref.ref(model.model.base.layers[0].mlp.gate_proj)
+    quantise(model, "int8")
+    gc.collect()
+    assert old() is None
+
+
+@torch.no_grad()
+def test_another_default_dtype():
+    model = make(window=8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(model)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -127,6 +127,21 @@ def test_what_is_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_gguf_file(tmp_path, shared_data):
+    """Whose weights transformers makes whole, and whose config still says otherwise."""
+    pytest.importorskip("gguf")
+    try:
+        whole = load_model("smollm2-base")
+    except FastWeightsError:
+        pytest.skip("SmolLM2 is not installed")
+    kept, ids = load_model("smollm2-base", weights="int4"), random_ids(1, 20)
+    assert weights_of(whole) == "fp32"
+    assert 0 < error(kept(ids).logits, whole(ids).logits) < 0.1
+    kept.save_pretrained(tmp_path)
+    assert load_model(tmp_path)(ids).logits.equal(kept(ids).logits)
+
+
+@torch.no_grad()
 def test_a_damaged_scale_is_noticed(tmp_path):
     model = quantise(MAKERS["llama"](), "int8")
     model.model.layers[0].mlp.up_proj.scales[3] = float("nan")

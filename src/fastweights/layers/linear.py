@@ -59,7 +59,7 @@ def use_onednn(model: nn.Module, *, enabled: bool = True) -> None:
     """
     for module in model.modules():
         for name in ("forward", "_replicate_for_data_parallel"):
-            if getattr(vars(module).get(name), "__func__", None) in _TAKEN_OFF:
+            if getattr(vars(module).get(name), "__func__", None) in FORWARDS:
                 delattr(module, name)
         if enabled and type(module) in _FORWARD and "forward" not in vars(module):
             module.forward = MethodType(_FORWARD[type(module)], module)
@@ -224,9 +224,10 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 
 # A bound method is pickled by its name, so that one comes back as the class's own.
 _FORWARD = {nn.Linear: _Linear.forward, Conv1D: _Conv1D.forward}
-_TAKEN_OFF = {
+FORWARDS = {
     *_FORWARD.values(),
     *(cls.forward for cls in _FORWARD),
     _replicate_for_data_parallel,
     nn.Module._replicate_for_data_parallel,
 }
+"""All that `use_onednn` puts into a module, or that it finds there when a module is unpickled."""

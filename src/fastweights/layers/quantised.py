@@ -27,12 +27,15 @@ from fastweights.errors import check_name
 from fastweights.layers.linear import linear as linear_of_float32
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int8, UInt8
     from torch import Tensor
 
 GROUP = 32
 FEW = 16
 """Tokens up to which the kernels for few bits are the faster ones (measured on Zen 5, docs/log.md)."""
+_COLUMNS = 32
 _ROWS = 16
 """torch packs matrices of four bits whose rows are a multiple of this."""
 
@@ -93,13 +96,14 @@ class QuantisedLinear(nn.Module):
         for name, axis in (("weight", 0), ("scales", cls._axis)):
             if name not in made._buffers:
                 continue
-            parts = [layer._buffers[name] for layer in layers]
-            made._buffers[name] = whole = torch.cat(parts, axis)  # type: ignore[arg-type]
-            first = 0
-            for layer, part in zip(layers, parts, strict=True):
-                assert part is not None
-                layer._buffers[name] = whole.narrow(axis, first, part.shape[axis])
-                first += part.shape[axis]
+            parts: list[Any] = [layer._buffers[name] for layer in layers]
+            whole = _where_they_are(parts, axis)
+            if whole is None:
+                whole, first = torch.cat(parts, axis), 0
+                for layer, part in zip(layers, parts, strict=True):
+                    layer._buffers[name] = whole.narrow(axis, first, part.shape[axis])
+                    first += part.shape[axis]
+            made._buffers[name] = whole
         return made
 
     _axis = 0
@@ -107,6 +111,10 @@ class QuantisedLinear(nn.Module):
 
     def _can_be_joined(self) -> bool:
         return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        """Moves with `.to(...)` and is never cast."""
+        return super()._apply(lambda x: moved if (moved := fn(x)).dtype == x.dtype else x.to(moved.device), recurse)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """Of a part of what was joined, its own memory: files hold no views."""
@@ -172,7 +180,9 @@ class Int8Linear(QuantisedLinear):
         return self.weight.to(torch.bfloat16) * self.scales[:, None]
 
     def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
-        """By torch's kernel."""
+        """By torch's kernel, which reads beyond the end of rows of another length."""
+        if self.in_features % _COLUMNS:
+            return super().few(x)
         return torch._weight_int8pack_mm(x, self.weight, self.scales)
 
 
@@ -273,6 +283,18 @@ def kept_as(weights: str, in_features: int, out_features: int, *, head: bool) ->
 def has_bf16_products() -> bool:
     """Whether this CPU multiplies matrices of bf16 faster than it turns them into float32."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _where_they_are(parts: list[Tensor], axis: int) -> Tensor | None:
+    """What was joined before, which these are all of; None if they are not."""
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    offsets = [part.storage_offset() for part in parts]
+    whole = parts[0].untyped_storage()
+    if len(storages) > 1 or whole.nbytes() != sum(part.nbytes for part in parts) or offsets != sorted(set(offsets)):
+        return None
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return torch.empty(0, dtype=parts[0].dtype).set_(whole, 0, shape)
 
 
 def _multiply_int4(*arguments: Any) -> Tensor:

@@ -29,6 +29,7 @@ from fastweights.models.conversion import convert, with_config
 from fastweights.models.loading import load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora
 from fastweights.models.names import find_base, lasting_name, resolve_model
+from fastweights.models.quantisation import check_not_quantised
 from fastweights.settings.conversion import BEFORE, ConversionConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str
         FastWeightsError: more was trained than an adapter holds, or it cannot be written.
     """
     folder = Path(folder)
+    check_not_quantised(model, "an adapter")
     if (folder / "config.json").exists():
         raise FastWeightsError(f"{folder} has a model in it: give the adapter a folder of its own")
     original = convert(base, model.config.settings)

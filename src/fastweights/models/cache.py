@@ -50,6 +50,10 @@ class Ring:
     tokens: int
     """Read so far."""
 
+    def sinks(self) -> KeysAndValues:
+        """The document's first tokens, in the order of caches."""
+        return KeysAndValues(self.sink_k.transpose(1, 2), self.sink_v.transpose(1, 2))
+
     def last(self) -> tuple[Float[Tensor, "B G L _"], Float[Tensor, "B G L V"]]:
         """Keys and values of the last W - 1 tokens, or of all, in their order."""
         window = self.v.shape[2]
@@ -91,7 +95,7 @@ class _Recurrent(LinearAttentionLayer):
         self.has_previous_state[state_idx] = True
 
     def own_state(self) -> Tensor:
-        """The state in memory that nobody else holds, so that it may be written over."""
+        """The state in memory that nobody else holds, so that it may be written over, as single tokens then do."""
         state = self.state()
         assert state is not None
         self.put(state.clone(memory_format=torch.contiguous_format))
@@ -167,11 +171,22 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
 
     count: Int[Tensor, "B 1"] | None = None
     """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
-    sinks: KeysAndValues | None = None
-    """The first tokens of each row's document; what stands for those it has not read yet is seen by none."""
     ring: Ring | None = None
-    """In the place of keys and values, while single tokens come."""
+    """In the place of keys, values and sinks, while single tokens come."""
     _kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    _sinks: KeysAndValues | None = None
+
+    @property
+    def sinks(self) -> KeysAndValues | None:
+        """The first tokens of each row's document; what stands for those it has not read yet is seen by none."""
+        if self.ring is None:
+            return self._sinks
+        return self.ring.sinks() if self.number_of_sinks else None
+
+    @sinks.setter
+    def sinks(self, sinks: KeysAndValues | None) -> None:
+        self._leave_ring()
+        self._sinks = sinks
 
     @property
     def keys(self) -> Tensor | None:
@@ -197,7 +212,7 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
 
     def _leave_ring(self) -> None:
         if self.ring is not None:
-            self._kept, self.ring = self.ring.last(), None
+            self._kept, self._sinks, self.ring = self.ring.last(), self.sinks, None
 
     def as_ring(self, head_dim: int) -> Ring | None:
         """The window as a ring from now on; None where rows are at different places, or some of it is not there.
@@ -219,10 +234,10 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
         v[:, :, order] = values
         first = (k[:, :, :, :0].transpose(2, 3), v[:, :, :0])
         if self.sinks is not None:
-            first = tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in self.sinks)
-            self.sinks = KeysAndValues(*(x.transpose(1, 2) for x in first))  # the same memory
-        self.ring = Ring(k, plain, v, *(x.contiguous() for x in first), tokens=tokens)
-        self._kept = (None, None)
+            first = tuple(x.transpose(1, 2) for x in self.sinks)
+        first = (x.clone(memory_format=torch.contiguous_format) for x in first)
+        ring = Ring(k, plain, v, *first, tokens=tokens)
+        self._kept, self._sinks, self.ring = (None, None), None, ring
         return self.ring
 
     def __init__(self, sliding_window: int, number_of_sinks: int = 0) -> None:

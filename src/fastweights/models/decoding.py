@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import Cache
 
 from fastweights.layers.feature_maps import FeatureMap
-from fastweights.layers.linear import linear
+from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
-from fastweights.layers.quantised import FEW, QuantisedLinear
+from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
 from fastweights.layers.rules import AddRule, AverageRule, DecayRule, GatedRule, LowRank
 from fastweights.models.architectures import SplitProjections
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
@@ -39,6 +39,9 @@ _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule)
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _UNIT = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LINEAR = {nn.Linear, Float32Linear, *LINEAR.values()}
+_ROOMS = 4
+"""Numbers of rows for which room is kept."""
 _enabled = True
 
 
@@ -69,6 +72,7 @@ def decode(
     if (
         input_ids is None
         or cache is None
+        or input_ids.ndim != 2
         or input_ids.shape[1] != 1
         or not _enabled
         or torch.is_grad_enabled()
@@ -76,13 +80,14 @@ def decode(
         or any(value is not None and value is not False for value in others.values())
         or not _is_plain_call()
         or not isinstance(cache, FastWeightsCache)
-        or (attention_mask is not None and not (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        or not _goes_on(cache, len(input_ids), attention_mask, position_ids)
     ):
         return None
     state = cache.decoding
-    if state is None or not state.is_current(cache, len(input_ids)):
-        state = cache.decoding = _begin(model, cache, len(input_ids))
-    if state is None or (position_ids is not None and not bool((position_ids == state.tokens).all())):
+    if state is None or state.decoder.model is not model or not state.is_current(cache, len(input_ids)):
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
+            state = cache.decoding = _begin(model, cache, len(input_ids))
+    if state is None:
         return None
     lock = state.decoder.lock
     if not lock.acquire(blocking=False):  # another thread decodes with the same model
@@ -93,6 +98,15 @@ def decode(
         lock.release()
 
 
+def _goes_on(cache: FastWeightsCache, rows: int, mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether a mask hides nothing, and positions are the next ones, counted as a cache counts its tokens."""
+    layers = cache.recurrent
+    past = layers[0].cumulative_length if layers else 0
+    if mask is not None and not (tuple(mask.shape) in {(rows, 1), (rows, past + 1)} and bool(mask.all())):
+        return False
+    return position_ids is None or bool((position_ids == past).all())
+
+
 def _is_plain_call() -> bool:
     """Whether nothing watches what torch does, as tracers, counters and autocast do."""
     return not (
@@ -101,6 +115,7 @@ def _is_plain_call() -> bool:
         or is_in_torch_dispatch_mode()
         or torch.is_autocast_enabled("cpu")
         or torch.overrides._len_torch_function_stack() > 0
+        or torch.nn.modules.module._has_any_global_hook()
     )
 
 
@@ -132,12 +147,31 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return "it has biases in its window"
         if type(attention.projections) is not SplitProjections:
             return "its projections are other than Llama's"
+        if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
+            return f"it has layers of the kind {type(module).__name__}"
+    for layer in layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, base.norm):
+            if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+                return f"it has norms of the kind {type(norm).__name__}"
+        if any(type(getattr(layer.mlp, name)) not in _LINEAR for name in _UNIT - {"act_fn"}):
+            return "it has other layers in its units"
     for module in model.modules():
+        forward = vars(module).get("forward")
         if module._forward_hooks or module._forward_pre_hooks:
             return "it has hooks"
-        if isinstance(module, nn.Linear | QuantisedLinear) and not _is_known(module):
-            return f"it has layers of the kind {type(module).__name__}"
+        if forward is not None and getattr(forward, "__func__", None) not in FORWARDS:
+            return f"a {type(module).__name__} has a forward of its own"
     return None
+
+
+def _multiplied(attention: FastWeightAttention) -> list[nn.Module]:
+    """All that multiplies by a matrix, or is to be such a layer."""
+    names: Any = attention.projections
+    gates = [getattr(attention.rule, name, None) for name in ("key_gate", "value_gate")]
+    parts = [part for gate in gates for part in ((gate.down, gate.up) if isinstance(gate, LowRank) else (gate,))]
+    return [attention.get_submodule(name) for name in (names.q, names.k, names.v, names.out)] + [
+        part for part in parts if part is not None
+    ]
 
 
 class Decoder:
@@ -152,19 +186,24 @@ class Decoder:
         self.model, self.base = model, model.model.base
         self.kernels: Any = load_kernels("decoding")
         self.windows = sorted(set(model.config.windows) - {0})
-        self._room: Room | None = None
-        self.weights: list[tuple[int, int]] = []
-        """Where the model's were when the room was made."""
+        self.rooms: dict[int, Room] = {}
+        self._watched = _Watch(model)
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     def room(self, rows: int) -> Room:
-        """For so many rows; there is one at a time."""
-        if self._room is None or self._room.rows != rows:
-            self._room = Room(self, rows)
-            self.weights = _weights(self.model)  # which joins some of them
-        return self._room
+        """For so many rows; there are a few."""
+        if rows not in self.rooms:
+            while len(self.rooms) >= _ROOMS:
+                self.rooms.pop(next(iter(self.rooms)))
+            self.rooms[rows] = Room(self, rows)
+            self._watched = _Watch(self.model)  # as some weights were joined
+        return self.rooms[rows]
+
+    def is_current(self) -> bool:
+        """Whether the model is the one that this was made for."""
+        return self._watched.is_current()
 
     @torch.no_grad()
     def step(self, ids: Int[Tensor, "B 1"], state: DecodingState) -> Float[Tensor, "B 1 vocabulary"]:
@@ -226,7 +265,7 @@ class DecodingState:
     def is_current(self, cache: FastWeightsCache, rows: int) -> bool:
         """Whether nothing else has changed the cache, nor taken the decoder's room."""
         first = self._layers[0]
-        if rows != self.rows or self.decoder._room is not self.room:
+        if rows != self.rows or self.decoder.rooms.get(rows) is not self.room or not self.decoder.is_current():
             return False
         if self.tokens != first.position_offset + first.cumulative_length or not first.has_previous_state[0]:
             return False
@@ -249,13 +288,13 @@ class Room:
         self.rows, self.kernels = rows, decoder.kernels
         config = decoder.model.config
         base: Any = decoder.base
-        self.x, self.more, self.normed = (torch.zeros(rows, config.hidden_size) for _ in range(3))
+        self.x, self.more, self.normed = (_zeros(rows, config.hidden_size) for _ in range(3))
         self.arrays = [x.numpy() for x in (self.x, self.more, self.normed)]
         self.last_norm = _norm(base.norm)
         width = 0
         if any(attention.rotates for attention in decoder.model.fast_attentions()):
-            width = base.rotary_emb(self.x, torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
-        self.rotary = torch.zeros(1 + len(decoder.windows), 2, width)
+            width = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long))[0].shape[-1]
+        self.rotary = _zeros(1 + len(decoder.windows), 2, width)
         """Cosines and sines of the token, then of queries for the sinks of each window."""
         attentions = decoder.model.fast_attentions()
         places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
@@ -295,7 +334,7 @@ class LayerStep:
         self.project = _Products(room.normed, modules)
         shapes = (H, D), (G, D), (G, V)
         self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
-        self.read = torch.zeros(rows, H, V)
+        self.read = _zeros(rows, H, V)
         self.output = _Products(self.read.view(rows, -1), [attention.get_submodule(names.out)], [room.more])
         norms = [attention.get_submodule(name) for name in (names.q_norm, names.k_norm) if name is not None]
         self.head_norms = [norm.weight.detach().numpy() for norm in norms] or [_EMPTY[1], _EMPTY[1]]  # type: ignore[union-attr]
@@ -304,7 +343,7 @@ class LayerStep:
         self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
         mlp = layer.mlp
         self.expand = _Products(room.normed, [mlp.gate_proj, mlp.up_proj])
-        unit = torch.zeros(rows, mlp.down_proj.in_features)
+        unit = _zeros(rows, mlp.down_proj.in_features)
         self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
         self.contract = _Products(unit, [mlp.down_proj], [room.more])
 
@@ -358,7 +397,7 @@ class _Gate:
 
     def __init__(self, gate: Any, x: Float[Tensor, "B d"]) -> None:
         self.product = None
-        self.arrays = [torch.zeros(len(x), 0).numpy(), _EMPTY[2], _EMPTY[2], _EMPTY[1]]
+        self.arrays = [_zeros(len(x), 0).numpy(), _EMPTY[2], _EMPTY[2], _EMPTY[1]]
         """(B, _) what is made here, (rank, d) and (_, rank) the two matrices, and the bias."""
         if isinstance(gate, LowRank):
             weights = gate.down.weight, gate.up.weight, gate.up.bias
@@ -381,13 +420,14 @@ class _Products:
         self.x, self.layers = x, layers
         sizes = [layer.out_features for layer in layers]
         if outputs is None and len(x) == 1:
-            outputs = [*torch.zeros(1, sum(sizes)).split(sizes, 1)]
-        self.outputs = [torch.zeros(len(x), size) for size in sizes] if outputs is None else outputs
+            outputs = [*_zeros(1, sum(sizes)).split(sizes, 1)]
+        self.outputs = [_zeros(len(x), size) for size in sizes] if outputs is None else outputs
         self._short = torch.zeros_like(x, dtype=torch.bfloat16)
         """The rows in bf16, for layers of few bits."""
         self._pairs = list(zip(layers, self.outputs, strict=True))
         kind = type(layers[0])
-        joined = kind.join(layers) if issubclass(kind, QuantisedLinear) and len(layers) > 1 else None
+        self._few_bits = all(isinstance(layer, QuantisedLinear) for layer in layers)
+        joined = kind.join(layers) if self._few_bits and len(layers) > 1 else None
         if joined is not None and len(x) == 1:
             whole = self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))
             self._pairs, joined = [(joined, whole)], None
@@ -396,7 +436,7 @@ class _Products:
     def __call__(self) -> None:
         """Multiply."""
         x = self.x
-        if len(x) > FEW or not isinstance(self.layers[0], QuantisedLinear):
+        if len(x) > FEW or not self._few_bits:
             for layer, output in self._pairs:
                 output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, layer.weight, layer.bias))
             return
@@ -413,7 +453,12 @@ class _Products:
                 output.add_(layer.bias)
 
 
-_EMPTY = {n: torch.zeros((0,) * n).numpy() for n in (1, 2, 4)}
+_EMPTY = {n: torch.zeros((0,) * n, dtype=torch.float32).numpy() for n in (1, 2, 4)}
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whatever torch's default dtype is."""
+    return torch.zeros(*shape, dtype=dtype)
 
 
 def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) -> DecodingState | None:
@@ -428,7 +473,7 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
         return None
     decoder: Decoder | None = model.__dict__.get("_decoder")
-    if decoder is None or decoder.weights != _weights(model):
+    if decoder is None or decoder.model is not model or not decoder.is_current():
         if why_plain(model) is not None:
             return None
         decoder = model.__dict__["_decoder"] = Decoder(model)
@@ -446,11 +491,26 @@ def _norm(norm: Any) -> tuple[Any, float]:
     return norm.weight.detach().numpy(), norm.variance_epsilon
 
 
-def _weights(model: nn.Module) -> list[tuple[int, int]]:
-    """Which modules a model has, and where their numbers are: what a decoder was made for."""
-    tensors = (x for x in (*model.parameters(), *model.buffers()))
-    return [(id(module), 0) for module in model.modules()] + [(id(x), x.data_ptr()) for x in tensors]
+class _Watch:
+    """Which modules a model has, and where their numbers are: so little that each token can ask for it.
 
+    Args:
+        model: as it is now.
+    """
 
-def _is_known(layer: nn.Linear | QuantisedLinear) -> bool:
-    return isinstance(layer, QuantisedLinear | Float32Linear) or type(layer) is nn.Linear
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*model.modules()]
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        kept = [(table, name, x) for m in modules for table in (m._parameters, m._buffers) for name, x in table.items()]
+        self._tensors = [(table, name, x, x.data_ptr()) for table, name, x in kept if x is not None]
+        self._forwards = [(vars(m), vars(m).get("forward")) for m in modules]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def is_current(self) -> bool:
+        """Whether all of it is as it was, and there are no hooks."""
+        return (
+            not any(self._hooks)
+            and all(table.get(name) is child for table, name, child in self._children)
+            and all(table.get(name) is x and x.data_ptr() == place for table, name, x, place in self._tensors)
+            and all(own.get("forward") is forward for own, forward in self._forwards)
+        )

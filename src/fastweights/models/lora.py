@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import FastWeightAttention
+from fastweights.models.quantisation import check_not_quantised
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -71,6 +72,7 @@ def add_lora(
     Raises:
         FastWeightsError: if peft is not installed, or LoRA of another rank is there.
     """
+    check_not_quantised(model, "LoRA")
     if (there := lora_rank(model)) not in (0, rank):
         raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
     if not there:

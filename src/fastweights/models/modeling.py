@@ -465,7 +465,12 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())
-        others = {**kwargs, "inputs_embeds": inputs_embeds, "labels": labels, "no cache": use_cache is False}
+        others = {
+            **kwargs,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "no cache": not (self.config.use_cache if use_cache is None else use_cache),
+        }
         logits = decode(self, input_ids, cache, attention_mask, position_ids, others)
         if logits is not None:
             return CausalLMOutputWithPast(logits=logits, cache=cache)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.quantised import LINEAR, Int4Linear, QuantisedLinear, kept_as
@@ -103,6 +103,7 @@ def quantise(model: PreTrainedModel, weights: str) -> PreTrainedModel:
             "leave weights out"
         )
     config = WeightsConfig(weights)
+    model.__dict__.pop("_decoder", None)  # which keeps the whole matrices
     quantizer = WeightsQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(model)
     quantizer.postprocess_model(model)
@@ -113,9 +114,11 @@ def quantise(model: PreTrainedModel, weights: str) -> PreTrainedModel:
 def weights_of(model: PreTrainedModel) -> str:
     """How a model's matrices are kept: what `quantise` takes, or another quantiser's name; "fp32" for plain ones."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return "fp32"
-    return config.weights if isinstance(config, WeightsConfig) else str(getattr(config, "quant_method", "quantised"))
+    if isinstance(config, WeightsConfig):
+        return config.weights
+    method = getattr(config, "quant_method", config)
+    # The weights of a .gguf file are made whole when it is loaded.
+    return "fp32" if method in (None, QuantizationMethod.GGUF) else str(getattr(method, "value", method))
 
 
 def check_not_quantised(model: PreTrainedModel, what: str) -> None:
