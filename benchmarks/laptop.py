@@ -13,6 +13,7 @@ costs nothing more.
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -47,9 +48,7 @@ class LlamaCpp:
     """llama.cpp by its Python binding."""
 
     def __init__(self, file: str, threads: int, longest: int) -> None:
-        from llama_cpp import Llama
-
-        self.llama = Llama(
+        self.llama = importlib.import_module("llama_cpp").Llama(
             file,
             n_ctx=longest + 256,
             n_threads=threads,

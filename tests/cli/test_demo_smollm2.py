@@ -28,12 +28,13 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
     assert {part.tokens for part in result.parts.values()} == {299}
     assert result.parts["untrained window"].loss != result.parts["teacher"].loss
     assert list(result.samples) == ["smollm2-base", "untrained window", "smollm2"]
-    assert [[cost.context for cost in costs] for costs in result.decode.values()] == [[16, 64], [16, 64]]
-    base, ours = result.decode.values()
+    assert [[cost.context for cost in costs] for costs in result.decode.values()] == [[16, 64], [16, 64], [16, 64]]
+    base, ours, small = result.decode.values()
+    assert small[1].state_bytes == ours[1].state_bytes
     assert base[1].state_bytes == 4 * base[0].state_bytes
     assert ours[1].state_bytes == ours[0].state_bytes
     assert 2500 < result.reading.tokens < 2600
-    memory = load_memory(load_model("smollm2"), result.reading.memory)
+    memory = load_memory(load_model("smollm2", weights="int4"), result.reading.memory)
     assert memory.tokens >= result.reading.tokens
     assert memory.size() <= result.reading.state_bytes < 1.1 * memory.size()  # a window may be one token longer
     assert {file.name for file in result.files} == {"smollm2.png", "manual.memory"}
@@ -46,6 +47,7 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
     for text in ("untrained window", "Where is the key?", "Dear Tom", "tokens a second", "What is this manual about?"):
         assert text in out
     assert [line for line in out.splitlines() if "64" in line and " - " in line]
+    assert "chat smollm2 --weights int4" in out
     assert f"/load {result.reading.memory}" in out
 
 
@@ -54,7 +56,7 @@ def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):
     monkeypatch.setattr("fastweights.cli.demo_smollm2.longest_that_fits", lambda model, contexts: 16)
     result = run_smollm2(config, said.append)
     assert result is not None
-    assert [len(costs) for costs in result.decode.values()] == [1, 2]
+    assert [len(costs) for costs in result.decode.values()] == [1, 2, 2]
     assert any("smollm2-base is left out beyond 16" in line for line in said)
 
 

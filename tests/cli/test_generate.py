@@ -231,3 +231,26 @@ def test_a_line_that_is_refused_does_not_end_the_others(monkeypatch, capsys, mod
     assert ["error" in answer for answer in answers(out)] == [False, True, False]
     assert re.search(r"^line 2: the prompt has 200 tokens", err, re.M)
     assert "error: 1 of 3 prompts were refused" in err
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_weights_in_few_bits(monkeypatch, capsys, tmp_path, weights):
+    converted, text, memory = tmp_path / "converted", tmp_path / "x.txt", tmp_path / "x.memory"
+    run(monkeypatch, capsys, "convert", "embedded", converted, "--window", 8, "--positions", "drop")
+    text.write_text("def f(x):\n    return")
+    asked = ("--weights", weights)
+    code, out, err = run(monkeypatch, capsys, "generate", converted, "--prompt", "def ", *FEW, *asked)
+    assert (code, err) == (0, "")
+    assert out.startswith("def ")
+    assert run(monkeypatch, capsys, "read", converted, text, "-o", memory, *asked)[0] == 0
+    assert run(monkeypatch, capsys, "generate", converted, "--memory", memory, *FEW, *asked)[0] == 0
+    code, _, err = run(monkeypatch, capsys, "generate", converted, "--memory", memory, *FEW)
+    assert code == 1
+    assert "made by another model" in err
+
+
+def test_weights_of_no_known_kind(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "generate", "--weights", "int3")
+    assert code == 2
+    assert "int3" in err
+    assert "int4" in err

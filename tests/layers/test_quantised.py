@@ -42,8 +42,9 @@ def test_what_is_kept_is_near(kind, n, m, transposed):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_what_is_kept(kind, rows, dtype):
-    _, kept = make(kind)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_those_of_what_is_kept(kind, rows, dtype, transposed):
+    _, kept = make(kind, transposed=transposed)
     x = torch.randn(2 if rows % 2 == 0 else 1, rows // 2 if rows % 2 == 0 else rows, 64).to(dtype)
     truth = nn.functional.linear(x.to(torch.bfloat16).double(), kept.matrix().double(), kept.bias.double())
     found = kept(x)

@@ -21,12 +21,13 @@ from fastweights.evaluation.perplexity import Evaluation, plain
 from fastweights.models.adapters import load_adapter
 from fastweights.models.loading import load_model, load_tokenizer
 from fastweights.models.names import SMOLLM2, SMOLLM2_BASE
+from fastweights.models.quantisation import quantise
 from fastweights.progress import Progress
 from fastweights.reading.conversation import Conversation
 from fastweights.settings.evaluation import EvaluationConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,8 @@ Anna
 LETTER_QUESTION = "Where is the key?"
 MANUAL_QUESTION = "What is this manual about?"
 _NEW_TOKENS = 60
+WEIGHTS = "int4"
+"""In how many bits the model reads the long text."""
 _BLOCK = 2048
 _READ_AT_MOST = 256
 _STEPS = 9
@@ -125,11 +128,12 @@ def run_smollm2(config: DemoConfig, say: Callable[[str], None]) -> RealResult | 
     with untrained_window(model, base) as window:
         models = {SMOLLM2_BASE: base, "untrained window": window, SMOLLM2: model}
         samples = {name: _answer(each, tokenizer) for name, each in models.items()}
-    decode = _decode(model, base, config, say)
+    small = quantise(load_adapter(SMOLLM2, base), WEIGHTS)
+    decode = _decode({SMOLLM2: model, f"{SMOLLM2}, {WEIGHTS}": small}, base, config, say)
     picture = config.output / "smollm2.png"
     plot_decoding(decode, base.config.max_position_embeddings, picture)
-    say(f"{config.read_tokens:,} tokens of Python's manual, and a question")
-    reading = _read(model, tokenizer, text, config)
+    say(f"{config.read_tokens:,} tokens of Python's manual, in {WEIGHTS}, and a question")
+    reading = _read(small, tokenizer, text, config)
     return RealResult(parts, samples, decode, reading, [picture, reading.memory])
 
 
@@ -142,13 +146,13 @@ def _quality(
 
 
 def _decode(
-    model: FastWeightsForCausalLM, base: PreTrainedModel, config: DemoConfig, say: Callable[[str], None]
+    ours: Mapping[str, PreTrainedModel], base: PreTrainedModel, config: DemoConfig, say: Callable[[str], None]
 ) -> dict[str, list[DecodeCost]]:
     fits = longest_that_fits(base, config.contexts)
     say(f"time per token and size of the state at contexts up to {config.contexts[-1]:,}")
     if fits < config.contexts[-1]:
         say(f"{SMOLLM2_BASE} is left out beyond {fits:,}: this machine has no memory for its keys and values")
-    models = {SMOLLM2_BASE: base, SMOLLM2: model}
+    models = {SMOLLM2_BASE: base, **ours}
     return decode_costs(models, config.contexts, tokens=_STEPS, read_at_most=_READ_AT_MOST, softmax_up_to=fits)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastweights.training.grid import Row
 
 _COLORS = {"teacher": "#444444", "pure": "#d1495b", "hybrid": "#00798c"}
-_COLORS |= {"smollm2-base": "#444444", "smollm2": "#00798c"}
+_COLORS |= {"smollm2-base": "#444444", "smollm2": "#00798c", "smollm2, int4": "#d1495b"}
 _METHOD_COLORS = {"static": "#444444", "fwl": "#00798c", "sgd": "#d1495b", "rms": "#edae49"}
 _METHOD_COLORS |= {"window alone": "#8d6a9f", "fast weights alone": "#66a182", "untrained window": "#b08968"}
 _METHOD_COLORS |= {"teacher": "#999999"}
@@ -63,6 +63,7 @@ def plot_decoding(costs: dict[str, list[DecodeCost]], trained_length: int, outpu
     for name, points in costs.items():
         contexts = [cost.context for cost in points]
         style = {"color": _COLORS[name], "label": name, "marker": "o", "markersize": 4}
+        style["linestyle"] = "--" if "," in name else "-"  # its state is that of another line
         panels[0].plot(contexts, [cost.ms_per_token for cost in points], **style)
         panels[1].plot(contexts, [cost.state_bytes / 1e6 for cost in points], **style)
     for panel, label in zip(panels, ("time per token (ms)", "state between tokens (MB)"), strict=True):

@@ -63,7 +63,7 @@ class QuantisedLinear(nn.Module):
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         with torch.device(weight.device):
             made = cls(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
-        made.keep(weight.detach().float())
+        made.keep(weight.detach().float().contiguous())
         if layer.bias is not None:
             made.bias = layer.bias.detach().float()
         return made
@@ -294,7 +294,7 @@ def _where_they_are(parts: list[Tensor], axis: int) -> Tensor | None:
         return None
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
-    return torch.empty(0, dtype=parts[0].dtype).set_(whole, 0, shape)
+    return parts[0].as_strided(shape, torch.empty(shape, device="meta").stride(), 0)
 
 
 def _multiply_int4(*arguments: Any) -> Tensor:

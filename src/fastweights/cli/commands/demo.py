@@ -43,7 +43,7 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
 
 def print_real(result: RealResult) -> None:
     """What the real model gave."""
-    from fastweights.cli.demo_smollm2 import LETTER, LETTER_QUESTION, MANUAL_QUESTION
+    from fastweights.cli.demo_smollm2 import LETTER, LETTER_QUESTION, MANUAL_QUESTION, WEIGHTS
 
     tokens = result.parts["all"].tokens
     title = f"SmolLM2-135M on {tokens:,} tokens of Python's manual; retention = teacher / model perplexity"
@@ -54,11 +54,12 @@ def print_real(result: RealResult) -> None:
     _print_decoding(result.decode, "cost of one more token (smollm2-base beyond its trained length: timing alone)")
     reading = result.reading
     say(
-        f"smollm2 read {reading.tokens:,} tokens in {reading.seconds:.0f} s ({reading.tokens / reading.seconds:,.0f} "
-        f"tokens a second), and keeps {reading.state_bytes / 1e6:.1f} MB of them"
+        f"smollm2 in {WEIGHTS} read {reading.tokens:,} tokens in {reading.seconds:.0f} s "
+        f"({reading.tokens / reading.seconds:,.0f} tokens a second), and keeps "
+        f"{reading.state_bytes / 1e6:.1f} MB of them"
     )
     _print_panel("smollm2", f"{MANUAL_QUESTION} ", reading.answer)
-    say(f"to ask on: fastweights chat smollm2, and there /load {reading.memory}")
+    say(f"to ask on: fastweights chat smollm2 --weights {WEIGHTS}, and there /load {reading.memory}")
 
 
 def _print_panel(title: str, given: str, text: str = "") -> None:
