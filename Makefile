@@ -71,6 +71,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.fast_weight_layer
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.laptop
 
 docs: setup
 	$(BIN)/python -m fastweights.cli.reference docs/cli.md
