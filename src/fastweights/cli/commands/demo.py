@@ -51,7 +51,9 @@ def print_real(result: RealResult) -> None:
     _print_panel("a letter, and a question that it answers at its beginning", f"{LETTER}\n{LETTER_QUESTION}")
     for name, text in result.samples.items():
         _print_panel(name, "", text)
-    _print_decoding(result.decode, "cost of one more token (smollm2-base beyond its trained length: timing alone)")
+    _print_decoding(
+        result.decode, "one more token, and the state in MB (smollm2-base beyond its trained length: timing alone)"
+    )
     reading = result.reading
     say(
         f"smollm2 in {WEIGHTS} read {reading.tokens:,} tokens in {reading.seconds:.0f} s "
@@ -72,10 +74,10 @@ def _print_decoding(decode: dict[str, list[DecodeCost]], title: str) -> None:
     table.add_column("context", justify="right")
     for name in decode:
         table.add_column(f"{name}, ms", justify="right")
-        table.add_column("state", justify="right")
+        table.add_column("MB", justify="right")
     for costs in zip_longest(*decode.values()):
         cells = [f"{next(filter(None, costs)).context:,}"]
         for cost in costs:
-            cells += ("-", "-") if cost is None else (f"{cost.ms_per_token:.2f}", f"{cost.state_bytes / 1e6:.2f} MB")
+            cells += ("-", "-") if cost is None else (f"{cost.ms_per_token:.1f}", f"{cost.state_bytes / 1e6:,.2f}")
         table.add_row(*cells)
     Console().print(table)
