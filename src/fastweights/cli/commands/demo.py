@@ -32,7 +32,9 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
     print_parts(result.stages)
     for name, text in result.samples.items():
         _print_panel(name, PROMPT, text)
-    _print_decoding(result.decode, "cost of one more token (the teacher beyond its trained length: timing alone)")
+    _print_decoding(
+        result.decode, "one more token, and the state in MB (the teacher beyond its trained length: timing alone)"
+    )
     print_methods("hybrid", result.comparison, "modules that it has not seen, each read from its beginning")
     if result.real is not None:
         print_real(result.real)
