@@ -6,7 +6,7 @@ its config; once `fastweights` is imported, transformers loads it again. States,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -80,7 +80,10 @@ register_quantization_config(METHOD)(WeightsConfig)
 register_quantizer(METHOD)(WeightsQuantizer)
 
 
-def quantise(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+_Model = TypeVar("_Model", bound="PreTrainedModel")
+
+
+def quantise(model: _Model, weights: str) -> _Model:
     """Keep the matrices of a model that is in memory in few bits, in place.
 
     Args:

@@ -78,17 +78,21 @@ def _dot(x, y):
 
 
 @_inner
-def _gate(logits, up, low, bias, first, signs, out):
-    """out = sigmoid of one head's gate: of `up` times what a low rank left, or of the logits, which have a bias."""
-    for i in range(out.shape[0]):
+def _gate(logits, up, low, bias, first, keep, let_go):
+    """keep = sigmoid of one head's gate: of `up` times what a low rank left, or of the logits; let_go = 1 - keep.
+
+    The latter without a difference, which would have few digits where nearly all is kept.
+    """
+    for i in range(keep.shape[0]):
         value = bias[first + i] + _dot(up[first + i], low) if low.shape[0] > 0 else logits[first + i]
-        out[i] = -abs(value)
-        signs[i] = value
-    _exponentials(out)
-    for i in range(out.shape[0]):
-        small = out[i]  # exp(-|value|), which cannot overflow
-        share = float32(1.0) if signs[i] >= 0 else small
-        out[i] = share / (float32(1.0) + small)
+        keep[i], let_go[i] = value, -abs(value)
+    _exponentials(let_go)
+    for i in range(keep.shape[0]):
+        small = let_go[i]  # exp(-|value|), which cannot overflow
+        share = float32(1.0) / (float32(1.0) + small)
+        positive = keep[i] >= 0
+        keep[i] = share if positive else small * share
+        let_go[i] = small * share if positive else share
 
 
 @_inner
@@ -237,8 +241,9 @@ def attend(
     rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
     read, zero = np.empty(V, dtype=np.float32), float32(0.0)
     f = np.ones(max(1, key_bias.shape[0] // G), dtype=np.float32)
-    signs = np.empty(max(D, V), dtype=np.float32)
+    f_rest = np.zeros(f.shape[0], dtype=np.float32)
     z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
+    z_rest = np.empty(z.shape[0], dtype=np.float32)
     key_low = np.empty(key_down.shape[0], dtype=np.float32)
     value_low = np.empty(value_down.shape[0], dtype=np.float32)
     for b in range(B):
@@ -295,16 +300,15 @@ def attend(
                 _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
             if not leaving or count >= W - 1 + S:
                 if key_bias.shape[0] > 0:
-                    _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], signs, f)
+                    _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
                 if value_bias.shape[0] > 0:
-                    _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], signs, z)
+                    _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
                 for i in range(D):
                     if leaving:
                         key = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
                     else:
                         key = rotated_k[i] if rotated_fast else k[b, g, i]
-                    keep = f[i if f.shape[0] > 1 else 0]
-                    written[i] = key * (float32(1.0) - keep) if averages else key
+                    written[i] = key * f_rest[i if f.shape[0] > 1 else 0] if averages else key
                 _write(state, f, z, written, ring_v[b, g, left] if leaving else v[b, g])
             if not leaving:
                 _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
