@@ -51,7 +51,7 @@ test: setup $(VENV)/.tests-installed
 	$(MAKE) --no-print-directory --jobs=2 test-tensors test-rest
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
 
-_TENSORS := tests/layers tests/models tests/ops
+_TENSORS := tests/layers tests/models tests/ops tests/evaluation tests/reading
 
 test-tensors:
 	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest $(_TENSORS)

@@ -199,7 +199,8 @@ FAMILIES = {
 @pytest.fixture(scope="session", autouse=True)
 def _compiled() -> None:
     """Otherwise the first test that uses them says that they are being compiled."""
-    load_kernels("decay_rule")
+    for rule in ("decay_rule", "delta_rule", "decoding"):
+        load_kernels(rule)
 
 
 @pytest.fixture(params=sorted(MAKERS))
