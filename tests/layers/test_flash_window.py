@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastweights.layers import window as window_module
 from fastweights.layers.flash_window import is_for_flash
@@ -68,6 +69,8 @@ def test_what_it_is_not_for():
     assert not is_for_flash(q.clone().requires_grad_(), k, v, sinks)
     with torch.no_grad():
         assert is_for_flash(q.clone().requires_grad_(), k, v, sinks)
+        with forward_ad.dual_level():
+            assert not is_for_flash(forward_ad.make_dual(q, q), k, v, sinks)
     assert not is_for_flash(q.double(), k.double(), v.double(), None)
     assert not is_for_flash(q, k, v[..., :8], None)
     several = Sinks(q, sinks.k.expand(-1, 3, -1, -1, -1), sinks.v.expand(-1, 3, -1, -1, -1))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.quantised import FEW, GROUP, LINEAR, BFloat16Linear, Int4Linear, Int8Linear, kept_as
@@ -127,6 +128,16 @@ def test_gradients_reach_the_input(kind, rows):
     x = torch.randn(rows, 64, requires_grad=True)
     kept(x).sum().backward()
     assert error(x.grad, kept.matrix().float().sum(0).expand(rows, -1)) <= 4 * tolerances.BFLOAT16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_derivatives(kind):
+    _, kept = make(kind)
+    x, tangent = torch.randn(2, 2, 64)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(kept(forward_ad.make_dual(x, tangent))).tangent
+    assert error(found, tangent @ kept.matrix().float().T) <= 2 * tolerances.BFLOAT16
 
 
 def test_which_matrix_is_kept_how():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from fastweights.layers.linear import is_differentiated
+from fastweights.layers.linear import needs_derivatives
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,7 +44,7 @@ def is_for_flash(
         and (sinks is None or sinks.k.shape[1] == 1)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not (is_differentiated() and any(x.requires_grad for x in (q, k, v)))
+        and not needs_derivatives(q, k, v)
     )
 
 

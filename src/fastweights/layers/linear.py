@@ -70,7 +70,7 @@ def linear(
     x: Float[Tensor, "... n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
     """x weightᵀ + bias; by oneDNN if it is of plain float32 tensors on a CPU and not too small."""
-    differentiated = is_differentiated()
+    differentiated = _is_differentiated()
     if not _is_for_onednn(x, weight, bias, differentiated):
         return nn.functional.linear(x, weight, bias)
     return _Product.apply(x, weight, bias) if differentiated else _product(x, weight, bias)
@@ -78,14 +78,19 @@ def linear(
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
     """x weightᵀ for each row of a batch with a matrix of its own."""
-    if len(x) > 0 and _is_for_onednn(x[0], weight[0], None, is_differentiated()):
+    if len(x) > 0 and _is_for_onednn(x[0], weight[0], None, _is_differentiated()):
         return torch.stack([linear(*row) for row in zip(x, weight, strict=True)])
     return x @ weight.mT
 
 
-def is_differentiated() -> bool:
+def _is_differentiated() -> bool:
     """Whether gradients may be needed, backward or forward; the latter whatever torch.no_grad says."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def needs_derivatives(*inputs: Tensor) -> bool:
+    """Whether what is made of these must know its derivatives, which some of torch's kernels do not have."""
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, differentiated: bool) -> bool:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.errors import check_name
 from fastweights.layers.linear import linear as linear_of_float32
+from fastweights.layers.linear import needs_derivatives
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,8 +127,8 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """In the dtype of the input."""
-        rows, differentiated = prod(input.shape[:-1]), torch.is_grad_enabled() and input.requires_grad
-        if rows <= FEW and input.is_cpu and not differentiated:
+        rows = prod(input.shape[:-1])
+        if rows <= FEW and input.is_cpu and not needs_derivatives(input):
             x = input.reshape(rows, self.in_features).to(torch.bfloat16)
             y = self.few(x).to(input.dtype).view(*input.shape[:-1], self.out_features)
         elif input.is_cpu and not has_bf16_products():
@@ -217,7 +218,7 @@ class Int4Linear(QuantisedLinear):
         offset = (least + 8 * scale.float()).to(torch.bfloat16)
         codes = (groups - offset.float()[..., None]) / scale.float()[..., None]
         codes = (codes.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)
-        self.weight, self._block = codes[:, ::2] | codes[:, 1::2] << 4, 0
+        self.weight, self._block = _bytes(codes), 0
         self.scales = torch.stack((scale, offset), -1).transpose(0, 1).contiguous()
         self.pack()
 
@@ -241,7 +242,8 @@ class Int4Linear(QuantisedLinear):
         """By torch's kernel, where it has one."""
         if not self._block:
             return super().few(x)
-        return _multiply_int4(x, self.weight, GROUP, self.scales.contiguous())
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        return multiply(x, self.weight, GROUP, self.scales.contiguous())
 
     _axis = 1
 
@@ -251,8 +253,7 @@ class Int4Linear(QuantisedLinear):
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._block:
-            numbers = self._plain()
-            destination[f"{prefix}weight"] = numbers[:, ::2] | numbers[:, 1::2] << 4
+            destination[f"{prefix}weight"] = _bytes(self._plain())
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         if self._block:  # what is loaded is as it is saved, and takes the place of what is packed
@@ -297,16 +298,18 @@ def _where_they_are(parts: list[Tensor], axis: int) -> Tensor | None:
     return parts[0].as_strided(shape, torch.empty(shape, device="meta").stride(), 0)
 
 
-def _multiply_int4(*arguments: Any) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(*arguments)
-
-
 def _not_zero(scale: Tensor) -> Tensor:
     """In bf16, and not 0 where all numbers are alike."""
     return scale.clamp(min=1e-12).to(torch.bfloat16)
 
 
+def _bytes(numbers: UInt8[Tensor, "m n"]) -> UInt8[Tensor, "m half"]:
+    """Two numbers in each, the first in the lower bits."""
+    return numbers[:, ::2] | numbers[:, 1::2] << 4
+
+
 def _nibbles(codes: UInt8[Tensor, "m half"]) -> UInt8[Tensor, "m n"]:
+    """The numbers of `_bytes`, one by one."""
     return torch.stack((codes & 15, codes >> 4), -1).flatten(1)
 
 
