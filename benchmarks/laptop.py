@@ -17,16 +17,15 @@ import importlib
 import time
 from copy import deepcopy
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import write_csv
+from benchmarks.common import quantiles, write_csv
 from fastweights.environment import environment
-from fastweights.evaluation.cost import caches_after, random_cache, time_of_step
+from fastweights.evaluation.cost import caches_after, time_of_step
 from fastweights.models import convert
 from fastweights.models.adapters import load_adapter
 from fastweights.models.loading import load_model
@@ -77,8 +76,8 @@ class LlamaCpp:
 class Ours:
     """A model of transformers, converted or not."""
 
-    def __init__(self, model: PreTrainedModel, *, recurrent: bool) -> None:
-        self.model, self.recurrent = model.eval(), recurrent
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
         self.cache: Cache | None = None
 
     def begin(self, context: int) -> float:
@@ -87,10 +86,7 @@ class Ours:
         start = time.perf_counter()
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         speed = ids.shape[1] / (time.perf_counter() - start)
-        if self.recurrent:
-            self.cache = caches_after(self.model, [context], _READ_AT_MOST)[context]
-        else:
-            self.cache = random_cache(self.model, context)
+        self.cache = caches_after(self.model, [context], _READ_AT_MOST)[context]
         return speed
 
     def step(self) -> float:
@@ -120,8 +116,8 @@ def main() -> None:
             for name, contender in contenders.items():
                 times[name] += [contender.step() for _ in range(_STEPS + 1)][1:]
         for name, taken in times.items():
-            low, high = (1000 * x for x in torch.tensor(taken).quantile(torch.tensor([0.2, 0.8])).tolist())
-            row = {"contender": name, "context": context, "ms_per_token": 1000 * median(taken), "p20": low, "p80": high}
+            ms = quantiles([1000 * seconds for seconds in taken])
+            row = {"contender": name, "context": context, "ms_per_token": ms["p50"], "p20": ms["p20"], "p80": ms["p80"]}
             rows.append({**row, "tokens_read_per_second": speeds[name], "threads": arguments.threads})
         _print([row for row in rows if row["context"] == context])
     write_csv(arguments.output, rows, environment())
@@ -139,14 +135,14 @@ def _contenders(kinds: list[str], threads: int, longest: int) -> dict[str, Llama
         console.print(f"llama.cpp is left out: {error}")
     base = load_model(SMOLLM2_BASE)
     makers = {
-        "softmax": (lambda: deepcopy(base), False),
-        "pure": (lambda: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)), True),
-        "window 128": (lambda: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)), True),
-        "smollm2": (lambda: load_adapter(SMOLLM2, base), True),
+        "softmax": lambda: deepcopy(base),
+        "pure": lambda: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)),
+        "window 128": lambda: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)),
+        "smollm2": lambda: load_adapter(SMOLLM2, base),
     }
-    for name, (make, recurrent) in makers.items():
+    for name, make in makers.items():
         for weights in kinds:
-            found[f"{name}, {weights}"] = Ours(quantise(make(), weights), recurrent=recurrent)
+            found[f"{name}, {weights}"] = Ours(quantise(make(), weights))
     return found
 
 

@@ -66,11 +66,10 @@ def decode_costs(
     caches: dict[tuple[str, int], Cache] = {}
     for name, model in models.items():
         model.eval()
-        if _is_recurrent(model):
-            read = caches_after(model, contexts, read_at_most)
-        else:
-            read = {n: random_cache(model, n) for n in contexts if softmax_up_to is None or n <= softmax_up_to}
-        caches |= {(name, context): cache for context, cache in read.items()}
+        timed = contexts
+        if softmax_up_to is not None and not _is_recurrent(model):
+            timed = [context for context in contexts if context <= softmax_up_to]
+        caches |= {(name, context): cache for context, cache in caches_after(model, timed, read_at_most).items()}
     sizes = {turn: state_bytes(cache) for turn, cache in caches.items()}
     times = {turn: [] for turn in caches}
     for _ in range(-(-tokens // _STEPS_A_TURN)):
@@ -93,7 +92,7 @@ def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
     Returns:
         One of the contexts, or 0.
     """
-    a_token, room = state_bytes(random_cache(model, 1)), _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    a_token, room = state_bytes(_random_cache(model, 1)), _SHARE_OF_MEMORY * psutil.virtual_memory().available
     return max(
         (n for n, all_so_far in zip(contexts, accumulate(contexts), strict=True) if a_token * all_so_far <= room),
         default=0,
@@ -101,7 +100,15 @@ def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
 
 
 def caches_after(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
-    """The state of a recurrent model after each of the contexts."""
+    """The state of a model after each of the contexts, of a softmax model with keys and values at random.
+
+    Args:
+        model: any causal LM.
+        contexts: in rising order.
+        at_most: as `read_at_most` of `decode_costs`.
+    """
+    if not _is_recurrent(model):
+        return {context: _random_cache(model, context) for context in contexts}
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     if at_most is not None and isinstance(model, FastWeightsForCausalLM):
         at_most = max(at_most, max(model.config.windows) + model.config.sinks)
@@ -137,8 +144,7 @@ def time_of_step(model: PreTrainedModel, cache: Cache) -> float:
     return time.perf_counter() - start
 
 
-def random_cache(model: PreTrainedModel, context: int) -> Cache:
-    """Keys and values of so many tokens that a softmax model never read."""
+def _random_cache(model: PreTrainedModel, context: int) -> Cache:
     config = model.config
     cache = DynamicCache(config=config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -256,12 +256,11 @@ def window_attention(
     """
     B, T = q.shape[:2]
     blocks, distance, mask, near_bias = 1, None, None, None
-    if T > 1 and index is None:
-        index = torch.arange(k.shape[1] - T, k.shape[1], device=q.device)[None]
-    if bias is None and index is not None and is_for_flash(q, k, v, sinks):
-        return flash_window(q, k, v, window=window, scale=scale, index=index, sinks=sinks)
     if T > 1:
-        assert index is not None
+        if index is None:
+            index = torch.arange(k.shape[1] - T, k.shape[1], device=q.device)[None]
+        if bias is None and is_for_flash(q, k, v, sinks):
+            return flash_window(q, k, v, window=window, scale=scale, index=index, sinks=sinks)
         # Queries in blocks of W; a block sees its own W keys and the W before them, zeros in front of the first.
         blocks = -(-T // window)
         back, front = blocks * window - T, window - (k.shape[1] - T)

@@ -185,32 +185,33 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
 
     @sinks.setter
     def sinks(self, sinks: KeysAndValues | None) -> None:
-        self._leave_ring()
+        self.leave_ring()
         self._sinks = sinks
 
     @property
     def keys(self) -> Tensor | None:
         """Of the window; whoever asks for them ends the ring, if there is one."""
-        self._leave_ring()
+        self.leave_ring()
         return self._kept[0]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self._leave_ring()
+        self.leave_ring()
         self._kept = (keys, self._kept[1])
 
     @property
     def values(self) -> Tensor | None:
         """As `keys`."""
-        self._leave_ring()
+        self.leave_ring()
         return self._kept[1]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self._leave_ring()
+        self.leave_ring()
         self._kept = (self._kept[0], values)
 
-    def _leave_ring(self) -> None:
+    def leave_ring(self) -> None:
+        """Keep keys, values and sinks by themselves again."""
         if self.ring is not None:
             self._kept, self._sinks, self.ring = self.ring.last(), self.sinks, None
 
@@ -509,7 +510,7 @@ class FastWeightsCache(DynamicCache):
         """The counterpart of `lengths`."""
         for layer, length in zip(self.recurrent, lengths, strict=True):
             if isinstance(layer, HybridCacheLayer):
-                _ = layer.keys  # a ring would lose its places
+                layer.leave_ring()  # it would lose its places
             layer.cumulative_length = length
 
 

@@ -326,9 +326,8 @@ class LayerStep:
         rule: Any = attention.rule
         _, _, V = rule.state_shape
         H, G = attention.heads, attention.kv_heads
-        self.rotary = [room.rotary[i if attention.rotates else 0].numpy() for i in (0, place)]
-        if not attention.rotates:
-            self.rotary = [room.rotary[0, :, :0].numpy()] * 2
+        rotary = room.rotary if attention.rotates else room.rotary[:, :, :0]
+        self.rotary = [rotary[i].numpy() for i in (0, place)]
         names: Any = attention.projections
         modules = [attention.get_submodule(name) for name in (names.q, names.k, names.v)]
         self.project = _Products(room.normed, modules)

@@ -61,6 +61,7 @@ class WeightsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _replace(model, self.quantization_config)
+            return model
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.pack()
@@ -153,7 +154,7 @@ def linear_layers(model: PreTrainedModel, config: WeightsConfig) -> dict[str, nn
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D)
         and not whole.intersection(name.split("."))
-        and not any(name == part or name.startswith(f"{part}.") or f".{part}." in f".{name}." for part in skipped)
+        and not any(f".{part}." in f".{name}." for part in skipped)
     }
 
 
