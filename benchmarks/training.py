@@ -4,9 +4,15 @@
 
 Beside the conversion stands the same step of the softmax model in full precision, trained on text alone, without a
 teacher. Random weights do: time does not depend on what they say. Each round takes all in turn.
+
+With `--device cuda` all run under bf16 autocast, on batches, and the recurrence in Triton as well as in PyTorch; the
+softmax model is trained with flash attention. `--profile` then says what a step of the hybrid with LoRA spends its time
+on, and where it waits for the GPU.
 """
 
 import argparse
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,47 +30,102 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.finetune import divergence, next_token_loss
 
 HYBRID = ConversionConfig(window=128, gate_rank=16)
+PURE = ConversionConfig(gate_rank=16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.csv"))
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, of one block")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a block")
+    parser.add_argument("--batch-size", type=int, default=1, help="blocks in a step")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="operators of a step, and where it waits for the GPU")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     teacher = smollm2_shape().requires_grad_(False)
+    ids = torch.randint(teacher.config.vocab_size, (arguments.batch_size, arguments.tokens), device=arguments.device)
+    steps = _on_gpu(teacher, ids, arguments.rank) if ids.is_cuda else _on_cpu(teacher, ids, arguments.rank)
+    times = time_side_by_side(steps, arguments.repeats, seconds=300.0)
+    rows = [
+        {"step": name, "tokens": ids.numel(), "tokens_per_second": 1e3 * ids.numel() / ms["p50"], **ms}
+        for name, ms in times.items()
+    ]
+    _print(rows)
+    card = {"gpu": torch.cuda.get_device_name()} if ids.is_cuda else {}
+    write_csv(arguments.output, rows, {**environment(), **card})
+    Console().print(f"written to {arguments.output}")
+    if arguments.profile:
+        for name in ("LoRA", "pure, LoRA"):
+            if name in steps:
+                profile(name, steps[name])
+
+
+def _on_cpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
     use_onednn(teacher)
-    ids = torch.randint(teacher.config.vocab_size, (1, arguments.tokens))
     softmax = smollm2_shape().train()
     use_onednn(softmax)
     all_weights, lora = convert(teacher, HYBRID).requires_grad_(True).train(), convert(teacher, HYBRID).train()
-    add_lora(lora, arguments.rank)
-    steps = {
+    add_lora(lora, rank)
+    return {
         "softmax, text alone, fp32": _step(softmax, None, ids, bf16=False),
         "all weights, fp32": _step(all_weights, teacher, ids, bf16=False),
         "all weights, bf16": _step(all_weights, teacher, ids, bf16=True),
         "LoRA, fp32": _step(lora, teacher, ids, bf16=False),
         "LoRA, bf16": _step(lora, teacher, ids, bf16=True),
     }
-    times = time_side_by_side(steps, arguments.repeats, seconds=300.0)
-    rows = [
-        {"step": name, "tokens": arguments.tokens, "tokens_per_second": 1e3 * arguments.tokens / ms["p50"], **ms}
-        for name, ms in times.items()
-    ]
-    _print(rows)
-    write_csv(arguments.output, rows, environment())
-    Console().print(f"written to {arguments.output}")
 
 
-def _step(model, teacher, ids, *, bf16: bool) -> Callable[[], None]:
+def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
+    models = {"hybrid": convert(teacher, HYBRID), "hybrid, all weights": convert(teacher, HYBRID)}
+    models |= {"pure": convert(teacher, PURE), "LoRA": convert(teacher, HYBRID), "pure, LoRA": convert(teacher, PURE)}
+    softmax = smollm2_shape().train().cuda()
+    teacher.cuda()
+    for name, model in models.items():
+        model.cuda().train()
+        if "LoRA" in name:
+            add_lora(model, rank)
+        else:
+            model.requires_grad_(True)
+    return {
+        "softmax, text alone": _step(softmax, None, ids, bf16=True),
+        "hybrid, text alone": _step(models["hybrid"], None, ids, bf16=True),
+        "hybrid, text alone, PyTorch": _step(models["hybrid"], None, ids, bf16=True, triton=False),
+        "pure, text alone": _step(models["pure"], None, ids, bf16=True),
+        "pure, text alone, PyTorch": _step(models["pure"], None, ids, bf16=True, triton=False),
+        "all weights": _step(models["hybrid, all weights"], teacher, ids, bf16=True),
+        "LoRA": _step(models["LoRA"], teacher, ids, bf16=True),
+        "pure, LoRA": _step(models["pure, LoRA"], teacher, ids, bf16=True),
+    }
+
+
+def profile(name: str, step: Callable[[], None], rows: int = 30) -> None:
+    """Print the operators of a step by their time on the GPU, and each line of code that waits for it."""
+    console = Console(soft_wrap=True)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    places = [f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits if "synchroniz" in str(wait.message)]
+    found = ", ".join(f"{place} ({places.count(place)} times)" for place in dict.fromkeys(places))
+    console.print(f"{name}: waits for the GPU at {found or 'no line'}")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as record:
+        step()
+    console.print(record.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=60))
+
+
+def _step(model, teacher, ids, *, bf16: bool, triton: bool = True) -> Callable[[], None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    device = ids.device.type
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        os.environ["FASTWEIGHTS_TRITON"] = str(int(triton))
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             logits = model(input_ids=ids, use_cache=False).logits
             if teacher is None:
                 loss = next_token_loss(logits, ids)
@@ -75,6 +136,8 @@ def _step(model, teacher, ids, *, bf16: bool) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

@@ -3,7 +3,10 @@
 FLOAT32 = 1e-5
 """Sums in float32, against the same in float64."""
 
-BFLOAT16 = 2.0**-8
+BBFLOAT16_PRODUCTS = 2e-2
+"""Results whose sums and gates were rounded to bfloat16 on the way, too; Triton's interpreter cuts off."""
+
+FLOAT16 = 2.0**-8
 """Results rounded to bfloat16, which has 8 significant bits: half a unit, and room for a tie."""
 
 FLOAT16 = 2.0**-10
