@@ -13,9 +13,9 @@ one is wrong, nothing is timed. Then, in turns and by CUDA events, with the seco
 
 Bytes are those of inputs and outputs, each moved once, and operations those of the recurrence token by token (of the
 causal half of softmax): what must be done, of which a kernel may do more. Both stand beside what the card was measured
-to reach, copying and multiplying. With `--tune`, ways to compile each kernel are timed first, and the fastest are taken:
-`LAUNCHES` in ops/decay_rule/gpu.py should have them. With `--device cpu` and TRITON_INTERPRET=1 the same script runs in
-Triton's interpreter on tiny shapes: a rehearsal, whose times mean nothing.
+to reach, copying and multiplying. With `--tune`, ways to compile each kernel are timed first, and the fastest taken:
+`LAUNCHES` in ops/decay_rule/gpu.py should have them. With `--device cpu` and TRITON_INTERPRET=1 the same script runs
+in Triton's interpreter on tiny shapes: a rehearsal, whose times mean nothing.
 """
 
 from __future__ import annotations

@@ -81,10 +81,10 @@ def _on_cpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
 def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
     models = {"hybrid": convert(teacher, HYBRID), "hybrid, all weights": convert(teacher, HYBRID)}
     models |= {"pure": convert(teacher, PURE), "LoRA": convert(teacher, HYBRID), "pure, LoRA": convert(teacher, PURE)}
-    softmax = smollm2_shape().train().cuda()
-    teacher.cuda()
+    softmax = smollm2_shape().train().to(ids.device)
+    teacher.to(ids.device)
     for name, model in models.items():
-        model.cuda().train()
+        model.to(ids.device).train()
         if "LoRA" in name:
             add_lora(model, rank)
         else:

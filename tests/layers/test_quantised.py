@@ -141,11 +141,11 @@ def test_forward_derivatives(kind):
 
 
 def test_which_matrix_is_kept_how():
-    assert kept_as("int4", 64, 32, head=False) is Int4Linear
-    assert kept_as("int4", 64, 32, head=True) is Int8Linear
-    assert kept_as("int4", 40, 32, head=False) is Int8Linear
-    assert kept_as("int4", 64, 30, head=False) is Int8Linear
-    assert kept_as("bf16", 40, 30, head=True) is BFloat16Linear
+    assert kept_as("int4", 64, 32, eight=False) is Int4Linear
+    assert kept_as("int4", 64, 32, eight=True) is Int8Linear
+    assert kept_as("int4", 40, 32, eight=False) is Int8Linear
+    assert kept_as("int4", 64, 30, eight=False) is Int8Linear
+    assert kept_as("bf16", 40, 30, eight=True) is BFloat16Linear
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from fastweights.layers.quantised import Int4Linear, Int8Linear
 from fastweights.models import convert
 from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
@@ -112,17 +113,21 @@ def test_quantised_weights_are_joined_and_still_saved(tmp_path):
     model = quantise(make_wide(), "int4")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check(model, tolerance=8 * tolerances.BFLOAT16)
-    attention = model.fast_attentions()[0]
-    joined = (
-        attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
-    )
-    assert joined == (attention.q_proj._block > 0 and 64 % attention.q_proj._block == 0)
+    attention, unit = model.fast_attentions()[0], model.model.base.layers[0].mlp
+    assert are_joined(attention.q_proj, attention.k_proj, attention.v_proj)
+    assert type(unit.gate_proj) is Int4Linear
+    block = unit.gate_proj._block
+    assert are_joined(unit.gate_proj, unit.up_proj) == (block > 0 and unit.gate_proj.out_features % block == 0)
     for name, tensor in model.state_dict().items():
         assert tensor.equal(before[name]), name
     model.save_pretrained(tmp_path)
     copied = copy.deepcopy(model)
     check(copied, tolerance=8 * tolerances.BFLOAT16)
     assert copied.__dict__["_decoder"] is not model.__dict__["_decoder"]
+
+
+def are_joined(*layers):
+    return len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
 
 
 def make_wide():
@@ -393,6 +398,19 @@ def test_layers_of_several_kinds(tmp_path, left_out):
     make(window=8).save_pretrained(tmp_path)
     config = WeightsConfig("int8", modules_to_not_convert=[left_out])
     check(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config), tolerance=8 * tolerances.BFLOAT16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eight", [[], ["q_proj", "o_proj"], ["v_proj"], ["up_proj"], ["mlp"]])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_four_bits_beside_eight(tmp_path, eight, rows):
+    make_wide().save_pretrained(tmp_path)
+    config = WeightsConfig("int4", modules_in_int8=eight)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    layer = model.model.base.layers[0]
+    assert (type(layer.self_attn.q_proj) is Int8Linear) == ("q_proj" in eight)
+    assert type(layer.self_attn.k_proj) is Int4Linear
+    check(model, rows, tolerance=8 * tolerances.BFLOAT16)
 
 
 @torch.no_grad()

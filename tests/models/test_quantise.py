@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.quantised import LINEAR, Int8Linear, QuantisedLinear
-from fastweights.models import add_fast_weight_layer, convert, load_model
+from fastweights.layers.quantised import GROUP, LINEAR, Int4Linear, Int8Linear, QuantisedLinear
+from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.quantisation import WeightsConfig, check_not_quantised, quantise, weights_of
-from fastweights.reading.memory import load_memory, new_memory
+from fastweights.reading.memory import fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests.conftest import MAKERS, random_ids
@@ -51,6 +51,7 @@ def test_kept_saved_and_loaded(tmp_path, family, weights, converted):
     kept.save_pretrained(tmp_path / "kept")
     config = json.loads((tmp_path / "kept" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["weights"]) == ("fastweights", weights)
+    assert ("modules_in_int8" in config) == (converted and weights == "int4")
     asked = WeightsConfig(weights)
     for again in (
         load_model(tmp_path / "kept"),
@@ -64,6 +65,78 @@ def test_kept_saved_and_loaded(tmp_path, family, weights, converted):
         load_model(tmp_path / "kept", weights="int8" if weights != "int8" else "int4")
     # A class's list of tied weights is everybody's.
     assert load_model(tmp_path / "whole")(ids).logits.equal(whole)
+
+
+def names_of(kind: type, model: PreTrainedModel) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module) is kind}
+
+
+def first_and_last_converted(family: str) -> PreTrainedModel:
+    return convert(MAKERS[family](), ConversionConfig(window=8, positions="drop", layers="0,2", wide_window=0)).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "matrices"), [("gpt2", "h.{}.attn", 2), ("llama", "layers.{}.self_attn", 4)]
+)
+def test_converted_attention_has_eight_bits(family, attention, matrices):
+    """And that of layers that were left as they are has four, as everything else but the unembedding."""
+    model = quantise(first_and_last_converted(family), "int4")
+    eight, four = names_of(Int8Linear, model), names_of(Int4Linear, model)
+    places = [f"model.base.{attention.format(i)}." for i in range(3)]
+    for place, (in_eight, in_four) in zip(places, [(matrices, 0), (0, matrices), (matrices, 0)], strict=True):
+        assert len([name for name in eight if name.startswith(place)]) == in_eight
+        assert len([name for name in four if name.startswith(place)]) == in_four
+    assert {name for name in eight if not name.startswith(tuple(places))} == {"lm_head"}
+    assert names_of(Int8Linear, quantise(MAKERS[family](), "int4")) == {"lm_head"}
+
+
+@torch.no_grad()
+def test_training_smaller_than_a_step_of_four_bits_is_kept(tmp_path):
+    """The base model's matrices may lie on a grid of four bits, to which rounding to four would lead back."""
+    model, step = make("llama", converted=True), 0.125
+    weight = model.fast_attentions()[0].q_proj.weight
+    torch.manual_seed(0)
+    codes = torch.randint(16, (len(weight), GROUP))
+    codes[:, 0], codes[:, 1] = 0, 15  # each group uses all of it
+    before, learned = step * (codes - 8), 0.03 * step * torch.randn(codes.shape)
+    weight.copy_(before + learned)
+    model.save_pretrained(tmp_path)
+
+    def share_kept(config: WeightsConfig) -> float:
+        kept = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        difference = kept.fast_attentions()[0].q_proj.matrix().float() - before
+        return float((difference * learned).sum() / learned.square().sum())
+
+    assert share_kept(WeightsConfig("int4")) > 0.8
+    assert share_kept(WeightsConfig("int4", modules_in_int8=[])) < 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(MAKERS))
+def test_the_mix_of_bits_is_loaded_without_a_head_and_as_saved_before(tmp_path, family):
+    ids, asked = random_ids(1, 20), WeightsConfig("int4")
+    make(family, converted=True).save_pretrained(tmp_path / "whole")
+    mixed = FastWeightsForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=asked)
+    assert asked.modules_in_int8 is None  # and may be asked of another model
+    mixed.save_pretrained(tmp_path / "mixed")
+    headless = AutoModel.from_pretrained(tmp_path / "mixed")
+    assert headless(ids).last_hidden_state.equal(mixed.model(ids).last_hidden_state)
+    headless = AutoModel.from_pretrained(tmp_path / "whole", quantization_config=asked)
+    assert headless(ids).last_hidden_state.equal(mixed.model(ids).last_hidden_state)
+
+    four = WeightsConfig("int4", modules_in_int8=[])
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=four)
+    assert names_of(Int8Linear, old) == {"lm_head"}
+    old.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["quantization_config"]["modules_in_int8"]  # there was none
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    again = load_model(tmp_path / "old")
+    assert again(ids).logits.equal(old(ids).logits)
+    again.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert saved == config["quantization_config"]
+    assert fingerprint(load_model(tmp_path / "again")) == fingerprint(again)
 
 
 def test_a_file_is_smaller(tmp_path):

@@ -265,17 +265,17 @@ class Int4Linear(QuantisedLinear):
 LINEAR: dict[str, type[QuantisedLinear]] = {"bf16": BFloat16Linear, "int8": Int8Linear, "int4": Int4Linear}
 
 
-def kept_as(weights: str, in_features: int, out_features: int, *, head: bool) -> type[QuantisedLinear]:
-    """How a matrix is kept: the unembedding, and a matrix of an odd size, in eight bits where others have four.
+def kept_as(weights: str, in_features: int, out_features: int, *, eight: bool) -> type[QuantisedLinear]:
+    """How a matrix is kept: some, and those of an odd size, in eight bits where others have four.
 
     Args:
         weights: "bf16", "int8" or "int4".
         in_features: of the matrix.
         out_features: likewise.
-        head: whether it is the unembedding.
+        eight: whether four bits are too few for it, as for the unembedding.
     """
     check_name("weights", weights, LINEAR)
-    if weights == "int4" and (head or not Int4Linear.takes(in_features, out_features)):
+    if weights == "int4" and (eight or not Int4Linear.takes(in_features, out_features)):
         return Int8Linear
     return LINEAR[weights]
 

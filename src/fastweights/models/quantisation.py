@@ -6,6 +6,7 @@ its config; once `fastweights` is imported, transformers loads it again. States,
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from fastweights.errors import FastWeightsError, check_name
+from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.quantised import LINEAR, Int4Linear, QuantisedLinear, kept_as
 from fastweights.settings.weights import WEIGHTS
 
@@ -32,16 +34,28 @@ class WeightsConfig(QuantizationConfigMixin):
         weights: "bf16", "int8" (a scale for each row) or "int4" (scale and offset for groups of 32; the unembedding has
             int8 then).
         modules_to_not_convert: names of layers, or of modules that have them inside, which stay as they are.
+        modules_in_int8: likewise, which have eight bits where others have four; by default converted attention, as what
+            it learns is smaller than a step of four bits. A model that is saved in few bits names its own, if any.
         others: what transformers saves beside these.
 
     Raises:
         FastWeightsError: `weights` is none of these.
     """
 
-    def __init__(self, weights: str = "int4", modules_to_not_convert: list[str] | None = None, **others: Any) -> None:
+    modules_in_int8: list[str] | None = None
+
+    def __init__(
+        self,
+        weights: str = "int4",
+        modules_to_not_convert: list[str] | None = None,
+        modules_in_int8: list[str] | None = None,
+        **others: Any,
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         check_name("weights", weights, LINEAR)
         self.weights, self.modules_to_not_convert = weights, modules_to_not_convert
+        if modules_in_int8 is not None:  # configs from before have no such line, and memories know models by theirs
+            self.modules_in_int8 = modules_in_int8
 
 
 class WeightsQuantizer(HfQuantizer):
@@ -49,13 +63,19 @@ class WeightsQuantizer(HfQuantizer):
 
     quantization_config: WeightsConfig
 
+    def __init__(self, quantization_config: WeightsConfig, **kwargs: Any) -> None:
+        super().__init__(copy(quantization_config), **kwargs)  # which may be given for other models, too
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
         if self.pre_quantized:
-            for name, layer in linear_layers(model, self.quantization_config).items():
-                kind = _kind(model, layer, self.quantization_config)
+            for name, layer in linear_layers(model, config).items():
+                kind = _kind(model, name, layer, config)
                 columns, rows = _sizes(layer)
                 with torch.device("meta"):
                     _put(model, name, kind(columns, rows, bias=layer.bias is not None))
+        elif config.weights == "int4" and config.modules_in_int8 is None and (names := _converted_attention(model)):
+            config.modules_in_int8 = names
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -146,25 +166,37 @@ def linear_layers(model: PreTrainedModel, config: WeightsConfig) -> dict[str, nn
         config: says which are left out.
     """
     whole = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
-    skipped = set(config.modules_to_not_convert or ())
+    skipped = [*(config.modules_to_not_convert or ())]
     if any("fast_weight_layer" in name for name, _ in model.named_parameters()):
-        skipped.add("lm_head")  # a Fast Weight Layer learns from it
+        skipped.append("lm_head")  # a Fast Weight Layer learns from it
     return {  # type: ignore[return-value]
         name: module
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D)
         and not whole.intersection(name.split("."))
-        and not any(f".{part}." in f".{name}." for part in skipped)
+        and not _is_among(name, skipped)
     }
+
+
+def _converted_attention(model: PreTrainedModel) -> list[str]:
+    """Names within the base model, which are the same with a head and without one."""
+    modules = model.base_model.named_modules()
+    return [name for name, module in modules if isinstance(module, FastWeightAttention)]
+
+
+def _is_among(name: str, parts: list[str]) -> bool:
+    """Whether a layer is one of these, or in one of these modules."""
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _replace(model: PreTrainedModel, config: WeightsConfig) -> None:
     for name, layer in linear_layers(model, config).items():
-        _put(model, name, _kind(model, layer, config).of(layer))
+        _put(model, name, _kind(model, name, layer, config).of(layer))
 
 
-def _kind(model: PreTrainedModel, layer: nn.Linear | Conv1D, config: WeightsConfig) -> type[QuantisedLinear]:
-    return kept_as(config.weights, *_sizes(layer), head=layer is model.get_output_embeddings())
+def _kind(model: PreTrainedModel, name: str, layer: nn.Linear | Conv1D, config: WeightsConfig) -> type[QuantisedLinear]:
+    eight = layer is model.get_output_embeddings() or _is_among(name, config.modules_in_int8 or [])
+    return kept_as(config.weights, *_sizes(layer), eight=eight)
 
 
 def _sizes(layer: nn.Linear | Conv1D) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class Launch(NamedTuple):
 
     def sides(self, near: int, far: int) -> tuple[int, int]:
         """Of a tile, given the widths of both sides; powers of 2, and 16 at least, as tensor cores want."""
-        return tuple(min(side, max(16, 1 << (n - 1).bit_length())) for side, n in ((self.near, near), (self.far, far)))
+        return _side(near, self.near), _side(far, self.far)
 
     def options(self, near: int, far: int) -> dict[str, int]:
         """What the kernel is compiled for."""
@@ -166,6 +166,10 @@ def _kernels() -> Any:
     from . import gpu_kernels
 
     return gpu_kernels
+
+
+def _side(width: int, longest: int) -> int:
+    return min(longest, max(16, 1 << (width - 1).bit_length()))
 
 
 def _problem(
