@@ -60,12 +60,12 @@ LAUNCHES = {
     "written": Launch(),
     "read_back": Launch(),
     "scan": Launch(),
-    "pairs": Launch(),
-    "outputs": Launch(),
+    "pairs": Launch(near=32),
+    "outputs": Launch(near=32),
     "gradients": Launch(near=32),
     "step": Launch(),
 }
-"""The fastest on an H200 (`python -m benchmarks.gpu --tune`)."""
+"""By what they need of registers and shared memory; `python -m benchmarks.gpu --tune` finds the fastest on a card."""
 
 
 def decay_rule_gpu(
