@@ -143,8 +143,13 @@ class _Problem(NamedTuple):
 
     @property
     def dot(self) -> str:
-        """How matrices are multiplied: sums are float32, and factors bfloat16 if that is what q, k and v are."""
-        return "bf16" if {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16} else "tf32x3"
+        """How matrices are multiplied: sums are float32, and factors bfloat16 if that is what q, k and v are.
+
+        Without a gate on both sides they are float32, too: on an H200 (Triton 3.6) products of tiles that come from memory
+        as bfloat16, and are multiplied as they are, read where there is nothing.
+        """
+        low = {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16}
+        return "bf16" if low and all(self.gated.values()) else "tf32x3"
 
     @property
     def gated(self) -> dict[str, bool]:
