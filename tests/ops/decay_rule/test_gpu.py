@@ -198,7 +198,7 @@ POINTERS = dict.fromkeys(("q", "k", "v", "o", "do", "r", "w", "far_r", "far_w", 
 WHOLE = {"starts", "ends", "sequence_starts", "first_chunks", "chunk_counts"}
 NUMBERS = {"H", "G", "R", "K", "V", "D", "NEAR", "FAR"}
 CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, NEAR_GATE=True, FAR_GATE=True, NEAR_IS_KEY=True, GATED=True, SHIFT=1,
-                 BACK=True, CHUNK=64, LEVELS=6, READERS=4, BN=16, BF=16, DOT="bf16")
+                 BACK=True, CHUNK=64, LEVELS=6, READERS=4, BN=16, BF=16, DOT="tf32x3")
 for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step"):
     kernel = getattr(kernels, name)
     signature, constants = {}, {}

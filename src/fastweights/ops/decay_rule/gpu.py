@@ -143,13 +143,11 @@ class _Problem(NamedTuple):
 
     @property
     def dot(self) -> str:
-        """How matrices are multiplied: sums are float32, and factors bfloat16 if that is what q, k and v are.
+        """How matrices are multiplied: sums are float32. One TF32 product keeps what bfloat16 has.
 
-        Without a gate on both sides they are float32, too: on an H200 (Triton 3.6) products of tiles that come from memory
-        as bfloat16, and are multiplied as they are, read where there is nothing.
+        Not "bf16", which multiplies tiles as they come from memory: on an H200 (Triton 3.6) that is an illegal access.
         """
-        low = {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16}
-        return "bf16" if low and all(self.gated.values()) else "tf32x3"
+        return "tf32" if {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16} else "tf32x3"
 
     @property
     def gated(self) -> dict[str, bool]:
@@ -283,7 +281,7 @@ class _Side(NamedTuple):
 def _pairs(p: _Problem, c: _Chunks, side: _Side) -> Float[Tensor, "tokens H CHUNK"]:
     """What each token reads of each of its chunk."""
     H, _, R = p.sizes[:3]
-    A = side.r.new_empty((len(p.q), H, CHUNK), dtype=torch.bfloat16 if p.dot == "bf16" else torch.float32)
+    A = side.r.new_empty((len(p.q), H, CHUNK), dtype=torch.float32)
     launch, width = LAUNCHES["pairs"], side.width
     BN, _ = launch.sides(width, width)
     _kernels().pairs[(len(c.starts), H)](
