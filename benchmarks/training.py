@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="operators of a step, and where it waits for the GPU")
     arguments = parser.parse_args()
+    if arguments.profile and arguments.device == "cpu":
+        parser.error("--profile says what a step does on a GPU: give --device cuda with it")
 
     torch.manual_seed(0)
     teacher = smollm2_shape().requires_grad_(False)
@@ -59,8 +61,7 @@ def main() -> None:
     Console().print(f"written to {arguments.output}")
     if arguments.profile:
         for name in ("LoRA", "pure, LoRA"):
-            if name in steps:
-                profile(name, steps[name])
+            profile(name, steps[name])
 
 
 def _on_cpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
@@ -79,8 +80,8 @@ def _on_cpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
 
 
 def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
-    models = {"hybrid": convert(teacher, HYBRID), "hybrid, all weights": convert(teacher, HYBRID)}
-    models |= {"pure": convert(teacher, PURE), "LoRA": convert(teacher, HYBRID), "pure, LoRA": convert(teacher, PURE)}
+    configs = {"hybrid": HYBRID, "pure": PURE, "LoRA": HYBRID, "pure, LoRA": PURE}
+    models = {name: convert(teacher, config) for name, config in configs.items()}
     softmax = smollm2_shape().train().to(ids.device)
     teacher.to(ids.device)
     for name, model in models.items():
@@ -95,7 +96,7 @@ def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
         "hybrid, text alone, PyTorch": _step(models["hybrid"], None, ids, bf16=True, triton=False),
         "pure, text alone": _step(models["pure"], None, ids, bf16=True),
         "pure, text alone, PyTorch": _step(models["pure"], None, ids, bf16=True, triton=False),
-        "all weights": _step(models["hybrid, all weights"], teacher, ids, bf16=True),
+        "all weights": _step(models["hybrid"], teacher, ids, bf16=True),
         "LoRA": _step(models["LoRA"], teacher, ids, bf16=True),
         "pure, LoRA": _step(models["pure, LoRA"], teacher, ids, bf16=True),
     }

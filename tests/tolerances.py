@@ -6,9 +6,6 @@ FLOAT32 = 1e-5
 BFLOAT16 = 2.0**-8
 """Results rounded to bfloat16, which has 8 significant bits: half a unit, and room for a tie."""
 
-BFLOAT16_PRODUCTS = 2e-2
-"""Results whose sums and gates were rounded to bfloat16 on the way, too; Triton's interpreter cuts off."""
-
 FLOAT16 = 2.0**-10
 """Results rounded to float16, which has 11 significant bits: half a unit, and room for its subnormal numbers."""
 

@@ -64,9 +64,7 @@ def test_agrees_with_the_reference(problem):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.bfloat16, tolerances.BFLOAT16_PRODUCTS), (torch.float16, tolerances.FLOAT16)],
-    ids=str,
+    ("dtype", "tolerance"), [(torch.bfloat16, tolerances.BFLOAT16), (torch.float16, tolerances.FLOAT16)], ids=str
 )
 def test_low_precision_inputs_have_a_float32_state(dtype, tolerance):
     problem = Problem(20, 16, 16, 1, 2, 1, seed=2)
@@ -139,7 +137,9 @@ def test_strided_views_of_one_projection():
     f, z = -torch.rand(2, 2, 18, 16, device=DEVICE).transpose(1, 2), -torch.rand(2, 18, 16, 2, device=DEVICE).mT
     o, _ = decay_rule(q, k, v, f, z, backend="gpu")
     contiguous = [x.contiguous() for x in (q, k, v, f, z)]
-    assert error(o, decay_rule(*contiguous, backend="gpu")[0]) <= tolerances.FLOAT32
+    expected, _ = decay_rule(*contiguous, backend="gpu")
+    # A compiler takes a stride of 1 for known, and may multiply and add in another order.
+    assert error(o, expected) <= tolerances.FLOAT32 if CUDA else torch.equal(o, expected)
 
 
 def test_inputs_are_left_alone_and_the_state_is_new():
@@ -194,11 +194,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastweights.ops.decay_rule import gpu_kernels as kernels
 
-POINTERS = dict.fromkeys(("q", "k", "v", "o", "do", "r", "w", "far_r", "far_w", "dr", "dw", "A", "P"), "bf16")
+POINTERS = dict.fromkeys(("q", "k", "v", "o", "do", "r", "w", "far_r", "far_w", "dr", "dw"), "bf16")
 WHOLE = {"starts", "ends", "sequence_starts", "first_chunks", "chunk_counts"}
 NUMBERS = {"H", "G", "R", "K", "V", "D", "NEAR", "FAR"}
 CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, NEAR_GATE=True, FAR_GATE=True, NEAR_IS_KEY=True, GATED=True, SHIFT=1,
-                 BACK=True, CHUNK=64, LEVELS=6, READERS=4, BN=16, BF=16, DOT="tf32x3")
+                 BACK=True, CHUNK=64, LEVELS=6, READERS=4, BN=16, BF=16, PRECISION="tf32x3")
 for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step"):
     kernel = getattr(kernels, name)
     signature, constants = {}, {}

@@ -41,19 +41,14 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 1
 
-    def sides(self, near: int, far: int) -> tuple[int, int]:
-        """Of a tile, given the widths of both sides; powers of 2, and 16 at least, as tensor cores want."""
-        return _side(near, self.near), _side(far, self.far)
-
-    def options(self, near: int, far: int) -> dict[str, int]:
-        """What the kernel is compiled for."""
-        BN, BF = self.sides(near, far)
-        return {"BN": BN, "BF": BF, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def options(self, near: int, far: int | None = None) -> dict[str, int]:
+        """What the kernel is compiled for, given the widths of both sides, or of the one that it has tiles of."""
+        far_side = {} if far is None else {"BF": _side(far, self.far)}
+        return {"BN": _side(near, self.near), **far_side, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def tiles(self, near: int, far: int) -> tuple[int, int]:
         """How many lie along either side."""
-        BN, BF = self.sides(near, far)
-        return -(-near // BN), -(-far // BF)
+        return -(-near // _side(near, self.near)), -(-far // _side(far, self.far))
 
 
 LAUNCHES = {
@@ -142,10 +137,10 @@ class _Problem(NamedTuple):
         return H, G, H // G, K, V
 
     @property
-    def dot(self) -> str:
-        """How matrices are multiplied: sums are float32. One TF32 product keeps what bfloat16 has.
+    def precision(self) -> str:
+        """How matrices are multiplied: sums are float32, and one TF32 product keeps what bfloat16 has.
 
-        Not "bf16", which multiplies tiles as they come from memory: on an H200 (Triton 3.6) that is an illegal access.
+        Not bfloat16 as it comes from memory: on an H200 (Triton 3.6) such products are illegal accesses (docs/log.md).
         """
         return "tf32" if {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16} else "tf32x3"
 
@@ -172,6 +167,7 @@ def _kernels() -> Any:
 
 
 def _side(width: int, longest: int) -> int:
+    """Of a tile: a power of 2, and 16 at least, as tensor cores want."""
     return min(longest, max(16, 1 << (width - 1).bit_length()))
 
 
@@ -242,7 +238,7 @@ def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tens
         launch = LAUNCHES["written"]
         _kernels().written[(M, G, prod(launch.tiles(K, V)))](
             p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z, *_strides(p.k, p.v, *p.gates), G, K, V,
-            CHUNK=CHUNK, DOT=p.dot, **p.gated, **launch.options(K, V),
+            CHUNK=CHUNK, PRECISION=p.precision, **p.gated, **launch.options(K, V),
         )  # fmt: skip
     _scan(p, c, states, F, Z, initial_state, final_state, back=False)
     return states, F, Z, final_state
@@ -281,13 +277,12 @@ class _Side(NamedTuple):
 def _pairs(p: _Problem, c: _Chunks, side: _Side) -> Float[Tensor, "tokens H CHUNK"]:
     """What each token reads of each of its chunk."""
     H, _, R = p.sizes[:3]
-    A = side.r.new_empty((len(p.q), H, CHUNK), dtype=torch.float32)
+    A = p.new(len(p.q), H, CHUNK)
     launch, width = LAUNCHES["pairs"], side.width
-    BN, _ = launch.sides(width, width)
     _kernels().pairs[(len(c.starts), H)](
         side.r, side.w, side.gate, c.starts, c.ends, A, *_strides(side.r, side.w, side.gate), H, R, width, side.scale,
-        GATED=side.log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, BN=BN, DOT=p.dot,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        GATED=side.log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision,
+        **launch.options(width),
     )  # fmt: skip
     return A
 
@@ -323,7 +318,7 @@ def _forward_op(
         _kernels().outputs[(M, H, launch.tiles(V, K)[0])](
             p.q, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
             *_strides(p.q, p.v, *p.gates), H, G, R, K, V, scale,
-            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, DOT=p.dot, **p.gated, **launch.options(V, K),
+            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision, **p.gated, **launch.options(V, K),
         )  # fmt: skip
     return o, final_state
 
@@ -369,7 +364,7 @@ def _backward_op(
         _kernels().read_back[(M, G, prod(launch.tiles(K, V)))](
             p.q, given, *p.gates, c.starts, c.ends, c.sequence_starts, dstates,
             *_strides(p.q, given, *p.gates), G, R, K, V, scale,
-            SHIFT=p.shift, CHUNK=CHUNK, DOT=p.dot, **p.gated, **launch.options(K, V),
+            SHIFT=p.shift, CHUNK=CHUNK, PRECISION=p.precision, **p.gated, **launch.options(K, V),
         )  # fmt: skip
     _scan(p, c, dstates, F, Z, dinitial, dfinal, back=True)
     keys = _Side(p.q, p.k, p.log_f, p.scale)
@@ -404,7 +399,7 @@ def _gradients(
             dw if dr is None else dr, dw, dw if dlog is None else dlog, *_strides(*tensors),
             H, G, R, near.width, far.width, near.scale, far.scale,
             NEAR_GATE=near.log_gate is not None, FAR_GATE=far.log_gate is not None, NEAR_IS_KEY=dr is not None,
-            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, DOT=p.dot, **launch.options(near.width, far.width),
+            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision, **launch.options(near.width, far.width),
         )  # fmt: skip
     return dw, dlog
 

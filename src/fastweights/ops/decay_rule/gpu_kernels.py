@@ -22,7 +22,7 @@ gradients of keys are those of values. So kernels speak of a near side, whose co
 far side, over all of which it sums; `r` is what reads on a side (q or do), `w` what is written (k or v).
 
 Tokens are rows of (tokens, heads, width). SHIFT is 1 where tokens read before their own write: token t + 1 then reads
-where token t would. DOT says how matrices are multiplied: "bf16", or float32 numbers by "tf32" or "tf32x3".
+where token t would. PRECISION says how tensor cores multiply float32 numbers: "tf32" or "tf32x3".
 """
 
 from __future__ import annotations
@@ -46,21 +46,10 @@ def _dot_of_bfloat16(a, b, total):
 
 
 @triton.jit
-def _dot(a, b, DOT: tl.constexpr):
-    """a b, summed in float32."""
-    if DOT == "bf16":
-        zeros = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-        product = _dot_of_bfloat16(a.to(tl.bfloat16), b.to(tl.bfloat16), zeros)
-    else:
-        product = tl.dot(a, b, input_precision=DOT)
-    return product
-
-
-@triton.jit
-def _sums(which, x, DOT: tl.constexpr):
+def _sums(which, x, PRECISION: tl.constexpr):
     """Of those rows of x for which `which` is true: x is cut into parts of 8 bits, which bfloat16 leaves whole.
 
-    Two parts are more than products of DOT "bf16" or "tf32" keep; three are all of float32.
+    Two parts are more than products of "tf32" keep; three are all of float32.
     """
     ones = which.to(tl.float32).to(tl.bfloat16)
     part = x.to(tl.bfloat16)
@@ -68,7 +57,7 @@ def _sums(which, x, DOT: tl.constexpr):
     total = _dot_of_bfloat16(ones, part, tl.zeros((which.shape[0], x.shape[1]), tl.float32))
     part = rest.to(tl.bfloat16)
     total = _dot_of_bfloat16(ones, part, total)
-    if DOT == "tf32x3":
+    if PRECISION == "tf32x3":
         rest = rest - part.to(tl.float32)
         total = _dot_of_bfloat16(ones, rest.to(tl.bfloat16), total)
     return total
@@ -81,26 +70,16 @@ def _is_right(place, level):
 
 
 @triton.jit
-def _steps(place, level):
-    """[t, s]: whether the gate of s lies between t and the middle of its block; t's own does for a t on the right."""
-    t, s = place[:, None], place[None, :]
-    right = ((t >> level) & 1) == 1
+def _steps(t, s, level):
+    """Whether the gate of s lies between t and the middle of its block; t's own does for a t on the right."""
+    right = _is_right(t, level)
     return ((t >> level) == (s >> level)) & ((right & (s <= t)) | (~right & (s > t)))
 
 
 @triton.jit
-def _steps_of(place, level):
-    """`_steps`, transposed."""
-    s, t = place[:, None], place[None, :]
-    right = ((t >> level) & 1) == 1
-    return ((t >> level) == (s >> level)) & ((right & (s <= t)) | (~right & (s > t)))
-
-
-@triton.jit
-def _of_level(place, level):
-    """[t, j]: whether t in a right half reads j in the left half of the same block."""
-    t, j = place[:, None], place[None, :]
-    return ((t >> level) == (j >> level) + 1) & (((t >> level) & 1) == 1)
+def _of_level(t, j, level):
+    """Whether t in a right half reads j in the left half of the same block."""
+    return ((t >> level) == (j >> level) + 1) & _is_right(t, level)
 
 
 @triton.jit
@@ -120,6 +99,9 @@ def _logs(log_gate, rows, there, columns, width, stride, column_stride):
 @triton.jit
 def _store_rows(x, rows, there, columns, width, stride, tile):
     at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if _INTERPRETED and x.dtype.element_ty == tl.bfloat16:  # which cuts off where a GPU rounds to the nearest
+        bits = tile.to(tl.uint32, bitcast=True)
+        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     tl.store(at, tile, mask=there[:, None] & (columns < width)[None, :])
 
 
@@ -140,11 +122,11 @@ def _store_tile(S, row, keys, values, K, V, tile):
 def _load_sides(S, row, far, near, FAR, NEAR, NEAR_IS_KEY: tl.constexpr):
     """A tile (far, near) of a contiguous (rows, K, V), 0 beyond it."""
     if NEAR_IS_KEY:
-        within = near[None, :] * FAR + far[:, None]
+        at = S + row.to(tl.int64) * FAR * NEAR + near[None, :] * FAR + far[:, None]
+        tile = tl.load(at, mask=(far < FAR)[:, None] & (near < NEAR)[None, :], other=0.0)
     else:
-        within = far[:, None] * NEAR + near[None, :]
-    at = S + row.to(tl.int64) * FAR * NEAR + within
-    return tl.load(at, mask=(far < FAR)[:, None] & (near < NEAR)[None, :], other=0.0)
+        tile = _load_tile(S, row, far, near, FAR, NEAR)
+    return tile
 
 
 @triton.jit
@@ -153,7 +135,7 @@ def written(
     k_row, k_head, k_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, K, V,
     KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before."""
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -170,14 +152,14 @@ def written(
     f_whole, z_whole = tl.full((BN,), 1.0, tl.float32), tl.full((BF,), 1.0, tl.float32)
     if KEY_GATE:
         logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column)
-        keys_left *= tl.exp(_sums(later, logs, DOT))
+        keys_left *= tl.exp(_sums(later, logs, PRECISION))
         f_whole = tl.exp(tl.sum(logs, 0))
     values_left = _rows(v, rows, rows < end, values, V, v_row, v_column)
     if VALUE_GATE:
         logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column)
-        values_left *= tl.exp(_sums(later, logs, DOT))
+        values_left *= tl.exp(_sums(later, logs, PRECISION))
         z_whole = tl.exp(tl.sum(logs, 0))
-    _store_tile(U, head, keys, values, K, V, _dot(tl.trans(keys_left), values_left, DOT))
+    _store_tile(U, head, keys, values, K, V, tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION))
     if value_tile == 0:
         tl.store(F + head * K + keys, f_whole, mask=keys < K)
     if key_tile == 0:
@@ -190,7 +172,7 @@ def read_back(
     q_row, q_head, q_column, do_row, do_head, do_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, R, K, V, scale,
     KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-    BF: tl.constexpr, DOT: tl.constexpr,
+    BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dU: the gradient of the state before a chunk, from what the chunk's tokens read."""
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -204,21 +186,21 @@ def read_back(
     to_here = place[None, :] <= place[:, None]
     f_before, z_before = tl.full((CHUNK, BN), 1.0, tl.float32), tl.full((CHUNK, BF), 1.0, tl.float32)
     if KEY_GATE:
-        f_before = tl.exp(_sums(to_here, _logs(log_f, rows, rows < end, keys, K, f_row, f_column), DOT))
+        f_before = tl.exp(_sums(to_here, _logs(log_f, rows, rows < end, keys, K, f_row, f_column), PRECISION))
     if VALUE_GATE:
-        z_before = tl.exp(_sums(to_here, _logs(log_z, rows, rows < end, values, V, z_row, z_column), DOT))
+        z_before = tl.exp(_sums(to_here, _logs(log_z, rows, rows < end, values, V, z_row, z_column), PRECISION))
     total = tl.zeros((BN, BF), tl.float32)
     for i in range(R):
         h = g * R + i
         queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
         given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
-        total += _dot(tl.trans(queries * f_before), given * z_before, DOT)
+        total += tl.dot(tl.trans(queries * f_before), given * z_before, input_precision=PRECISION)
         if SHIFT:  # the first token of a sequence reads the state before it
             if start == tl.load(sequence_starts + m):
                 first = (place == 0) & (rows < end)
                 queries = _rows(q + h * q_head, rows, first, keys, K, q_row, q_column) * scale
                 given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
-                total += _dot(tl.trans(queries), given, DOT)
+                total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
     _store_tile(dU, m * G + g, keys, values, K, V, total)
 
 
@@ -262,7 +244,7 @@ def pairs(
     r_row, r_head, r_column, w_row, w_head, w_column, gate_row, gate_head, gate_column,
     H, R, D, scale,
     GATED: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A[t, j] = scale * r_t . (gates in between) w_j, for tokens j of the chunk up to t; else 0."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -282,11 +264,11 @@ def pairs(
             own = tl.sum(reading * writing, 1)
             total += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
             for level in range(LEVELS):
-                gates = tl.exp(_sums(_steps(place, level), logs, DOT))
-                product = _dot(reading * gates, tl.trans(writing * gates), DOT)
-                total += tl.where(_of_level(place, level), product, 0.0)
+                gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
+                product = tl.dot(reading * gates, tl.trans(writing * gates), input_precision=PRECISION)
+                total += tl.where(_of_level(place[:, None], place[None, :], level), product, 0.0)
         else:
-            product = _dot(reading, tl.trans(writing), DOT)
+            product = tl.dot(reading, tl.trans(writing), input_precision=PRECISION)
             total += tl.where(place[:, None] >= place[None, :], product, 0.0)
     _store_rows(A + h * CHUNK, rows, rows < end, place, CHUNK, H * CHUNK, total)
 
@@ -297,16 +279,20 @@ def _load_pairs(A, rows, there, place, h, H, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _near_reads(pairs, writing, logs, place, GATED: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr):
+def _near_reads(pairs, writing, logs, place, GATED: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """What tokens read of others of their chunk: the sum over j of pairs[t, j] (gates in between) writing[j]."""
     if GATED:
         own = tl.sum(tl.where(place[:, None] == place[None, :], pairs, 0.0), 1)
         total = own[:, None] * writing
         for level in range(LEVELS):
-            gates = tl.exp(_sums(_steps(place, level), logs, DOT))
-            total += gates * _dot(tl.where(_of_level(place, level), pairs, 0.0), writing * gates, DOT)
+            gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
+            total += gates * tl.dot(
+                tl.where(_of_level(place[:, None], place[None, :], level), pairs, 0.0),
+                writing * gates,
+                input_precision=PRECISION,
+            )
     else:
-        total = _dot(pairs, writing, DOT)
+        total = tl.dot(pairs, writing, input_precision=PRECISION)
     return total
 
 
@@ -314,7 +300,7 @@ def _near_reads(pairs, writing, logs, place, GATED: tl.constexpr, LEVELS: tl.con
 def _far_reads(
     r, log_far, states, head, rows, readers, end, near, NEAR, FAR, r_row, r_column, far_row, far_column, scale,
     FAR_GATE: tl.constexpr, NEAR_IS_KEY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What tokens read of the state before their chunk, before the near side's gates."""
     place = tl.arange(0, CHUNK)
@@ -324,8 +310,10 @@ def _far_reads(
         reading = _rows(r, readers, readers < end, far, FAR, r_row, r_column) * scale
         if FAR_GATE:
             logs = _logs(log_far, rows, rows < end, far, FAR, far_row, far_column)
-            reading *= tl.exp(_sums(place[None, :] <= place[:, None], logs, DOT))
-        total += _dot(reading, _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY), DOT)
+            reading *= tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
+        total += tl.dot(
+            reading, _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY), input_precision=PRECISION
+        )
     return total
 
 
@@ -350,7 +338,7 @@ def outputs(
     q_row, q_head, q_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
     H, G, R, K, V, scale,
     KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    BF: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    BF: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (tokens, H, V): what each token reads."""
     m, h, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -367,15 +355,15 @@ def outputs(
             tl.store(o + start.to(tl.int64) * H * V + values, read, mask=values < V)
     read = _far_reads(
         q, log_f, states, head, rows, readers, end, values, V, K, q_row, q_column, f_row, f_column, scale,
-        KEY_GATE, False, CHUNK, BN, BF, DOT,
+        KEY_GATE, False, CHUNK, BN, BF, PRECISION,
     )  # fmt: skip
     writing = _rows(v, rows, rows < end, values, V, v_row, v_column)
     logs = writing
     if VALUE_GATE:
         logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column)
-        read *= tl.exp(_sums(place[None, :] <= place[:, None], logs, DOT))
+        read *= tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
     near = _load_pairs(A, rows, rows < end, place, h, H, CHUNK)
-    read += _near_reads(near, writing, logs, place, VALUE_GATE, LEVELS, DOT)
+    read += _near_reads(near, writing, logs, place, VALUE_GATE, LEVELS, PRECISION)
     _store_rows(o, readers, readers < end, values, V, H * V, read)
 
 
@@ -387,7 +375,7 @@ def gradients(
     far_r_row, far_r_head, far_r_column, far_w_row, far_w_head, far_w_column, far_row, far_head, far_column,
     H, G, R, NEAR, FAR, near_scale, far_scale,
     NEAR_GATE: tl.constexpr, FAR_GATE: tl.constexpr, NEAR_IS_KEY: tl.constexpr, SHIFT: tl.constexpr,
-    CHUNK: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
+    CHUNK: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one side: dw, dlog, and if it is that of the keys dr; of the values' dr, o, there is no use.
 
@@ -418,9 +406,9 @@ def gradients(
         far_writing = _rows(far_w, rows, rows < end, far, FAR, far_w_row, far_w_column)
         if FAR_GATE:
             far_logs = _logs(log_far, rows, rows < end, far, FAR, far_row, far_column)
-            far_writing *= tl.exp(_sums(place[None, :] > place[:, None], far_logs, DOT))
+            far_writing *= tl.exp(_sums(place[None, :] > place[:, None], far_logs, PRECISION))
         dS = _load_sides(dstates, head, far, near, FAR, NEAR, NEAR_IS_KEY)
-        writing_grads += _dot(far_writing, dS, DOT)
+        writing_grads += tl.dot(far_writing, dS, input_precision=PRECISION)
         if NEAR_GATE:
             S = _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY)
             left = tl.load(far_whole + head * FAR + far, mask=far < FAR, other=0.0)
@@ -428,10 +416,10 @@ def gradients(
     gate_grads = tl.zeros((CHUNK, BN), tl.float32)
     before = gate_grads
     if NEAR_GATE:
-        writing_grads *= tl.exp(_sums(place[None, :] > place[:, None], logs, DOT))
+        writing_grads *= tl.exp(_sums(place[None, :] > place[:, None], logs, PRECISION))
         through *= tl.load(near_whole + head * NEAR + near, mask=near < NEAR, other=0.0)
-        gate_grads += _sums(place[None, :] < place[:, None], writing * writing_grads, DOT) + through[None, :]
-        before = tl.exp(_sums(place[None, :] <= place[:, None], logs, DOT))
+        gate_grads += _sums(place[None, :] < place[:, None], writing * writing_grads, PRECISION) + through[None, :]
+        before = tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
 
     for i in range(R):
         h = g * R + i
@@ -442,29 +430,29 @@ def gradients(
             reading_grads = _far_reads(
                 far_r + h * far_r_head, log_far, states, head, rows, readers, end, near, NEAR, FAR,
                 far_r_row, far_r_column, far_row, far_column, far_scale,
-                FAR_GATE, NEAR_IS_KEY, CHUNK, BN, BF, DOT,
+                FAR_GATE, NEAR_IS_KEY, CHUNK, BN, BF, PRECISION,
             )  # fmt: skip
             if NEAR_GATE:
                 reading_grads *= before
-                gate_grads += _sums(place[None, :] >= place[:, None], reading * reading_grads, DOT)
+                gate_grads += _sums(place[None, :] >= place[:, None], reading * reading_grads, PRECISION)
         # Paths inside the chunk.
         if NEAR_GATE:
             own = tl.sum(tl.where(place[:, None] == place[None, :], P_h, 0.0), 1)
             reading_grads += own[:, None] * writing
             writing_grads += own[:, None] * reading
             for level in range(LEVELS):
-                gates = tl.exp(_sums(_steps(place, level), logs, DOT))
-                of_level = tl.where(_of_level(place, level), P_h, 0.0)
-                right = gates * _dot(of_level, writing * gates, DOT)
-                left = gates * _dot(tl.trans(of_level), reading * gates, DOT)
+                gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
+                of_level = tl.where(_of_level(place[:, None], place[None, :], level), P_h, 0.0)
+                right = gates * tl.dot(of_level, writing * gates, input_precision=PRECISION)
+                left = gates * tl.dot(tl.trans(of_level), reading * gates, input_precision=PRECISION)
                 reading_grads += right
                 writing_grads += left
                 crossed = tl.where(_is_right(place, level)[:, None], reading * right, writing * left)
-                gate_grads += _sums(_steps_of(place, level), crossed, DOT)
+                gate_grads += _sums(_steps(place[None, :], place[:, None], level), crossed, PRECISION)
         else:
             if NEAR_IS_KEY:
-                reading_grads += _dot(P_h, writing, DOT)
-            writing_grads += _dot(tl.trans(P_h), reading, DOT)
+                reading_grads += tl.dot(P_h, writing, input_precision=PRECISION)
+            writing_grads += tl.dot(tl.trans(P_h), reading, input_precision=PRECISION)
         if NEAR_IS_KEY:
             _store_rows(dr + h * NEAR, readers, readers < end, near, NEAR, H * NEAR, reading_grads * near_scale)
             if SHIFT:
