@@ -13,9 +13,8 @@ one is wrong, nothing is timed. Then, in turns and by CUDA events, with the seco
 
 Bytes are those of inputs and outputs, each moved once, and operations those of the recurrence token by token (of the
 causal half of softmax): what must be done, of which a kernel may do more. Both stand beside what the card was measured
-to reach, copying and multiplying. With `--tune`, ways to compile each kernel are timed first, and the fastest taken:
-`LAUNCHES` in ops/decay_rule/gpu.py should have them. With `--device cpu` and TRITON_INTERPRET=1 the same script runs
-in Triton's interpreter on tiny shapes: a rehearsal, whose times mean nothing.
+to reach, copying and multiplying. With `--device cpu` and TRITON_INTERPRET=1 the same script runs in Triton's
+interpreter on tiny shapes: a rehearsal, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +56,6 @@ STEPS = ((64, 16, 64), (64, 16, 128))
 GATES = {"both gates": (True, True), "key gate": (True, False), "value gate": (False, True), "no gates": (False, False)}
 HOST_CYCLES = 10_000_000
 """Of the card's clock, some milliseconds: longer than the host takes to launch anything here."""
-BACKWARD = {"read_back", "gradients"}
-TUNED = {
-    "gradients": ((32, 64), (64,), (4, 8), (1,)),
-    "outputs": ((32, 64), (64,), (4, 8), (1,)),
-    "pairs": ((32, 64), (64,), (4, 8), (1,)),
-    "scan": ((32, 64), (16, 32, 64), (4,), (1, 3)),
-    "step": ((16, 32, 64), (64, 128), (2, 4), (1,)),
-    "others": ((64,), (32, 64), (4, 8), (1,)),
-}
-"""Longest sides of tiles, near and far, warps and stages."""
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 console = Console()
@@ -116,7 +104,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.csv"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--tune", action="store_true", help="find the fastest way to compile each kernel")
     arguments = parser.parse_args()
     device = Device(arguments.device, arguments.repeats)
     try:
@@ -130,8 +117,6 @@ def main() -> None:
             given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
             check("gpu", given, tolerance, f" ({gates}, {dtype})")
     console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16)")
-    if arguments.tune:
-        tune(device)
     if find_spec("fla") is None:
         console.print(
             "flash-linear-attention is not installed: its rows are left out (pip install flash-linear-attention)"
@@ -154,38 +139,12 @@ def _all(device: Device, limits: dict[str, float]) -> Iterator[list[dict]]:
         yield measure_step(1, 1, 16, device=device, limits=limits, contexts=(32,))
         yield measure(1, 16, 1, 16, device=device, limits=limits, by_length=True)
         return
-    for shape in SHAPES:
-        yield measure(*shape, device=device, limits=limits)
-    for shape in STEPS:
-        yield measure_step(*shape, device=device, limits=limits, contexts=CONTEXTS)
     for T in LENGTHS:
         yield measure(max(1, TOKENS // T), T, 16, 64, device=device, limits=limits, by_length=True)
-
-
-def tune(device: Device) -> None:
-    """Print the time of a pass with each way to compile one kernel, the others as they are; and take the best."""
-    from fastweights.ops.decay_rule.gpu import LAUNCHES
-
-    shape = (4, 2048, 16, 128) if device.is_gpu else (1, 20, 1, 16)
-    rule = inputs(*shape, device.name, torch.bfloat16)
-    step = inputs(64, 1, 16, shape[3], device.name, torch.bfloat16)
-    state = torch.randn(64, 16, shape[3], shape[3], device=device.name)
-    both, passes = _decay("gpu", (True, True)), {}
-    for kernel in LAUNCHES:
-        passes[kernel] = forward_and_backward(both, rule) if kernel in BACKWARD else forward(both, rule)
-    passes["step"] = lambda: decay_rule(*step, initial_state=state, output_final_state=True, backend="gpu")
-    for kernel, first in list(LAUNCHES.items()):
-        found = {}
-        for near, far, num_warps, num_stages in product(*TUNED.get(kernel, TUNED["others"])):
-            launch = first._replace(near=near, far=far, num_warps=num_warps, num_stages=num_stages)
-            LAUNCHES[kernel] = launch
-            try:
-                found[launch] = device.times({"": passes[kernel]})[""]["p50"]
-            except RuntimeError as error:  # of too much shared memory, for instance
-                console.print(f"{kernel}: {launch}: {str(error).splitlines()[0]}")
-        LAUNCHES[kernel] = min(found, key=found.__getitem__, default=first)
-        for launch, ms in sorted(found.items(), key=lambda item: item[1]):
-            console.print(f"{kernel}: {ms:.3f} ms with {tuple(launch)}")
+    for shape in STEPS:
+        yield measure_step(*shape, device=device, limits=limits, contexts=CONTEXTS)
+    for shape in SHAPES:
+        yield measure(*shape, device=device, limits=limits)
 
 
 def check_device(device: Device) -> None:

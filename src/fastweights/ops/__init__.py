@@ -87,8 +87,7 @@ def decay_rule(
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
         backend: "reference", "chunked", "cpu" or "gpu" (Triton); "auto" takes "cpu" for tensors on a CPU, except
             float64 ones, and "chunked" for all others; "gpu" on a GPU where FASTWEIGHTS_TRITON=1 is in the environment,
-            until these kernels have been seen to run there ("gpu" spreads what is not finite over the 64 tokens of its
-            chunk, earlier ones too). Only "reference" and "chunked" can be differentiated twice.
+            until these kernels have been seen to run there. Only "reference" and "chunked" can be differentiated twice.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.

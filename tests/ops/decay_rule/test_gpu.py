@@ -194,11 +194,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastweights.ops.decay_rule import gpu_kernels as kernels
 
-POINTERS = dict.fromkeys(("q", "k", "v", "o", "do", "r", "w", "far_r", "far_w", "dr", "dw"), "bf16")
+POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "o": "bf16", "do": "bf16", "x": "bf16", "y": "bf16"}
 WHOLE = {"starts", "ends", "sequence_starts", "first_chunks", "chunk_counts"}
-NUMBERS = {"H", "G", "R", "K", "V", "D", "NEAR", "FAR"}
-CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, NEAR_GATE=True, FAR_GATE=True, NEAR_IS_KEY=True, GATED=True, SHIFT=1,
-                 BACK=True, CHUNK=64, LEVELS=6, READERS=4, BN=16, BF=16, PRECISION="tf32x3")
+NUMBERS = {"tokens", "H", "G", "R", "K", "V", "D"}
+CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, GATED=True, SHIFT=1, BACK=True, CHUNK=64, SUB=16, READERS=4, BK=16,
+                 BV=16, BD=16, PRECISION="tf32x3")
 for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step"):
     kernel = getattr(kernels, name)
     signature, constants = {}, {}
@@ -207,7 +207,7 @@ for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "s
             signature[parameter.name], constants[parameter.name] = "constexpr", CONSTANTS[parameter.name]
         elif parameter.name.endswith(("_row", "_head", "_column")) or parameter.name in NUMBERS:
             signature[parameter.name] = "i32"
-        elif parameter.name.endswith("scale"):
+        elif parameter.name == "scale":
             signature[parameter.name] = "fp32"
         else:
             kind = "i64" if parameter.name in WHOLE else POINTERS.get(parameter.name, "fp32")

@@ -26,41 +26,12 @@ from ..checks import compute_dtype
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-LEVELS = 6
-CHUNK = 1 << LEVELS
+CHUNK = 64
 """Tokens between two states that are kept while a call runs; the kernels are parallel over chunks."""
-
-
-class Launch(NamedTuple):
-    """How a kernel is compiled: the longest sides of its tiles, and what is Triton's own."""
-
-    near: int = 64
-    """Of the side that a program works out; of the keys, where it works out a tile of the state."""
-    far: int = 64
-    """Of the side that it sums over; of the values, where it works out a tile of the state."""
-    num_warps: int = 4
-    num_stages: int = 1
-
-    def options(self, near: int, far: int | None = None) -> dict[str, int]:
-        """What the kernel is compiled for, given the widths of both sides, or of the one that it has tiles of."""
-        far_side = {} if far is None else {"BF": _side(far, self.far)}
-        return {"BN": _side(near, self.near), **far_side, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    def tiles(self, near: int, far: int) -> tuple[int, int]:
-        """How many lie along either side."""
-        return -(-near // _side(near, self.near)), -(-far // _side(far, self.far))
-
-
-LAUNCHES = {
-    "written": Launch(),
-    "read_back": Launch(),
-    "scan": Launch(),
-    "pairs": Launch(near=32),
-    "outputs": Launch(near=32),
-    "gradients": Launch(near=32),
-    "step": Launch(),
-}
-"""By what they need of registers and shared memory; `python -m benchmarks.gpu --tune` finds the fastest on a card."""
+SUB = 16
+"""Tokens that are compared pair by pair."""
+TILE = 64
+"""Longest side of a tile of the state."""
 
 
 def decay_rule_gpu(
@@ -137,17 +108,29 @@ class _Problem(NamedTuple):
         return H, G, H // G, K, V
 
     @property
-    def precision(self) -> str:
-        """How matrices are multiplied: sums are float32, and one TF32 product keeps what bfloat16 has.
-
-        Not bfloat16 as it comes from memory: on an H200 (Triton 3.6) such products are illegal accesses (docs/log.md).
-        """
-        return "tf32" if {self.q.dtype, self.k.dtype, self.v.dtype} == {torch.bfloat16} else "tf32x3"
+    def sides(self) -> tuple[int, int]:
+        """Of a tile of the state."""
+        return _side(self.k.shape[2]), _side(self.v.shape[2])
 
     @property
-    def gated(self) -> dict[str, bool]:
-        """Which gates there are."""
-        return {"KEY_GATE": self.log_f is not None, "VALUE_GATE": self.log_z is not None}
+    def tiles(self) -> tuple[int, int]:
+        """How many of them lie along the keys, and along the values."""
+        (BK, BV), (K, V) = self.sides, self.sizes[3:]
+        return -(-K // BK), -(-V // BV)
+
+    @property
+    def compiled_for(self) -> dict:
+        """What most kernels are compiled for."""
+        # One TF32 product keeps what bfloat16 has, and half of float16's last digit.
+        exact = {self.q.dtype, self.k.dtype, self.v.dtype} != {torch.bfloat16}
+        return {
+            "KEY_GATE": self.log_f is not None,
+            "VALUE_GATE": self.log_z is not None,
+            "CHUNK": CHUNK,
+            "BK": self.sides[0],
+            "BV": self.sides[1],
+            "PRECISION": "tf32x3" if exact else "tf32",
+        }
 
     @property
     def gates(self) -> tuple[Tensor, Tensor]:
@@ -166,9 +149,8 @@ def _kernels() -> Any:
     return gpu_kernels
 
 
-def _side(width: int, longest: int) -> int:
-    """Of a tile: a power of 2, and 16 at least, as tensor cores want."""
-    return min(longest, max(16, 1 << (width - 1).bit_length()))
+def _side(width: int) -> int:
+    return min(TILE, max(16, 1 << (width - 1).bit_length()))
 
 
 def _problem(
@@ -235,10 +217,9 @@ def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tens
     states, F, Z, final_state = p.new(M, G, K, V), p.new(M, G, K), p.new(M, G, V), p.new(p.N, G, K, V)
     initial_state = _or_zeros(initial_state, final_state)
     if M:
-        launch = LAUNCHES["written"]
-        _kernels().written[(M, G, prod(launch.tiles(K, V)))](
-            p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z, *_strides(p.k, p.v, *p.gates), G, K, V,
-            CHUNK=CHUNK, PRECISION=p.precision, **p.gated, **launch.options(K, V),
+        _kernels().written[(M, G, prod(p.tiles))](
+            p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z,
+            *_strides(p.k, p.v, *p.gates), G, K, V, **p.compiled_for,
         )  # fmt: skip
     _scan(p, c, states, F, Z, initial_state, final_state, back=False)
     return states, F, Z, final_state
@@ -248,41 +229,20 @@ def _scan(
     p: _Problem, c: _Chunks, states: Tensor, F: Tensor, Z: Tensor, before: Tensor, after: Tensor, back: bool
 ) -> None:
     _, G, _, K, V = p.sizes
+    BK, BV = p.sides
     if p.N:
-        launch = LAUNCHES["scan"]
-        _kernels().scan[(p.N, G, prod(launch.tiles(K, V)))](
-            states, F, Z, c.first, c.counts, before, after, G, K, V, BACK=back, **launch.options(K, V)
+        _kernels().scan[(p.N, G, prod(p.tiles))](
+            states, F, Z, c.first, c.counts, before, after, G, K, V, BACK=back, BK=BK, BV=BV
         )
 
 
-class _Side(NamedTuple):
-    """The keys' side of a problem, or the values': what reads there, what is written, and what decays it."""
-
-    r: Float[Tensor, "tokens H width"]
-    w: Float[Tensor, "tokens G width"]
-    log_gate: Float[Tensor, "tokens G width"] | None
-    scale: float
-    """On what reads."""
-
-    @property
-    def width(self) -> int:
-        return self.w.shape[2]
-
-    @property
-    def gate(self) -> Tensor:
-        """Or some tensor, which is not read."""
-        return self.r if self.log_gate is None else self.log_gate
-
-
-def _pairs(p: _Problem, c: _Chunks, side: _Side) -> Float[Tensor, "tokens H CHUNK"]:
-    """What each token reads of each of its chunk."""
+def _pairs(p: _Problem, c: _Chunks, x: Tensor, y: Tensor, log_gate: Tensor | None, scale: float, side: int) -> Tensor:
+    """What x reads of y within each sub-chunk: (tokens, H, SUB)."""
     H, _, R = p.sizes[:3]
-    A = p.new(len(p.q), H, CHUNK)
-    launch, width = LAUNCHES["pairs"], side.width
+    A, gate = p.new(len(x), H, SUB), p.q if log_gate is None else log_gate
     _kernels().pairs[(len(c.starts), H)](
-        side.r, side.w, side.gate, c.starts, c.ends, A, *_strides(side.r, side.w, side.gate), H, R, width, side.scale,
-        GATED=side.log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision,
-        **launch.options(width),
+        x, y, gate, c.starts, c.ends, A, *_strides(x, y, gate), H, R, x.shape[2], scale,
+        GATED=log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, SUB=SUB, BD=side,
     )  # fmt: skip
     return A
 
@@ -312,15 +272,16 @@ def _forward_op(
     c = _chunks(q, cu_seqlens)
     states, _, _, final_state = _states(p, c, initial_state)
     H, G, R, K, V = p.sizes
-    o = v.new_empty((*q.shape[:3], V))
-    if M := len(c.starts):
-        A, launch = _pairs(p, c, _Side(p.q, p.k, p.log_f, p.scale)), LAUNCHES["outputs"]
-        _kernels().outputs[(M, H, launch.tiles(V, K)[0])](
-            p.q, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
-            *_strides(p.q, p.v, *p.gates), H, G, R, K, V, scale,
-            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision, **p.gated, **launch.options(V, K),
+    M, parts = len(c.starts), p.tiles[0]
+    o = v.new_empty((1, *q.shape[:3], V)) if parts == 1 else p.new(parts, *q.shape[:3], V)
+    if M:
+        A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
+        _kernels().outputs[(M, H, prod(p.tiles))](
+            p.q, p.k, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
+            *_strides(p.q, p.k, p.v, *p.gates), len(p.q), H, G, R, K, V, scale,
+            SHIFT=p.shift, SUB=SUB, **p.compiled_for,
         )  # fmt: skip
-    return o, final_state
+    return o[0] if parts == 1 else o.sum(0).to(v.dtype), final_state
 
 
 @_forward_op.register_fake
@@ -330,10 +291,12 @@ def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
 
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
     H, G, R, K, V = p.sizes
-    before, launch = _or_zeros(initial_state, final_state), LAUNCHES["step"]
-    _kernels().step[(p.N, G, launch.tiles(V, K)[0])](
+    BK, BV = p.sides
+    before = _or_zeros(initial_state, final_state)
+    _kernels().step[(p.N, G, p.tiles[1])](
         p.q, p.k, p.v, *p.gates, before, o, final_state, *_strides(p.q, p.k, p.v, *p.gates), H, G, R, K, V, p.scale,
-        SHIFT=p.shift, READERS=1 << (R - 1).bit_length(), **p.gated, **launch.options(V, K),
+        KEY_GATE=p.log_f is not None, VALUE_GATE=p.log_z is not None, SHIFT=p.shift,
+        READERS=1 << (R - 1).bit_length(), BK=BK, BV=BV,
     )  # fmt: skip
     return o, final_state
 
@@ -355,68 +318,47 @@ def _backward_op(
     """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
     p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), _chunks(q, cu_seqlens)
     states, F, Z, final_state = _states(p, c, initial_state)
-    (H, G, R, K, V), M = p.sizes, len(c.starts)
-    given = p.new(1, 1, 1).zero_().expand(len(p.q), H, V) if do is None else do.flatten(0, 1)
+    (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
+    M, tokens = len(c.starts), len(p.q)
+    given = p.new(1, 1, 1).zero_().expand(tokens, H, V) if do is None else do.flatten(0, 1)
     dfinal = _or_zeros(dfinal, final_state)
     dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
+    grid = (M, G, prod(p.tiles))
     if M:
-        launch = LAUNCHES["read_back"]
-        _kernels().read_back[(M, G, prod(launch.tiles(K, V)))](
+        _kernels().read_back[grid](
             p.q, given, *p.gates, c.starts, c.ends, c.sequence_starts, dstates,
-            *_strides(p.q, given, *p.gates), G, R, K, V, scale,
-            SHIFT=p.shift, CHUNK=CHUNK, PRECISION=p.precision, **p.gated, **launch.options(K, V),
+            *_strides(p.q, given, *p.gates), G, R, K, V, scale, SHIFT=p.shift, SUB=SUB, **p.compiled_for,
         )  # fmt: skip
     _scan(p, c, dstates, F, Z, dinitial, dfinal, back=True)
-    keys = _Side(p.q, p.k, p.log_f, p.scale)
-    values = _Side(given, p.v, p.log_z, 1.0)
-    dq = q.new_empty(q.shape)
-    dk, dlog_f = _gradients(p, c, keys, values, states, dstates, F, Z, dq)
-    dv, dlog_z = _gradients(p, c, values, keys, states, dstates, Z, F, None)
-    results = [dq, dk.view(k.shape), dv.view(v.shape), _of_gate(dlog_f, log_f, q), _of_gate(dlog_z, log_z, q)]
+    dq, dk, dv = p.new(value_tiles, tokens, H, K), p.new(value_tiles, tokens, G, K), p.new(key_tiles, tokens, G, V)
+    dlog_f = dk if log_f is None else torch.empty_like(dk)
+    dlog_z = dv if log_z is None else torch.empty_like(dv)
+    if M:
+        A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
+        B = _pairs(p, c, given, p.v, p.log_z, 1.0, p.sides[1])
+        _kernels().gradients[grid](
+            p.q, p.k, p.v, *p.gates, given, A, B, states, dstates, c.starts, c.ends, c.sequence_starts,
+            dq, dk, dv, dlog_f, dlog_z, *_strides(p.q, p.k, p.v, *p.gates, given), tokens, H, G, R, K, V, scale,
+            SHIFT=p.shift, SUB=SUB, **p.compiled_for,
+        )  # fmt: skip
+    results = [_joined(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v), (dlog_f, log_f), (dlog_z, log_z))]
     return *results, dinitial  # type: ignore[return-value]
 
 
-def _gradients(
-    p: _Problem,
-    c: _Chunks,
-    near: _Side,
-    far: _Side,
-    states: Tensor,
-    dstates: Tensor,
-    near_whole: Tensor,
-    far_whole: Tensor,
-    dr: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of what is written on the near side and of its gate; that of what reads goes to `dr`, if given."""
-    (H, G, R, _, _), M = p.sizes, len(c.starts)
-    dw = near.w.new_empty(near.w.shape)
-    dlog = None if near.log_gate is None else p.new(*near.w.shape)
-    if M:
-        P, launch = _pairs(p, c, far), LAUNCHES["gradients"]
-        tensors = (near.r, near.w, near.gate, far.r, far.w, far.gate)
-        _kernels().gradients[(M, G, launch.tiles(near.width, far.width)[0])](
-            *tensors, P, states, dstates, near_whole, far_whole, c.starts, c.ends, c.sequence_starts,
-            dw if dr is None else dr, dw, dw if dlog is None else dlog, *_strides(*tensors),
-            H, G, R, near.width, far.width, near.scale, far.scale,
-            NEAR_GATE=near.log_gate is not None, FAR_GATE=far.log_gate is not None, NEAR_IS_KEY=dr is not None,
-            SHIFT=p.shift, CHUNK=CHUNK, LEVELS=LEVELS, PRECISION=p.precision, **launch.options(near.width, far.width),
-        )  # fmt: skip
-    return dw, dlog
-
-
-def _of_gate(dlog: Tensor | None, gate: Tensor | None, q: Tensor) -> Tensor:
-    """The gradient of a gate, where there is one, in its own shape: one for each head has the sum over its channels."""
-    if dlog is None or gate is None:
-        return q.new_empty((0,), dtype=torch.float32)
-    if gate.shape[-1] != dlog.shape[-1]:
-        dlog = dlog.sum(-1, keepdim=True)
-    return dlog.view(gate.shape).to(gate.dtype)
+def _joined(parts: Tensor, x: Tensor | None) -> Tensor:
+    """The gradient of x from its parts; that of a gate for each head is the sum over its channels."""
+    if x is None:
+        return parts.new_empty((0,))
+    whole = parts[0] if len(parts) == 1 else parts.sum(0)
+    if x.shape[-1] != whole.shape[-1]:
+        whole = whole.sum(-1, keepdim=True)
+    return whole.view(x.shape).to(x.dtype)
 
 
 @_backward_op.register_fake
 def _(do, dfinal, q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
     gradients = [
-        q.new_empty((0,), dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (q, k, v, log_f, log_z)
+        q.new_empty((0,), dtype=torch.float32) if x is None else torch.empty_like(x) for x in (q, k, v, log_f, log_z)
     ]
     return *gradients, _empty_outputs(q, v, cu_seqlens)[1]
 

@@ -1,85 +1,28 @@
 """The decay rule on GPUs: Triton kernels, parallel over chunks of tokens, heads and tiles of the state.
 
 Notation
-    m        chunk: CHUNK = 2^LEVELS tokens of one sequence, whose last one may have fewer; its chunks are neighbours
-    S        a tile of the state (K, V) of one key/value head; tiles make up for few heads, and for wide states
+    m        chunk: CHUNK tokens of one sequence, whose last one may have fewer; chunks of a sequence follow one another
+    r        sub-chunk: SUB tokens of a chunk
+    S        a tile (BK, BV) of the state (K, V) of one key/value head; tiles make up for few heads, and for wide states
     f, z     key-side and value-side gates, in [0, 1]; log_f, log_z their logs
-    "before" product of the gates from the chunk's start to a token, and its own
-    "after"  product of the gates after a token, to the chunk's end
-    A        (tokens, heads, CHUNK), what token t reads of each token j of its chunk, q_t . (gates in between) k_j; B
+    "cum"    product of the gates from the sub-chunk's start to a token, and its own
+    "after"  product of the gates after a token, to the sub-chunk's end
+    lag      how many tokens lie between a write and a read of one sub-chunk
+    A        (tokens, heads, SUB), what token t reads of the token `lag` before it, q_t . (gates in between) k; B
              likewise of do and v
-    level    of two tokens of a chunk: the highest bit in which their places differ. The later one lies in the right
-             half, and the earlier one in the left half, of a block of 2^(level + 1) tokens
 
-The gates between two tokens of a level are those from the earlier one to the middle of the block, times those from
-there to the later one: so all pairs of a level are one product of matrices, of which each row has decayed towards, or
-from, the middle of its block. Each of these products of gates is e to the sum of the logs of exactly these steps: never
-above 1, never a quotient, never a difference of two running sums, which would cancel; so a log gate may be -inf. Every
-sum of the gradients of gates is one over paths through a token, of which nothing is subtracted, either.
-
-The recurrence is its own mirror image: with q and do, k and v, f and z, and the sides of the state exchanged, the
-gradients of keys are those of values. So kernels speak of a near side, whose columns a program works out, and of the
-far side, over all of which it sums; `r` is what reads on a side (q or do), `w` what is written (k or v).
+Each product of gates is e to the sum of the logs of exactly these steps, or a running product of them: never above 1,
+never a quotient, never a difference of two running sums, which would cancel; so a log gate may be -inf. Every sum of
+the gradients of gates is one over paths through a token, of which nothing is subtracted, either.
 
 Tokens are rows of (tokens, heads, width). SHIFT is 1 where tokens read before their own write: token t + 1 then reads
-where token t would. PRECISION says how tensor cores multiply float32 numbers: "tf32" or "tf32x3".
+where token t would.
 """
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot_of_bfloat16(a, b, total):
-    """a b + total, whose factors are bfloat16."""
-    if _INTERPRETED:  # which takes their bits for whole numbers
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
-        total = tl.dot(a, b, total)
-    return total
-
-
-@triton.jit
-def _sums(which, x, PRECISION: tl.constexpr):
-    """Of those rows of x for which `which` is true: x is cut into parts of 8 bits, which bfloat16 leaves whole.
-
-    Two parts are more than products of "tf32" keep; three are all of float32.
-    """
-    ones = which.to(tl.float32).to(tl.bfloat16)
-    part = x.to(tl.bfloat16)
-    rest = x - part.to(tl.float32)
-    total = _dot_of_bfloat16(ones, part, tl.zeros((which.shape[0], x.shape[1]), tl.float32))
-    part = rest.to(tl.bfloat16)
-    total = _dot_of_bfloat16(ones, part, total)
-    if PRECISION == "tf32x3":
-        rest = rest - part.to(tl.float32)
-        total = _dot_of_bfloat16(ones, rest.to(tl.bfloat16), total)
-    return total
-
-
-@triton.jit
-def _is_right(place, level):
-    """Whether a place lies in the right half of its block."""
-    return ((place >> level) & 1) == 1
-
-
-@triton.jit
-def _steps(t, s, level):
-    """Whether the gate of s lies between t and the middle of its block; t's own does for a t on the right."""
-    right = _is_right(t, level)
-    return ((t >> level) == (s >> level)) & ((right & (s <= t)) | (~right & (s > t)))
-
-
-@triton.jit
-def _of_level(t, j, level):
-    """Whether t in a right half reads j in the left half of the same block."""
-    return ((t >> level) == (j >> level) + 1) & _is_right(t, level)
 
 
 @triton.jit
@@ -90,19 +33,21 @@ def _rows(x, rows, there, columns, width, stride, column_stride):
 
 
 @triton.jit
-def _logs(log_gate, rows, there, columns, width, stride, column_stride):
-    """Logs of a gate; one of -inf is finite, and far below what a number may be e to, so that 0 times it is 0."""
-    logs = _rows(log_gate, rows, there, columns, width, stride, column_stride)
-    return tl.where(logs < -1e30, -1e30, logs)
+def _logs(log_gate, rows, there, columns, width, stride, column_stride, GATED: tl.constexpr):
+    """Logs of a gate; zeros without one."""
+    if GATED:
+        logs = _rows(log_gate, rows, there, columns, width, stride, column_stride)
+    else:
+        logs = (rows[:, None] + columns[None, :]).to(tl.float32) * 0.0
+    return logs
 
 
 @triton.jit
-def _store_rows(x, rows, there, columns, width, stride, tile):
-    at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if _INTERPRETED and x.dtype.element_ty == tl.bfloat16:  # which cuts off where a GPU rounds to the nearest
-        bits = tile.to(tl.uint32, bitcast=True)
-        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    tl.store(at, tile, mask=there[:, None] & (columns < width)[None, :])
+def _after(log_gate, rows, end, last, columns, width, stride, column_stride, GATED: tl.constexpr):
+    """after (rows, columns), where `last` is the last of the rows."""
+    there = (rows < last) & (rows + 1 < end)
+    later = _logs(log_gate, rows + 1, there, columns, width, stride, column_stride, GATED)
+    return tl.exp(tl.cumsum(later, 0, reverse=True))
 
 
 @triton.jit
@@ -119,14 +64,25 @@ def _store_tile(S, row, keys, values, K, V, tile):
 
 
 @triton.jit
-def _load_sides(S, row, far, near, FAR, NEAR, NEAR_IS_KEY: tl.constexpr):
-    """A tile (far, near) of a contiguous (rows, K, V), 0 beyond it."""
-    if NEAR_IS_KEY:
-        at = S + row.to(tl.int64) * FAR * NEAR + near[None, :] * FAR + far[:, None]
-        tile = tl.load(at, mask=(far < FAR)[:, None] & (near < NEAR)[None, :], other=0.0)
-    else:
-        tile = _load_tile(S, row, far, near, FAR, NEAR)
-    return tile
+def _store_rows(x, rows, there, columns, width, stride, tile):
+    at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(at, tile, mask=there[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _written_on(
+    S, k, v, log_f, log_z, rows, end, last, keys, values, K, V,
+    k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after these rows, from the one before them."""
+    keys_left = _rows(k, rows, rows < end, keys, K, k_row, k_column)
+    keys_left *= _after(log_f, rows, end, last, keys, K, f_row, f_column, KEY_GATE)
+    values_left = _rows(v, rows, rows < end, values, V, v_row, v_column)
+    values_left *= _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
+    f = tl.exp(tl.sum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0))
+    z = tl.exp(tl.sum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0))
+    return f[:, None] * z[None, :] * S + tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION)
 
 
 @triton.jit
@@ -134,36 +90,31 @@ def written(
     k, v, log_f, log_z, starts, ends, U, F, Z,
     k_row, k_head, k_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, K, V,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before."""
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = tl.cdiv(V, BF)
+    tiles = tl.cdiv(V, BV)
     key_tile, value_tile = tile // tiles, tile % tiles
-    keys, values = key_tile * BN + tl.arange(0, BN), value_tile * BF + tl.arange(0, BF)
+    keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
-    place = tl.arange(0, CHUNK)
-    rows = start + place
-    later = place[None, :] > place[:, None]
+    rows, last = start + tl.arange(0, CHUNK), start + CHUNK - 1
+
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
-    head = (m * G + g).to(tl.int64)
     keys_left = _rows(k, rows, rows < end, keys, K, k_row, k_column)
-    f_whole, z_whole = tl.full((BN,), 1.0, tl.float32), tl.full((BF,), 1.0, tl.float32)
-    if KEY_GATE:
-        logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column)
-        keys_left *= tl.exp(_sums(later, logs, PRECISION))
-        f_whole = tl.exp(tl.sum(logs, 0))
+    keys_left *= _after(log_f, rows, end, last, keys, K, f_row, f_column, KEY_GATE)
     values_left = _rows(v, rows, rows < end, values, V, v_row, v_column)
-    if VALUE_GATE:
-        logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column)
-        values_left *= tl.exp(_sums(later, logs, PRECISION))
-        z_whole = tl.exp(tl.sum(logs, 0))
-    _store_tile(U, head, keys, values, K, V, tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION))
+    values_left *= _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
+    head = m * G + g
+    added = tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION)
+    _store_tile(U, head, keys, values, K, V, added)
     if value_tile == 0:
-        tl.store(F + head * K + keys, f_whole, mask=keys < K)
+        logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
+        tl.store(F + head.to(tl.int64) * K + keys, tl.exp(tl.sum(logs, 0)), mask=keys < K)
     if key_tile == 0:
-        tl.store(Z + head * V + values, z_whole, mask=values < V)
+        logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
+        tl.store(Z + head.to(tl.int64) * V + values, tl.exp(tl.sum(logs, 0)), mask=values < V)
 
 
 @triton.jit
@@ -171,43 +122,49 @@ def read_back(
     q, do, log_f, log_z, starts, ends, sequence_starts, dU,
     q_row, q_head, q_column, do_row, do_head, do_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-    BF: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dU: the gradient of the state before a chunk, from what the chunk's tokens read."""
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = tl.cdiv(V, BF)
-    keys, values = (tile // tiles) * BN + tl.arange(0, BN), (tile % tiles) * BF + tl.arange(0, BF)
+    tiles = tl.cdiv(V, BV)
+    keys, values = (tile // tiles) * BK + tl.arange(0, BK), (tile % tiles) * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
     log_f, log_z = log_f + g * f_head, log_z + g * z_head
-    place = tl.arange(0, CHUNK)
-    rows = start + place
-    readers = rows + SHIFT
-    to_here = place[None, :] <= place[:, None]
-    f_before, z_before = tl.full((CHUNK, BN), 1.0, tl.float32), tl.full((CHUNK, BF), 1.0, tl.float32)
-    if KEY_GATE:
-        f_before = tl.exp(_sums(to_here, _logs(log_f, rows, rows < end, keys, K, f_row, f_column), PRECISION))
-    if VALUE_GATE:
-        z_before = tl.exp(_sums(to_here, _logs(log_z, rows, rows < end, values, V, z_row, z_column), PRECISION))
-    total = tl.zeros((BN, BF), tl.float32)
-    for i in range(R):
-        h = g * R + i
-        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
-        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
-        total += tl.dot(tl.trans(queries * f_before), given * z_before, input_precision=PRECISION)
-        if SHIFT:  # the first token of a sequence reads the state before it
-            if start == tl.load(sequence_starts + m):
-                first = (place == 0) & (rows < end)
-                queries = _rows(q + h * q_head, rows, first, keys, K, q_row, q_column) * scale
-                given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
-                total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
+    total = tl.zeros((BK, BV), tl.float32)
+    if SHIFT:  # the first token of a sequence reads the state before it
+        rows = start + tl.arange(0, SUB)
+        first = (rows == tl.load(sequence_starts + m)) & (rows < end)
+        for i in range(R):
+            h = g * R + i
+            queries = _rows(q + h * q_head, rows, first, keys, K, q_row, q_column) * scale
+            given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
+            total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
+
+    f_before, z_before = tl.full((BK,), 1.0, tl.float32), tl.full((BV,), 1.0, tl.float32)
+    for sub in range(tl.cdiv(tl.minimum(end - start, CHUNK), SUB)):
+        rows = start + sub * SUB + tl.arange(0, SUB)
+        readers = rows + SHIFT
+        f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
+        z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
+        f_cum, z_cum = (
+            f_before[None, :] * tl.exp(tl.cumsum(f_logs, 0)),
+            z_before[None, :] * tl.exp(tl.cumsum(z_logs, 0)),
+        )
+        for i in range(R):
+            h = g * R + i
+            queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * f_cum * scale
+            given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column) * z_cum
+            total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
+        f_before *= tl.exp(tl.sum(f_logs, 0))
+        z_before *= tl.exp(tl.sum(z_logs, 0))
     _store_tile(dU, m * G + g, keys, values, K, V, total)
 
 
 @triton.jit
 def scan(
     states, F, Z, first_chunks, chunk_counts, before, after,
-    G, K, V, BACK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
+    G, K, V, BACK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk adds to the state before each, in place; or BACK, from each chunk's dU to dS after each.
 
@@ -215,8 +172,8 @@ def scan(
     gradient, and writes the former's.
     """
     n, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = tl.cdiv(V, BF)
-    keys, values = (tile // tiles) * BN + tl.arange(0, BN), (tile % tiles) * BF + tl.arange(0, BF)
+    tiles = tl.cdiv(V, BV)
+    keys, values = (tile // tiles) * BK + tl.arange(0, BK), (tile % tiles) * BV + tl.arange(0, BV)
     first, count = tl.load(first_chunks + n), tl.load(chunk_counts + n)
     if BACK:
         S = _load_tile(after, n * G + g, keys, values, K, V)
@@ -240,233 +197,199 @@ def scan(
 
 @triton.jit
 def pairs(
-    r, w, log_gate, starts, ends, A,
-    r_row, r_head, r_column, w_row, w_head, w_column, gate_row, gate_head, gate_column,
+    x, y, log_gate, starts, ends, A,
+    x_row, x_head, x_column, y_row, y_head, y_column, gate_row, gate_head, gate_column,
     H, R, D, scale,
-    GATED: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATED: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A[t, j] = scale * r_t . (gates in between) w_j, for tokens j of the chunk up to t; else 0."""
+    """A[t, h, lag] = scale * x_t . (gates in between) y_{t - lag}, for lags that do not leave the sub-chunk; else 0."""
     m, h = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(starts + m), tl.load(ends + m)
     g = h // R
-    r, w, log_gate = r + h * r_head, w + g * w_head, log_gate + g * gate_head
-    place = tl.arange(0, CHUNK)
-    rows = start + place
+    x, y, log_gate = x + h * x_head, y + g * y_head, log_gate + g * gate_head
+    position, lags = tl.arange(0, CHUNK), tl.arange(0, SUB)
+    rows = start + position
     readers = rows + SHIFT
-    total = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for first in range(0, D, BN):
-        columns = first + tl.arange(0, BN)
-        reading = _rows(r, readers, readers < end, columns, D, r_row, r_column) * scale
-        writing = _rows(w, rows, rows < end, columns, D, w_row, w_column)
-        if GATED:
-            logs = _logs(log_gate, rows, rows < end, columns, D, gate_row, gate_column)
-            own = tl.sum(reading * writing, 1)
-            total += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
-            for level in range(LEVELS):
-                gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
-                product = tl.dot(reading * gates, tl.trans(writing * gates), input_precision=PRECISION)
-                total += tl.where(_of_level(place[:, None], place[None, :], level), product, 0.0)
-        else:
-            product = tl.dot(reading, tl.trans(writing), input_precision=PRECISION)
-            total += tl.where(place[:, None] >= place[None, :], product, 0.0)
-    _store_rows(A + h * CHUNK, rows, rows < end, place, CHUNK, H * CHUNK, total)
-
-
-@triton.jit
-def _load_pairs(A, rows, there, place, h, H, CHUNK: tl.constexpr):
-    return _rows(A + h * CHUNK, rows, there, place, CHUNK, H * CHUNK, 1)
-
-
-@triton.jit
-def _near_reads(pairs, writing, logs, place, GATED: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """What tokens read of others of their chunk: the sum over j of pairs[t, j] (gates in between) writing[j]."""
-    if GATED:
-        own = tl.sum(tl.where(place[:, None] == place[None, :], pairs, 0.0), 1)
-        total = own[:, None] * writing
-        for level in range(LEVELS):
-            gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
-            total += gates * tl.dot(
-                tl.where(_of_level(place[:, None], place[None, :], level), pairs, 0.0),
-                writing * gates,
-                input_precision=PRECISION,
-            )
-    else:
-        total = tl.dot(pairs, writing, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _far_reads(
-    r, log_far, states, head, rows, readers, end, near, NEAR, FAR, r_row, r_column, far_row, far_column, scale,
-    FAR_GATE: tl.constexpr, NEAR_IS_KEY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What tokens read of the state before their chunk, before the near side's gates."""
-    place = tl.arange(0, CHUNK)
-    total = tl.zeros((CHUNK, BN), tl.float32)
-    for first in range(0, FAR, BF):
-        far = first + tl.arange(0, BF)
-        reading = _rows(r, readers, readers < end, far, FAR, r_row, r_column) * scale
-        if FAR_GATE:
-            logs = _logs(log_far, rows, rows < end, far, FAR, far_row, far_column)
-            reading *= tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
-        total += tl.dot(
-            reading, _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY), input_precision=PRECISION
-        )
-    return total
-
-
-@triton.jit
-def _first_reads(
-    r, states, head, row, near, NEAR, FAR, r_row, r_column, scale,
-    NEAR_IS_KEY: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """What the first token of a sequence reads of the state before it, where tokens read before their own write."""
-    total = tl.zeros((BN,), tl.float32)
-    for first in range(0, FAR, BF):
-        far = first + tl.arange(0, BF)
-        reading = tl.load(r + row.to(tl.int64) * r_row + far * r_column, mask=far < FAR, other=0.0).to(tl.float32)
-        S = _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY)
-        total += tl.sum(reading[:, None] * scale * S, 0)
-    return total
+    total = tl.zeros((CHUNK, SUB), tl.float32)
+    for first in range(0, D, BD):
+        columns = first + tl.arange(0, BD)
+        reading = _rows(x, readers, readers < end, columns, D, x_row, x_column) * scale
+        for lag in range(SUB):
+            there = (position % SUB >= lag) & (rows < end)
+            if GATED:
+                passed = there & (lag > 0)
+                steps = _rows(log_gate, rows - lag + 1, passed, columns, D, gate_row, gate_column)
+                reading *= tl.exp(steps)
+            product = tl.sum(reading * _rows(y, rows - lag, there, columns, D, y_row, y_column), 1)
+            total += tl.where(lags[None, :] == lag, product[:, None], 0.0)
+    at = A + (rows.to(tl.int64)[:, None] * H + h) * SUB + lags[None, :]
+    tl.store(at, total, mask=(rows < end)[:, None])
 
 
 @triton.jit
 def outputs(
-    q, v, log_f, log_z, A, states, starts, ends, sequence_starts, o,
-    q_row, q_head, q_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
-    H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    BF: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, log_f, log_z, A, states, starts, ends, sequence_starts, o,
+    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
+    f_row, f_head, f_column, z_row, z_head, z_column,
+    tokens, H, G, R, K, V, scale,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o (tokens, H, V): what each token reads."""
-    m, h, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    g = h // R
-    values = value_tile * BN + tl.arange(0, BN)
+    """o (key tiles, tokens, H, V): what each token reads; its sum over the key tiles is the output."""
+    m, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g, tiles = h // R, tl.cdiv(V, BV)
+    key_tile, value_tile = tile // tiles, tile % tiles
+    keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
-    q, v, log_f, log_z, o = q + h * q_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head, o + h * V
-    place, head = tl.arange(0, CHUNK), m * G + g
-    rows = start + place
-    readers = rows + SHIFT
+    q, o = q + h * q_head, o + (key_tile.to(tl.int64) * tokens * H + h) * V
+    k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
+    S = _load_tile(states, m * G + g, keys, values, K, V)
     if SHIFT:
         if start == tl.load(sequence_starts + m):
-            read = _first_reads(q, states, head, start, values, V, K, q_row, q_column, scale, False, BN, BF)
+            query = tl.load(q + start.to(tl.int64) * q_row + keys * q_column, mask=keys < K, other=0.0).to(tl.float32)
+            read = tl.sum(query[:, None] * scale * S, 0)
             tl.store(o + start.to(tl.int64) * H * V + values, read, mask=values < V)
-    read = _far_reads(
-        q, log_f, states, head, rows, readers, end, values, V, K, q_row, q_column, f_row, f_column, scale,
-        KEY_GATE, False, CHUNK, BN, BF, PRECISION,
-    )  # fmt: skip
-    writing = _rows(v, rows, rows < end, values, V, v_row, v_column)
-    logs = writing
-    if VALUE_GATE:
-        logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column)
-        read *= tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
-    near = _load_pairs(A, rows, rows < end, place, h, H, CHUNK)
-    read += _near_reads(near, writing, logs, place, VALUE_GATE, LEVELS, PRECISION)
-    _store_rows(o, readers, readers < end, values, V, H * V, read)
+
+    position = tl.arange(0, SUB)
+    for sub in range(tl.cdiv(tl.minimum(end - start, CHUNK), SUB)):
+        rows = start + sub * SUB + position
+        f_cum = tl.exp(tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0))
+        z_cum = tl.exp(tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0))
+        readers = rows + SHIFT
+        queries = _rows(q, readers, readers < end, keys, K, q_row, q_column) * scale
+        read = tl.dot(queries * f_cum, S, input_precision=PRECISION) * z_cum
+        if key_tile == 0:
+            decay = tl.full((SUB, BV), 1.0, tl.float32)
+            for lag in range(SUB):
+                near = (position >= lag) & (rows < end)
+                if VALUE_GATE:
+                    decay *= tl.exp(_rows(log_z, rows - lag + 1, near & (lag > 0), values, V, z_row, z_column))
+                a = tl.load(A + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
+                read += a[:, None] * decay * _rows(v, rows - lag, near, values, V, v_row, v_column)
+        _store_rows(o, readers, readers < end, values, V, H * V, read)
+        S = _written_on(
+            S, k, v, log_f, log_z, rows, end, start + sub * SUB + SUB - 1, keys, values, K, V,
+            k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column, KEY_GATE, VALUE_GATE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
 def gradients(
-    r, w, log_near, far_r, far_w, log_far, P, states, dstates, near_whole, far_whole,
-    starts, ends, sequence_starts, dr, dw, dlog,
-    r_row, r_head, r_column, w_row, w_head, w_column, near_row, near_head, near_column,
-    far_r_row, far_r_head, far_r_column, far_w_row, far_w_head, far_w_column, far_row, far_head, far_column,
-    H, G, R, NEAR, FAR, near_scale, far_scale,
-    NEAR_GATE: tl.constexpr, FAR_GATE: tl.constexpr, NEAR_IS_KEY: tl.constexpr, SHIFT: tl.constexpr,
-    CHUNK: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, log_f, log_z, do, A, B, states, dstates, starts, ends, sequence_starts, dq, dk, dv, dlog_f, dlog_z,
+    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
+    f_row, f_head, f_column, z_row, z_head, z_column, do_row, do_head, do_column,
+    tokens, H, G, R, K, V, scale,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one side: dw, dlog, and if it is that of the keys dr; of the values' dr, o, there is no use.
+    """All gradients of a chunk's tokens, from its last sub-chunk to its first.
 
-    P: what tokens read of others of their chunk on the far side: B on the side of the keys, A on that of the values.
+    dq, dk and dlog_f are (value tiles, tokens, heads, K), dv and dlog_z (key tiles, tokens, heads, V): parts of a sum.
     """
-    m, g = tl.program_id(0), tl.program_id(1)
-    near = tl.program_id(2) * BN + tl.arange(0, BN)
+    m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(V, BV)
+    key_tile, value_tile = tile // tiles, tile % tiles
+    keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
-    w, log_near, far_w, log_far = (
-        w + g * w_head,
-        log_near + g * near_head,
-        far_w + g * far_w_head,
-        log_far + g * far_head,
-    )
-    place, head = tl.arange(0, CHUNK), (m * G + g).to(tl.int64)
-    rows = start + place
-    readers = rows + SHIFT
-    writing = _rows(w, rows, rows < end, near, NEAR, w_row, w_column)
-    logs = writing
-    if NEAR_GATE:
-        logs = _logs(log_near, rows, rows < end, near, NEAR, near_row, near_column)
+    k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
+    part, value_part = value_tile.to(tl.int64) * tokens, key_tile.to(tl.int64) * tokens
+    dq, dk, dlog_f = dq + part * H * K, dk + (part * G + g) * K, dlog_f + (part * G + g) * K
+    dv, dlog_z = dv + (value_part * G + g) * V, dlog_z + (value_part * G + g) * V
+    S_start = _load_tile(states, m * G + g, keys, values, K, V)
+    dS = _load_tile(dstates, m * G + g, keys, values, K, V)
+    position = tl.arange(0, SUB)
+    before = (position[:, None] > position[None, :]).to(tl.float32)
 
-    # Paths from tokens of the chunk, and from the state before it, to the state after it.
-    writing_grads = tl.zeros((CHUNK, BN), tl.float32)
-    through = tl.zeros((BN,), tl.float32)
-    for first in range(0, FAR, BF):
-        far = first + tl.arange(0, BF)
-        far_writing = _rows(far_w, rows, rows < end, far, FAR, far_w_row, far_w_column)
-        if FAR_GATE:
-            far_logs = _logs(log_far, rows, rows < end, far, FAR, far_row, far_column)
-            far_writing *= tl.exp(_sums(place[None, :] > place[:, None], far_logs, PRECISION))
-        dS = _load_sides(dstates, head, far, near, FAR, NEAR, NEAR_IS_KEY)
-        writing_grads += tl.dot(far_writing, dS, input_precision=PRECISION)
-        if NEAR_GATE:
-            S = _load_sides(states, head, far, near, FAR, NEAR, NEAR_IS_KEY)
-            left = tl.load(far_whole + head * FAR + far, mask=far < FAR, other=0.0)
-            through += tl.sum(left[:, None] * dS * S, 0)
-    gate_grads = tl.zeros((CHUNK, BN), tl.float32)
-    before = gate_grads
-    if NEAR_GATE:
-        writing_grads *= tl.exp(_sums(place[None, :] > place[:, None], logs, PRECISION))
-        through *= tl.load(near_whole + head * NEAR + near, mask=near < NEAR, other=0.0)
-        gate_grads += _sums(place[None, :] < place[:, None], writing * writing_grads, PRECISION) + through[None, :]
-        before = tl.exp(_sums(place[None, :] <= place[:, None], logs, PRECISION))
-
-    for i in range(R):
-        h = g * R + i
-        reading = _rows(r + h * r_head, readers, readers < end, near, NEAR, r_row, r_column) * near_scale
-        P_h = _load_pairs(P, rows, rows < end, place, h, H, CHUNK)
-        if NEAR_GATE or NEAR_IS_KEY:
-            # Paths from the state before the chunk to its tokens.
-            reading_grads = _far_reads(
-                far_r + h * far_r_head, log_far, states, head, rows, readers, end, near, NEAR, FAR,
-                far_r_row, far_r_column, far_row, far_column, far_scale,
-                FAR_GATE, NEAR_IS_KEY, CHUNK, BN, BF, PRECISION,
+    subs = tl.cdiv(tl.minimum(end - start, CHUNK), SUB)
+    for back in range(subs):
+        sub = subs - 1 - back
+        S = S_start
+        for earlier in range(sub):
+            S = _written_on(
+                S, k, v, log_f, log_z, start + earlier * SUB + position, end, start + earlier * SUB + SUB - 1,
+                keys, values, K, V, k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column,
+                KEY_GATE, VALUE_GATE, PRECISION,
             )  # fmt: skip
-            if NEAR_GATE:
-                reading_grads *= before
-                gate_grads += _sums(place[None, :] >= place[:, None], reading * reading_grads, PRECISION)
-        # Paths inside the chunk.
-        if NEAR_GATE:
-            own = tl.sum(tl.where(place[:, None] == place[None, :], P_h, 0.0), 1)
-            reading_grads += own[:, None] * writing
-            writing_grads += own[:, None] * reading
-            for level in range(LEVELS):
-                gates = tl.exp(_sums(_steps(place[:, None], place[None, :], level), logs, PRECISION))
-                of_level = tl.where(_of_level(place[:, None], place[None, :], level), P_h, 0.0)
-                right = gates * tl.dot(of_level, writing * gates, input_precision=PRECISION)
-                left = gates * tl.dot(tl.trans(of_level), reading * gates, input_precision=PRECISION)
-                reading_grads += right
-                writing_grads += left
-                crossed = tl.where(_is_right(place, level)[:, None], reading * right, writing * left)
-                gate_grads += _sums(_steps(place[None, :], place[:, None], level), crossed, PRECISION)
-        else:
-            if NEAR_IS_KEY:
-                reading_grads += tl.dot(P_h, writing, input_precision=PRECISION)
-            writing_grads += tl.dot(tl.trans(P_h), reading, input_precision=PRECISION)
-        if NEAR_IS_KEY:
-            _store_rows(dr + h * NEAR, readers, readers < end, near, NEAR, H * NEAR, reading_grads * near_scale)
-            if SHIFT:
-                if start == tl.load(sequence_starts + m):
-                    first_grads = near_scale * _first_reads(
-                        far_r + h * far_r_head, states, head, start, near, NEAR, FAR, far_r_row, far_r_column,
-                        far_scale, NEAR_IS_KEY, BN, BF,
-                    )  # fmt: skip
-                    at = dr + (start.to(tl.int64) * H + h) * NEAR + near
-                    tl.store(at, first_grads, mask=near < NEAR)
 
-    _store_rows(dw + g * NEAR, rows, rows < end, near, NEAR, G * NEAR, writing_grads)
-    if NEAR_GATE:
-        _store_rows(dlog + g * NEAR, rows, rows < end, near, NEAR, G * NEAR, gate_grads)
+        rows, last = start + sub * SUB + position, start + sub * SUB + SUB - 1
+        f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
+        z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
+        f_cum, f_whole = tl.exp(tl.cumsum(f_logs, 0)), tl.exp(tl.sum(f_logs, 0))
+        z_cum, z_whole = tl.exp(tl.cumsum(z_logs, 0)), tl.exp(tl.sum(z_logs, 0))
+        f_after = _after(log_f, rows, end, last, keys, K, f_row, f_column, KEY_GATE)
+        z_after = _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
+        k_rows = _rows(k, rows, rows < end, keys, K, k_row, k_column)
+        v_rows = _rows(v, rows, rows < end, values, V, v_row, v_column)
+        readers = rows + SHIFT
+
+        # Paths from tokens of the sub-chunk to later ones, and from earlier tokens to later ones.
+        k_grads = tl.dot(v_rows * z_after, tl.trans(dS), input_precision=PRECISION) * f_after
+        v_grads = tl.dot(k_rows * f_after, dS, input_precision=PRECISION) * z_after
+        kept = f_whole[:, None] * z_whole[None, :] * dS
+        f_grads = tl.dot(before, k_rows * k_grads, input_precision=PRECISION) + tl.sum(kept * S, 1)[None, :]
+        z_grads = tl.dot(before, v_rows * v_grads, input_precision=PRECISION) + tl.sum(kept * S, 0)[None, :]
+        dS = kept
+
+        for i in range(R):
+            h = g * R + i
+            q_rows = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
+            do_rows = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
+            # Paths from earlier tokens to reads of the sub-chunk.
+            q_grads = tl.dot(do_rows * z_cum, tl.trans(S), input_precision=PRECISION) * f_cum
+            read = tl.dot(q_rows * f_cum, S, input_precision=PRECISION) * z_cum
+            f_grads += tl.cumsum(q_rows * q_grads, 0, reverse=True)
+            z_grads += tl.cumsum(do_rows * read, 0, reverse=True)
+            dS += tl.dot(tl.trans(q_rows * f_cum), do_rows * z_cum, input_precision=PRECISION)
+            # Paths inside the sub-chunk.
+            if value_tile == 0:
+                decay = tl.full((SUB, BK), 1.0, tl.float32)
+                decay_on = tl.full((SUB, BK), 1.0, tl.float32)
+                for lag in range(SUB):
+                    near, far = (position >= lag) & (rows < end), (position + lag < SUB) & (rows + lag < end)
+                    if KEY_GATE:
+                        decay *= tl.exp(_rows(log_f, rows - lag + 1, near & (lag > 0), keys, K, f_row, f_column))
+                        decay_on *= tl.exp(_rows(log_f, rows + lag, far & (lag > 0), keys, K, f_row, f_column))
+                    b = tl.load(B + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
+                    from_key = b[:, None] * decay * _rows(k, rows - lag, near, keys, K, k_row, k_column)
+                    q_grads += from_key
+                    if KEY_GATE:
+                        over = (position[:, None] <= position[None, :]) & (position[None, :] < position[:, None] + lag)
+                        f_grads += tl.dot(over.to(tl.float32), q_rows * from_key, input_precision=PRECISION)
+                    b = tl.load(B + ((rows + lag).to(tl.int64) * H + h) * SUB + lag, mask=far, other=0.0)
+                    read_there = far & (readers + lag < end)
+                    reading = _rows(q + h * q_head, readers + lag, read_there, keys, K, q_row, q_column)
+                    k_grads += b[:, None] * decay_on * reading * scale
+            if key_tile == 0:
+                value_decay = tl.full((SUB, BV), 1.0, tl.float32)
+                value_decay_on = tl.full((SUB, BV), 1.0, tl.float32)
+                for lag in range(SUB):
+                    near, far = (position >= lag) & (rows < end), (position + lag < SUB) & (rows + lag < end)
+                    if VALUE_GATE:
+                        value_decay *= tl.exp(
+                            _rows(log_z, rows - lag + 1, near & (lag > 0), values, V, z_row, z_column)
+                        )
+                        value_decay_on *= tl.exp(_rows(log_z, rows + lag, far & (lag > 0), values, V, z_row, z_column))
+                        a = tl.load(A + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
+                        read = a[:, None] * value_decay * _rows(v, rows - lag, near, values, V, v_row, v_column)
+                        over = (position[:, None] <= position[None, :]) & (position[None, :] < position[:, None] + lag)
+                        z_grads += tl.dot(over.to(tl.float32), do_rows * read, input_precision=PRECISION)
+                    a = tl.load(A + ((rows + lag).to(tl.int64) * H + h) * SUB + lag, mask=far, other=0.0)
+                    read_there = far & (readers + lag < end)
+                    given = _rows(do + h * do_head, readers + lag, read_there, values, V, do_row, do_column)
+                    v_grads += a[:, None] * value_decay_on * given
+            _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, q_grads * scale)
+            if SHIFT:
+                first = (rows == tl.load(sequence_starts + m)) & (rows < end)
+                given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
+                first_grads = tl.dot(given, tl.trans(S), input_precision=PRECISION) * scale
+                _store_rows(dq + h * K, rows, first, keys, K, H * K, first_grads)
+
+        _store_rows(dk, rows, rows < end, keys, K, G * K, k_grads)
+        _store_rows(dv, rows, rows < end, values, V, G * V, v_grads)
+        if KEY_GATE:
+            _store_rows(dlog_f, rows, rows < end, keys, K, G * K, f_grads)
+        if VALUE_GATE:
+            _store_rows(dlog_z, rows, rows < end, values, V, G * V, z_grads)
 
 
 @triton.jit
@@ -475,22 +398,22 @@ def step(
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     f_row, f_head, f_column, z_row, z_head, z_column,
     H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, READERS: tl.constexpr, BF: tl.constexpr,
-    BN: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, READERS: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """One token of each sequence: decay, write and read, with the state read and written once."""
     n, g, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    values, readers = value_tile * BN + tl.arange(0, BN), tl.arange(0, READERS)
+    values, readers = value_tile * BV + tl.arange(0, BV), tl.arange(0, READERS)
     row = n.to(tl.int64)
     value = tl.load(v + row * v_row + g * v_head + values * v_column, mask=values < V, other=0.0).to(tl.float32)
-    z = tl.full((BN,), 1.0, tl.float32)
+    z = tl.full((BV,), 1.0, tl.float32)
     if VALUE_GATE:
         z = tl.exp(
             tl.load(log_z + row * z_row + g * z_head + values * z_column, mask=values < V, other=0.0).to(tl.float32)
         )
-    read = tl.zeros((READERS, BN), tl.float32)
-    for first in range(0, K, BF):
-        keys = first + tl.arange(0, BF)
+    read = tl.zeros((READERS, BV), tl.float32)
+    for first in range(0, K, BK):
+        keys = first + tl.arange(0, BK)
         S = _load_tile(before, n * G + g, keys, values, K, V)
         heads = (g * R + readers)[:, None] * q_head
         asked = (readers < R)[:, None] & (keys < K)[None, :]
