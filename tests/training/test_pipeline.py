@@ -152,3 +152,17 @@ def test_divergence_from_the_first_step_needs_no_other_stage(config):
     assert [result.stage for result in results] == ["teacher", "converted", "finetune"]
     with pytest.raises(FastWeightsError, match="has no fast weights to finetune: say how to convert it"):
         train(replace(alone, convert=ConversionConfig(), output=config.output / "other"))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_windows_trained_alone_are_the_control(config, rank):
+    finetune = replace(config.finetune, fast_weights=False, lora_rank=rank)
+    config = replace(config, stage="finetune", transfer=TransferConfig(), finetune=finetune)
+    before = train(config)[1].evaluation.loss
+    trained = load_model(config.output)
+    assert all(not layer.fast_scale.any() for layer in trained.fast_attentions())
+    assert any((layer.window_scale != 1).any() for layer in trained.fast_attentions())
+    result = json.loads((config.output / "results.json").read_text())[-1]
+    assert result["parts"]["window alone"]["loss"] == result["parts"]["all"]["loss"] != before
+    with pytest.raises(FastWeightsError, match="layer 0 has no window that could be trained alone"):
+        train(replace(config, output=config.output / "pure", convert=ConversionConfig(positions="drop")))

@@ -2,20 +2,22 @@
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
 a state of constant size. Then the hybrid model gets a Fast Weight Layer, and the same unseen text is read static, with
-dynamic evaluation and with the layer. `demo_smollm2.py` goes on with a real model.
+dynamic evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and then a real
+model reads (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else runs.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import set_seed
 
-from fastweights.cli.demo_smollm2 import RealResult, run_smollm2
+from fastweights.cli.beside import beside
+from fastweights.cli.demo_smollm2 import RealResult, read_smollm2, time_smollm2
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
 from fastweights.evaluation.comparison import MethodResult, compare
@@ -52,16 +54,17 @@ class DemoResult:
 
 def train_config(name: str, config: DemoConfig) -> TrainConfig:
     """The demo's training run of "pure" or "hybrid"."""
+    steps = max(1, config.tokens // 1024)
     # Many small steps, and large ones for gates and factors: they have far to go.
     if name == "pure":
         # Far from the teacher at first: short time constants too.
         convert = ConversionConfig(positions="drop", gate_bias=(-2.0, 6.0))
-        steps, (rate, of_gates, of_factors), weights = config.tokens // 1024, (1e-3, 2e-2, 0.3), "all"
+        (rate, of_gates, of_factors), weights = (1e-3, 2e-2, 0.3), "all"
     else:
         convert = ConversionConfig(positions="drop", window=config.window)
-        steps, (rate, of_gates, of_factors), weights = config.tokens // 2048, (1e-3, 3e-2, 1e-1), "attention"
+        (rate, of_gates, of_factors), weights = (1e-3, 3e-2, 1e-1), "attention"
     finetune = FinetuneConfig(
-        steps=max(1, steps),
+        steps=steps,
         batch_size=1,
         learning_rate=rate,
         new_learning_rate=of_gates,
@@ -93,39 +96,38 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
 
 
 def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
-    stages = {}
-    for name in ("pure", "hybrid"):
-        window = f" and an exact window of {config.window}" if name == "hybrid" else " alone"
-        say(f"{name}: fast weights{window}, from the embedded transformer")
-        stages[name] = train(train_config(name, config))
+    with beside(config.output / "beside.log") as other:
+        say("pure: fast weights alone, from the embedded transformer, trained in a process beside this one")
+        pure = other.do(train, train_config("pure", config))
+        reading = other.do(read_smollm2, config) if config.real else None
+        say(f"hybrid: fast weights and an exact window of {config.window}, from the embedded transformer")
+        hybrid = train(train_config("hybrid", config))
+        say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
+        compared = comparison(config, say)
+        stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
+        real, said = (None, []) if reading is None else other.result(reading, "the real model")
 
     source = resolve_model(TrainConfig().model)
-    models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in ("pure", "hybrid")}
+    models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
     models = {"teacher": load_model(source), **models}
     say("the same prompt, by all three")
     samples = {name: sample(model, source) for name, model in models.items()}
     say(f"time per token and size of the state at contexts up to {config.contexts[-1]:,}")
     decode = decode_costs(models, config.contexts)
-
-    say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
-    compared = comparison(config, say)
     folders = {name: config.output / name for name in stages}
     names = ("training.png", "decoding.png", "comparison.png", "results.json")
     files = [config.output / name for name in names]
     plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
     plot_comparison(compared, files[2])
-    result = DemoResult(stages, decode, samples, compared, files=files)
-    _write(result, files[3])
-    real = run_smollm2(config, say) if config.real else None
+    for line in said:
+        say(line)
     if real is not None:
-        result = replace(result, real=real, files=[*files, *real.files])
-        _write(result, files[3])
+        real = time_smollm2(real, config, say)
+        files += real.files
+    result = DemoResult(stages, decode, samples, compared, real, files)
+    write_text(files[3], json.dumps(results(result), indent=2) + "\n")
     return result
-
-
-def _write(result: DemoResult, file: Path) -> None:
-    write_text(file, json.dumps(results(result), indent=2) + "\n")
 
 
 def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:

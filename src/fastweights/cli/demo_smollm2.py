@@ -7,7 +7,7 @@ which every Python has and no adapter was trained on.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastweights.cli.plots import plot_decoding
@@ -103,14 +103,16 @@ class RealResult:
         return plain(found)
 
 
-def run_smollm2(config: DemoConfig, say: Callable[[str], None]) -> RealResult | None:
-    """Measure the real model, if it can be had, and draw a picture.
+def read_smollm2(config: DemoConfig) -> tuple[RealResult | None, list[str]]:
+    """What the real model makes of a text, a letter and a long text, beside its base, if it can be had.
 
     Args:
         config: its output folder exists.
-        say: called with a line about each part before it begins, or about why there is none.
+
+    Returns:
+        All but what a token costs, None without the model; and lines that say what was done, or why it was not.
     """
-    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package")
+    said = ["a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package"]
     try:
         if not (topics := manual()):
             raise FastWeightsError(
@@ -119,22 +121,33 @@ def run_smollm2(config: DemoConfig, say: Callable[[str], None]) -> RealResult | 
         base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
         model = load_adapter(SMOLLM2, base)
     except FastWeightsError as error:
-        say(f"it is left out: {error}")
-        return None
+        return None, [*said, f"it is left out: {error}"]
     text = tokenize(["\n\n".join(topics.values())], tokenizer)
-    say(f"quality on {config.real_held_out_tokens:,} tokens of Python's manual, with all and with each of its parts")
     parts = _quality(model, base, text, config)
-    say("the same letter and question, to the base model, its window untrained, and the converted model")
+    said.append(f"it read {config.real_held_out_tokens:,} tokens of Python's manual, with all and each of its parts;")
     with untrained_window(model, base) as window:
         models = {SMOLLM2_BASE: base, "untrained window": window, SMOLLM2: model}
         samples = {name: _answer(each, tokenizer) for name, each in models.items()}
-    small = quantise(load_adapter(SMOLLM2, base), WEIGHTS)
+    said.append("a letter with a question, as did the base model, and its window untrained;")
+    reading = _read(quantise(model, WEIGHTS), tokenizer, text, config)
+    said.append(f"and {config.read_tokens:,} tokens of Python's manual, in {WEIGHTS}, with a question")
+    return RealResult(parts, samples, {}, reading, [reading.memory]), said
+
+
+def time_smollm2(found: RealResult, config: DemoConfig, say: Callable[[str], None]) -> RealResult:
+    """Add what a token costs by base model and adapter, and a picture of it.
+
+    Args:
+        found: of `read_smollm2`.
+        config: its output folder exists.
+        say: called with a line about each part before it begins.
+    """
+    base = load_model(SMOLLM2_BASE)
+    model, small = load_adapter(SMOLLM2, base), quantise(load_adapter(SMOLLM2, base), WEIGHTS)
     decode = _decode({SMOLLM2: model, f"{SMOLLM2}, {WEIGHTS}": small}, base, config, say)
     picture = config.output / "smollm2.png"
     plot_decoding(decode, base.config.max_position_embeddings, picture)
-    say(f"{config.read_tokens:,} tokens of Python's manual, in {WEIGHTS}, and a question")
-    reading = _read(small, tokenizer, text, config)
-    return RealResult(parts, samples, decode, reading, [picture, reading.memory])
+    return replace(found, decode=decode, files=[picture, *found.files])
 
 
 def _quality(

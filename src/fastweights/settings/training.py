@@ -110,6 +110,8 @@ class FinetuneConfig(ConversionStageConfig):
     new_learning_rate: float | None = 1e-2
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
+    fast_weights: bool = True
+    """Train the fast weights; without them, at factors held at 0, windows are trained alone: the control of hybrids."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,8 @@ class FinetuneTrainer(StageTrainer):
             raise FastWeightsError("LoRA is kept as an adapter of the model that was converted: give that as teacher")
         if config.lora_rank or config.weights == "attention":
             train_attention(student, config.lora_rank)
+        if not config.fast_weights:
+            leave_windows_alone(student)
         super().__init__(student, config, *args, **kwargs, rates=peak_rates(student, config))
         if teacher is not None:
             teacher.to(self.args.device)  # type: ignore[arg-type]
@@ -77,6 +79,23 @@ def train_attention(student: FastWeightsForCausalLM, lora_rank: int) -> None:
     student.requires_grad_(False)
     for layer in student.fast_attentions():
         layer.requires_grad_(True)
+
+
+def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
+    """Hold the fast weights of every layer at a factor of 0, with nothing in them to train.
+
+    Raises:
+        FastWeightsError: a layer has no window, and so nothing but fast weights.
+    """
+    for layer in student.fast_attentions():
+        if not layer.window:
+            raise FastWeightsError(
+                f"fast_weights is off, and layer {layer.layer_idx} has no window that could be trained alone: set "
+                "convert.window, or leave fast_weights on"
+            )
+        layer.fast_scale.requires_grad_(False).zero_()
+        for module in (layer.rule, layer.query_map, layer.key_map):
+            module.requires_grad_(False)
 
 
 def peak_rates(student: FastWeightsForCausalLM, config: ConversionStageConfig) -> dict[str, float]:
