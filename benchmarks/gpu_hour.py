@@ -178,7 +178,7 @@ def _kernels(hour: Hour) -> None:
         # These tests need nothing of what the others share, nor what that imports.
         command = [sys.executable, "-m", "pytest", "--noconftest", "tests/ops/decay_rule/test_gpu.py"]
         if find_spec("xdist") is not None and not hour.is_rehearsal:
-            command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling takes longest
+            command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling and the reference take longest
         if hour.is_rehearsal:
             command += ["-k", "strided or left_alone or one_line"]
         hour.note("kernels", passed=hour.run("kernels", command, max(150, 60 * hour.minutes / 6)))
