@@ -32,12 +32,13 @@ _LM_EVAL += 'chardet<6' pytablewriter dataproperty mbstrdecoder pathvalidate tab
 
 # What tests alone need: torchao, apart from the environment, as transformers loads it wherever it finds it, and complains;
 # lm-eval, with those of its needs that our tests meet (others, such as scikit-learn, are large);
-# and transformers' own tests; Triton, whose interpreter runs kernels without a GPU. Without one of these,
-# the tests that need it are skipped.
+# and transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for transformers' server.
+# Without one of these, the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only $(_LM_EVAL)
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton
+	-$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/serving fastapi uvicorn openai
 	-$(BIN)/python -m tests.fetch_transformers_tests
 	touch $@
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -545,3 +547,8 @@ def _check_others(kwargs: dict[str, Any], cu_seq_lens_q: Tensor | None) -> None:
 
 AutoModel.register(FastWeightsConfig, FastWeightsModel)
 AutoModelForCausalLM.register(FastWeightsConfig, FastWeightsForCausalLM)
+# `transformers serve` asks transformers for a class of this name, and the one that it imported itself: loading its
+# processors, transformers puts another in its own place.
+_server = sys.modules.get("transformers.cli.serving.model_manager")
+for _module in (transformers, getattr(_server, "transformers", transformers)):
+    _module.FastWeightsForCausalLM = FastWeightsForCausalLM  # type: ignore[attr-defined]
