@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from fastweights.layers.flash_window import flash_window, is_for_flash
@@ -19,7 +20,6 @@ from fastweights.layers.rules import TokenMarks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 class WindowTokens(NamedTuple):
@@ -224,10 +224,11 @@ def _first_of(
     `k` and `v` are those of the sinks kept so far, then those of the new tokens.
     """
     number = torch.arange(sinks, device=k.device)
-    place = (starts[:, :, None] + number).flatten(1)
-    was_read = place < places.first
-    order = torch.where(was_read, number.repeat(starts.shape[1]), (sinks + place).clamp(max=k.shape[1] - 1))
-    return tuple(_take(x, order).unflatten(1, (-1, sinks)) for x in (k, v))  # type: ignore[return-value]
+    place = starts[:, :, None] + number
+    was_read = place < (places.first if isinstance(places.first, int) else places.first[:, :, None])
+    order = torch.where(was_read, number, (sinks + place).clamp(max=k.shape[1] - 1))
+    rows = torch.arange(len(k), device=k.device)[:, None, None]
+    return k[rows, order], v[rows, order]
 
 
 def window_attention(
@@ -254,6 +255,8 @@ def window_attention(
             nothing and gets zeros. By default all keys are of one document, which has lost all sinks from the window.
         sinks: what queries see that are W and more tokens behind it.
     """
+    if torch.compiler.is_exporting():
+        return _exported(q, k, v, window, scale, bias, index, *(sinks or (None, None, None)))
     B, T = q.shape[:2]
     blocks, distance, mask, near_bias = 1, None, None, None
     if T > 1:
@@ -286,6 +289,32 @@ def window_attention(
         gone = None if index is None else index[:, :, None] - torch.arange(S, device=q.device) >= window
         o = _attend_to_both(near, _Part(sinks.q, far_k, far_v, far_bias, gone), scale)
     return o if T == 1 else o.unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
+
+
+@torch.library.custom_op("fastweights::window_attention", mutates_args=())
+def _exported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    bias: Tensor | None,
+    index: Tensor | None,
+    sink_q: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+) -> Tensor:
+    """`window_attention` as one operation of an exported program: of its blocks, there is a number for each length."""
+    sinks = None
+    if sink_q is not None and sink_k is not None and sink_v is not None:
+        sinks = Sinks(sink_q, sink_k, sink_v)
+    o = window_attention(q, k, v, window=window, scale=scale, bias=bias, index=index, sinks=sinks)
+    return o.contiguous()
+
+
+@_exported.register_fake
+def _(q, k, v, window, scale, bias, index, sink_q, sink_k, sink_v):
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def _blocks(x: Float[Tensor, "B L H D"], window: int) -> Float[Tensor, "R W H D"]:

@@ -25,8 +25,14 @@ def readable(head: nn.Module) -> Iterator[nn.Linear]:
         head: nn.Linear, or nn.Embedding for one that has the same weights.
 
     Raises:
-        FastWeightsError: if its weights are no plain matrix: quantised, or with an adapter beside it.
+        FastWeightsError: if its weights are no plain matrix: quantised, or with an adapter beside it; or if it
+            is exported.
     """
+    if torch.compiler.is_exporting():
+        raise FastWeightsError(
+            "torch.export takes no model with a Fast Weight Layer, which goes through a text segment by segment: "
+            "export the model below it"
+        )
     if not isinstance(head, nn.Linear | nn.Embedding) or type(head.weight) not in (torch.Tensor, nn.Parameter):
         raise FastWeightsError(
             f"the unembedding is a {type(head).__module__}.{type(head).__name__} of {_kind(head)}, and a Fast Weight "

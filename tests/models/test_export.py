@@ -1,0 +1,45 @@
+"""torch.export: one program for texts of every length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.export import Dim, export, load, save
+
+from fastweights.errors import FastWeightsError
+from fastweights.models import add_fast_weight_layer, convert
+from fastweights.settings.conversion import ConversionConfig
+from tests.conftest import make_gpt2, make_llama, random_ids
+
+LONGEST = 512
+MODELS = {
+    "pure": lambda: convert(make_gpt2(n_positions=LONGEST), ConversionConfig(positions="drop")),
+    "hybrid": lambda: convert(make_llama(max_position_embeddings=LONGEST), ConversionConfig(window=8)),
+    "hybrid, no sinks": lambda: convert(make_llama(), ConversionConfig(window=8, sinks=0)),
+    "averages of low rank": lambda: convert(make_llama(), ConversionConfig(window=8, rule="average", gate_rank=2)),
+    "gated delta": lambda: convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="dpfp")),
+    "two windows": lambda: convert(make_llama(), ConversionConfig(window=8, wide_window=16, layers="0,2")),
+    "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
+    "learned bias": lambda: convert(make_gpt2(), ConversionConfig(window=8, positions="drop")),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_one_program_reads_texts_of_every_length(name, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    shapes = {"input_ids": {1: Dim("T", min=17, max=LONGEST)}, "use_cache": None}
+    program = export(model, (), {"input_ids": random_ids(2, 40), "use_cache": False}, dynamic_shapes=shapes)
+    save(program, tmp_path / "program.pt2")
+    loaded = load(tmp_path / "program.pt2").module()
+    for length in (40, 17, 100):
+        ids = random_ids(2, length, seed=length)
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fast_weight_layer_is_refused():
+    model = add_fast_weight_layer(make_llama()).eval()
+    with pytest.raises(FastWeightsError, match="export the model below it"):
+        export(model, (), {"input_ids": random_ids(1, 40), "use_cache": False})
