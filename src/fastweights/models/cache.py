@@ -341,6 +341,9 @@ class FastWeightsCache(DynamicCache):
     """What goes on from it token by token (`decoding.py`), while nothing else does."""
     _padded = _several_documents = False
 
+    _saved: list[_Saved] | None = None
+    """What there is to go back to; None where nobody will."""
+
     @classmethod
     def over(cls, cache: Cache, config: FastWeightsConfig) -> FastWeightsCache:
         """The same cache as one of ours, which shares its layers: they are ours from now on, in both.
@@ -502,6 +505,50 @@ class FastWeightsCache(DynamicCache):
             layer.position_offset += layer.cumulative_length
             layer.cumulative_length = 0
 
+    def save_states(self) -> None:
+        """From now on keep states to go back to with `crop`, as the assistant of another model does."""
+        self._saved = []
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):  # transformers' own way to go back, which keeps a window's keys meanwhile
+                layer.record_past = False
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether it does."""
+        return self._saved is not None
+
+    def about_to_read(self) -> None:
+        """Keep the state as it is, if it is to be kept; tensors in it are not written to any more."""
+        if self._saved is not None and not (self._saved and self._saved[-1].length == self.get_seq_length()):
+            layers = [_attributes(layer) for layer in self.layers]
+            self._saved.append(_Saved(self.get_seq_length(), layers))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back at least so many tokens, to the last state before these that was kept; later ones are dropped.
+
+        Steps of single tokens on a CPU keep none between them, so that more tokens may have to be read again:
+        `get_seq_length` says from where on, and `generate` does.
+
+        Args:
+            tokens_to_remove: 0, or a negative number, as transformers has it.
+
+        Raises:
+            FastWeightsError: no state was kept that is old enough.
+        """
+        if not tokens_to_remove:
+            return
+        length = self.get_seq_length() + tokens_to_remove
+        old_enough = [saved for saved in self._saved or () if saved.length <= length]
+        if not old_enough:
+            raise FastWeightsError(
+                f"a cache of fast weights with {self.get_seq_length()} tokens was to go back to {length}, and has kept "
+                "no state of then: read the text anew"
+            )
+        for layer, attributes in zip(self.layers, old_enough[-1].layers, strict=True):
+            vars(layer).clear()
+            vars(layer).update(_copied(attributes))
+        self._saved = old_enough[-2:]
+
     def lengths(self) -> list[int]:
         """Tokens read, of each layer of ours."""
         return [layer.cumulative_length for layer in self.recurrent]
@@ -512,6 +559,25 @@ class FastWeightsCache(DynamicCache):
             if isinstance(layer, HybridCacheLayer):
                 layer.leave_ring()  # it would lose its places
             layer.cumulative_length = length
+
+
+class _Saved(NamedTuple):
+    """A state that was kept."""
+
+    length: int
+    """Tokens read."""
+    layers: list[dict[str, Any]]
+    """Attributes of each layer."""
+
+
+def _attributes(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, HybridCacheLayer):
+        layer.leave_ring()  # which single tokens are written into
+    return _copied(vars(layer))
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:

@@ -42,6 +42,8 @@ _UNIT = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LINEAR = {nn.Linear, Float32Linear, *LINEAR.values()}
 _ROOMS = 4
 """Numbers of rows for which room is kept."""
+_AT_ONCE = 4
+"""Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
 _enabled = True
 
 
@@ -58,12 +60,14 @@ def decode(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     others: dict[str, Any],
-) -> Float[Tensor, "B 1 vocabulary"] | None:
+) -> Float[Tensor, "B T vocabulary"] | None:
     """Logits after one more token of each row, which becomes part of the cache; None if this is no case for it.
+
+    An assistant reads a few tokens like this before it writes: what is left of its draft, and the token after that.
 
     Args:
         model: the model.
-        input_ids: (B, 1), or whatever its forward was given.
+        input_ids: (B, 1), or of an assistant a few more; or whatever its forward was given.
         cache: with the state of the tokens before.
         attention_mask: of which no token may be padding.
         position_ids: which must be those that follow.
@@ -73,14 +77,14 @@ def decode(
         input_ids is None
         or cache is None
         or input_ids.ndim != 2
-        or input_ids.shape[1] != 1
         or not _enabled
         or torch.is_grad_enabled()
         or model.training
         or any(value is not None and value is not False for value in others.values())
         or not _is_plain_call()
         or not isinstance(cache, FastWeightsCache)
-        or not _goes_on(cache, len(input_ids), attention_mask, position_ids)
+        or not 1 <= input_ids.shape[1] <= (_AT_ONCE if cache.keeps_states else 1)
+        or not _goes_on(cache, input_ids.shape, attention_mask, position_ids)
     ):
         return None
     state = cache.decoding
@@ -93,18 +97,22 @@ def decode(
     if not lock.acquire(blocking=False):  # another thread decodes with the same model
         return None
     try:
-        return state.decoder.step(input_ids, state)
+        logits = [state.decoder.step(token, state) for token in input_ids.split(1, dim=1)]
     finally:
         lock.release()
+    if len(logits) == 1:
+        return logits[0]
+    cache.about_to_read()  # what comes now is a draft
+    return torch.cat(logits, 1)
 
 
-def _goes_on(cache: FastWeightsCache, rows: int, mask: Tensor | None, position_ids: Tensor | None) -> bool:
+def _goes_on(cache: FastWeightsCache, shape: tuple[int, ...], mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether a mask hides nothing, and positions are the next ones, counted as a cache counts its tokens."""
-    layers = cache.recurrent
+    layers, (rows, tokens) = cache.recurrent, shape
     past = layers[0].cumulative_length if layers else 0
-    if mask is not None and not (tuple(mask.shape) in {(rows, 1), (rows, past + 1)} and bool(mask.all())):
+    if mask is not None and not (tuple(mask.shape) in {(rows, tokens), (rows, past + tokens)} and bool(mask.all())):
         return False
-    return position_ids is None or bool((position_ids == past).all())
+    return position_ids is None or bool((position_ids == torch.arange(past, past + tokens)).all())
 
 
 def _is_plain_call() -> bool:
@@ -476,6 +484,7 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         if why_plain(model) is not None:
             return None
         decoder = model.__dict__["_decoder"] = Decoder(model)
+    cache.about_to_read()
     rings = [
         layer.as_ring(attention.head_dim) if isinstance(layer, HybridCacheLayer) else None
         for layer, attention in zip(layers, attentions, strict=True)

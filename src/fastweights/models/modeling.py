@@ -63,7 +63,7 @@ class FastWeightsPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # A recurrent state cannot be rolled back, so generate() refuses assisted decoding.
+    # A recurrent state cannot be rolled back to any token, so generate() refuses to have it assisted; it may assist.
     _is_stateful = True
     _keys_to_ignore_on_load_missing = [rf"\.{UNIT}$"]  # noqa: RUF012 (transformers' own)
 
@@ -236,6 +236,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             cache = FastWeightsCache(self.config)
         ours = None if cache is None else FastWeightsCache.over(cache, self.config)
         past = 0 if ours is None else ours.get_seq_length()
+        if ours is not None:
+            ours.about_to_read()
         reading = read_tokens(
             (given.shape[0], given.shape[1]),
             ours,
@@ -530,7 +532,9 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(cache := model_kwargs.get("cache"), Cache):
-            model_kwargs["cache"] = FastWeightsCache.over(cache, self.config)
+            model_kwargs["cache"] = ours = FastWeightsCache.over(cache, self.config)
+            if generation_config.is_assistant and not ours.get_seq_length():
+                ours.save_states()
         return result
 
 
