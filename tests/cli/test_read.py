@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_several_texts_are_documents_of_one_memory(monkeypatch, capsys, endless_
     code, _, _ = run(monkeypatch, capsys, "read", endless_folder, "-", files[1], "-o", tmp_path / "n")
     assert code == 0
     assert same(model, load_memory(model, tmp_path / "n"), expected(model, documents))
+
+
+def test_a_pipe_has_a_name_as_well(monkeypatch, capsys, endless_folder, texts, tmp_path):
+    """As a shell gives one: fastweights read MODEL <(some command)"""
+    files, documents = texts
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(documents[0],))
+    writer.start()
+    code, _, err = run(monkeypatch, capsys, "read", endless_folder, tmp_path / "pipe", files[1], "-o", tmp_path / "m")
+    writer.join()
+    assert (code, err) == (0, "")
+    model = load_model(endless_folder)
+    assert same(model, load_memory(model, tmp_path / "m"), expected(model, documents))
 
 
 def stop_after(monkeypatch, pieces: int, number: int, *, within: bool = True) -> None:

@@ -46,13 +46,14 @@ def check_text(path: Path) -> None:
     """Refuse what `token_pieces` cannot open.
 
     Args:
-        path: of a file, or "-" for standard input.
+        path: of a file or a pipe, or "-" for standard input.
 
     Raises:
         FastWeightsError: there is no such file or it may not be read, or standard input is closed.
     """
     if path != STANDARD_INPUT:
-        check_file(path, "give an existing text file")
+        if not path.is_fifo():
+            check_file(path, "give an existing text file")
     elif sys.stdin is None or sys.stdin.closed:
         raise FastWeightsError("standard input is closed: pipe a text into this command, or name a file")
 

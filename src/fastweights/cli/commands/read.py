@@ -133,8 +133,9 @@ def _read_all(
 
     from fastweights.reading.text import STANDARD_INPUT, token_pieces
 
-    sizes = [0 if file == STANDARD_INPUT else file.stat().st_size for file in files]
-    total = None if STANDARD_INPUT in files else sum(sizes)
+    pipes = [file == STANDARD_INPUT or file.is_fifo() for file in files]
+    sizes = [0 if is_pipe else file.stat().st_size for file, is_pipe in zip(files, pipes, strict=True)]
+    total = None if any(pipes) else sum(sizes)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, file in enumerate(files):
         with Progress(printable(f"reading {file.name}"), unit=BYTES, quick=True) as progress:
