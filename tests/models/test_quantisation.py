@@ -24,9 +24,16 @@ BITS_8, BITS_4 = 0.05, 0.5
 """Relative errors of random models' logits that so many bits may make (measured: 0.01 to 0.05, and 0.15 to 0.34)."""
 
 
-def make(family: str, kind: str) -> PreTrainedModel:
+WIDE = {
+    "gpt2": {"n_embd": 64, "initializer_range": 0.03},
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.03},
+}
+"""Matrices of at least a block of 64 numbers a row, without which bitsandbytes has no product of four bits on a CPU."""
+
+
+def make(family: str, kind: str, **changes) -> PreTrainedModel:
     """A model whose gates depend on its input, so that what happens to them is seen."""
-    model = MAKERS[family](initializer_range=0.05)
+    model = MAKERS[family](**{"initializer_range": 0.05, **changes})
     model = trained(model) if kind == "block" else convert(model, KINDS[kind]).eval()
     torch.manual_seed(2)
     with torch.no_grad():
@@ -117,8 +124,10 @@ def test_torchao_of_a_folder(tmp_path, kind):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes(model, tmp_path, bits):
+@pytest.mark.parametrize("kind", [*KINDS, "block"])
+def test_bitsandbytes(family, kind, tmp_path, bits):
     bnb = package("bitsandbytes")
+    model = make(family, kind, **WIDE[family])
     model.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
