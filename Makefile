@@ -31,8 +31,8 @@ _LM_EVAL := lm-eval==0.4.13 colorama lxml portalocker sacrebleu tabulate
 _LM_EVAL += 'chardet<6' pytablewriter dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy
 
 # What tests alone need: torchao, apart from the environment, as transformers loads it wherever it finds it, and complains;
-# bitsandbytes, apart from that too, as peft does; lm-eval, with those of its needs that our tests meet (others, such as scikit-learn, are large);
-# and transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for transformers' server.
+# bitsandbytes, apart from that too, as peft does; lm-eval, with those of its needs that our tests meet (others, such as
+# scikit-learn, are large); transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for transformers' server.
 # Without one of these, the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
