@@ -112,7 +112,7 @@ def _goes_on(cache: FastWeightsCache, shape: tuple[int, ...], mask: Tensor | Non
     past = layers[0].cumulative_length if layers else 0
     if mask is not None and not (tuple(mask.shape) in {(rows, tokens), (rows, past + tokens)} and bool(mask.all())):
         return False
-    return position_ids is None or bool((position_ids == torch.arange(past, past + tokens)).all())
+    return position_ids is None or bool((position_ids - past == torch.arange(tokens, device=position_ids.device)).all())
 
 
 def _is_plain_call() -> bool:
