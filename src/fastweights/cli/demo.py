@@ -150,7 +150,7 @@ def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodRes
         load_model(settings.output),
         text,
         ComparisonConfig(
-            methods=("static", "sgd", "fwl"), contexts=("stream",), tune_tokens=config.held_out_tokens // 6
+            methods=("static", "sgd", "fwl"), contexts=("stream",), tune_tokens=config.held_out_tokens // 4
         ),
         evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
         validation=validation,
