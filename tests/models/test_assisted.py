@@ -76,6 +76,25 @@ def test_a_state_that_was_not_kept_cannot_be_gone_back_to(model):
     assert cache.get_seq_length() == 9
 
 
+@torch.no_grad()
+def test_few_states_are_kept_however_often_a_draft_is_right(model, decoding):
+    cache, ids = FastWeightsCache(model.config), random_ids(1, 120)
+    cache.save_states()
+    for start in range(0, 120, 5):
+        model(ids[:, start : start + 2], cache=cache)
+        for i in range(start + 2, start + 5):
+            model(ids[:, i : i + 1], cache=cache)
+        cache.crop(0)
+        assert len(cache._saved) <= 2
+    for piece in (ids[:, :2], ids[:, :1], ids[:, :1]):  # and then is wrong from its first token on
+        model(piece, cache=cache)
+    cache.crop(-3)
+    assert 110 < cache.get_seq_length() <= 121
+    cache.reset()
+    with pytest.raises(FastWeightsError, match="has kept no state of then"):
+        cache.crop(-1)
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 @torch.no_grad()
 def test_what_is_written_with_an_assistant_is_what_the_model_writes(model, decoding, do_sample):

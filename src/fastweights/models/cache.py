@@ -490,6 +490,7 @@ class FastWeightsCache(DynamicCache):
         """As new."""
         super().reset()
         self.padded = self.several_documents = False
+        self._saved = None if self._saved is None else []
 
     @property
     def position_offset(self) -> int:
@@ -536,6 +537,7 @@ class FastWeightsCache(DynamicCache):
             FastWeightsError: no state was kept that is old enough.
         """
         if not tokens_to_remove:
+            self._saved = self._saved and self._saved[-_KEPT:]
             return
         length = self.get_seq_length() + tokens_to_remove
         old_enough = [saved for saved in self._saved or () if saved.length <= length]
@@ -547,7 +549,7 @@ class FastWeightsCache(DynamicCache):
         for layer, attributes in zip(self.layers, old_enough[-1].layers, strict=True):
             vars(layer).clear()
             vars(layer).update(_copied(attributes))
-        self._saved = old_enough[-2:]
+        self._saved = old_enough[-_KEPT:]
 
     def lengths(self) -> list[int]:
         """Tokens read, of each layer of ours."""
@@ -559,6 +561,10 @@ class FastWeightsCache(DynamicCache):
             if isinstance(layer, HybridCacheLayer):
                 layer.leave_ring()  # it would lose its places
             layer.cumulative_length = length
+
+
+_KEPT = 2
+"""States that are left after each `crop`, so that memory stays as it is however long the text."""
 
 
 class _Saved(NamedTuple):
