@@ -17,6 +17,7 @@ from tests.conftest import make_gpt2, make_llama, random_ids
 
 MODELS = {
     "pure": lambda: convert(make_gpt2(), ConversionConfig(positions="drop")),
+    "pure llama": lambda: convert(make_llama(), ConversionConfig()),
     "hybrid": lambda: convert(make_llama(), ConversionConfig(window=8)),
     "gated delta": lambda: convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="elu+1")),
     "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
@@ -72,6 +73,8 @@ def test_a_state_that_was_not_kept_cannot_be_gone_back_to(model):
     model(random_ids(1, 9), cache=cache)
     with pytest.raises(FastWeightsError, match=r"with 9 tokens was to go back to 7, and has kept no state of then"):
         cache.crop(-2)
+    with pytest.raises(FastWeightsError, match="tokens_to_remove is 2; allowed are 0 and negative numbers"):
+        cache.crop(2)
     cache.crop(0)
     assert cache.get_seq_length() == 9
 
@@ -130,3 +133,13 @@ def test_an_assistant_that_is_always_right_saves_the_other_its_steps(decoding):
     )
     assert torch.equal(written, expected)
     assert len(steps) <= 8
+
+
+@torch.no_grad()
+def test_of_a_few_tokens_as_many_logits_are_given_as_are_asked_for(model, decoding):
+    cache, ids = FastWeightsCache(model.config), random_ids(1, 20)
+    cache.save_states()
+    expected = model(ids).logits
+    model(ids[:, :14], cache=cache)
+    close(model(ids[:, 14:17], cache=cache, logits_to_keep=1).logits, expected[:, 16:17])
+    close(model(ids[:, 17:], cache=cache, logits_to_keep=torch.tensor([0, 2])).logits, expected[:, [17, 19]])

@@ -523,6 +523,7 @@ class FastWeightsCache(DynamicCache):
         if self._saved is not None and not (self._saved and self._saved[-1].length == self.get_seq_length()):
             layers = [_attributes(layer) for layer in self.layers]
             self._saved.append(_Saved(self.get_seq_length(), layers))
+            self.decoding = None  # what goes on from here begins with a copy
 
     def crop(self, tokens_to_remove: int) -> None:
         """Go back at least so many tokens, to the last state before these that was kept; later ones are dropped.
@@ -534,8 +535,10 @@ class FastWeightsCache(DynamicCache):
             tokens_to_remove: 0, or a negative number, as transformers has it.
 
         Raises:
-            FastWeightsError: no state was kept that is old enough.
+            FastWeightsError: no state was kept that is old enough, or the number is positive.
         """
+        if tokens_to_remove > 0:
+            raise FastWeightsError(f"tokens_to_remove is {tokens_to_remove}; allowed are 0 and negative numbers")
         if not tokens_to_remove:
             self._saved = self._saved and self._saved[-_KEPT:]
             return
@@ -549,6 +552,7 @@ class FastWeightsCache(DynamicCache):
         for layer, attributes in zip(self.layers, old_enough[-1].layers, strict=True):
             vars(layer).clear()
             vars(layer).update(_copied(attributes))
+        self.decoding = None
         self._saved = old_enough[-_KEPT:]
 
     def lengths(self) -> list[int]:

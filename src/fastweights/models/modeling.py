@@ -475,9 +475,10 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             "labels": labels,
             "no cache": not (self.config.use_cache if use_cache is None else use_cache),
         }
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = decode(self, input_ids, cache, attention_mask, position_ids, others)
         if logits is not None:
-            return CausalLMOutputWithPast(logits=logits, cache=cache)
+            return CausalLMOutputWithPast(logits=logits[:, kept], cache=cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -487,7 +488,6 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
