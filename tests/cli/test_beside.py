@@ -22,6 +22,20 @@ def fail():
     raise FastWeightsError("no such thing")
 
 
+def time_out():
+    raise TimeoutError("of its own")
+
+
+def take_no_signal(file, seconds):
+    """As a training does, which notes the signal, ends in its own time, and leaves what comes next to the process."""
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    file.touch()
+    while not told:
+        time.sleep(seconds)
+    raise SystemExit(143)
+
+
 def leave():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,6 +62,8 @@ def test_what_goes_wrong_there_is_said_here(tmp_path):
     with beside(tmp_path / "log") as other:
         with pytest.raises(FastWeightsError, match="no such thing"):
             other.result(other.do(fail), "failing")
+        with pytest.raises(TimeoutError, match="of its own"):
+            other.result(other.do(time_out), "timing out")
         with pytest.raises(FastWeightsError, match="leaving: the process that did it ended before it was done"):
             other.result(other.do(leave), "leaving")
 
@@ -58,8 +74,10 @@ def test_it_ends_at_once_where_this_process_has_no_more_use_for_it(tmp_path):
     def interrupted():
         with beside(tmp_path / "log") as other:
             processes.append(other.result(other.do(os.getpid), "first"))
+            other.do(take_no_signal, tmp_path / "begun", 0.1)
             other.do(time.sleep, 300)
-            other.do(time.sleep, 300)
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.1)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastweights.cli.demo import run_demo
+from fastweights.cli.demo import _read, run_demo
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
@@ -28,6 +28,14 @@ class Here:
 @contextmanager
 def here(log):
     yield Here()
+
+
+def test_a_real_model_that_failed_takes_nothing_else_with_it():
+    class Killed(Here):
+        def result(self, future, title):
+            raise FastWeightsError(f"{title}: the process ended")
+
+    assert _read(Killed(), Future()) == (None, ["the real model: the process ended"])
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, TypeVar
 
@@ -65,10 +65,9 @@ class Beside:
             FastWeightsError: the process ended before that; what the task itself raises is raised here.
         """
         try:
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    return future.result(_PATIENCE)
+            while not wait([future], _PATIENCE).done:
                 note(f"{title}: {self._last_line()}")
+            return future.result()
         except BrokenProcessPool as error:
             raise FastWeightsError(
                 f"{title}: the process that did it ended before it was done, most likely for lack of memory; its last "
@@ -79,7 +78,8 @@ class Beside:
         """End the process: when all is done, or at once."""
         if at_once:
             with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
-                os.kill(self._process.result(), signal.SIGTERM)
+                # A training would take SIGTERM for the end of its own, and the process go on with what is next.
+                os.kill(self._process.result(), signal.SIGKILL)
         self._pool.shutdown(cancel_futures=at_once)
 
     def _last_line(self) -> str:

@@ -9,7 +9,7 @@ model reads (`demo_smollm2.py`). What a token costs is measured at the end, when
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from fastweights.cli.beside import beside
 from fastweights.cli.demo_smollm2 import RealResult, read_smollm2, time_smollm2
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
+from fastweights.errors import FastWeightsError
 from fastweights.evaluation.comparison import MethodResult, compare
 from fastweights.evaluation.cost import DecodeCost, decode_costs
 from fastweights.files import check_output_folder, only_run, write_text
@@ -34,8 +35,11 @@ from fastweights.training.pipeline import StageResult, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from transformers import PreTrainedModel
+
+    from fastweights.cli.beside import Beside
 
 PROMPT = 'def read_lines(path):\n    """Read '
 
@@ -105,7 +109,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
         compared = comparison(config, say)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
-        real, said = (None, []) if reading is None else other.result(reading, "the real model")
+        real, said = (None, []) if reading is None else _read(other, reading)
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -120,14 +124,27 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_training(folders, files[0])
     plot_decoding(decode, models["teacher"].config.max_position_embeddings, files[1])
     plot_comparison(compared, files[2])
+    result = DemoResult(stages, decode, samples, compared, files=files)
+    _write(result, files[3])
     for line in said:
         say(line)
     if real is not None:
         real = time_smollm2(real, config, say)
-        files += real.files
-    result = DemoResult(stages, decode, samples, compared, real, files)
-    write_text(files[3], json.dumps(results(result), indent=2) + "\n")
+        result = replace(result, real=real, files=[*files, *real.files])
+        _write(result, files[3])
     return result
+
+
+def _read(other: Beside, reading: Future[tuple[RealResult | None, list[str]]]) -> tuple[RealResult | None, list[str]]:
+    """What came of the real model; without it, all else is worth showing."""
+    try:
+        return other.result(reading, "the real model")
+    except FastWeightsError as error:
+        return None, [str(error)]
+
+
+def _write(result: DemoResult, file: Path) -> None:
+    write_text(file, json.dumps(results(result), indent=2) + "\n")
 
 
 def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
