@@ -32,8 +32,8 @@ _LM_EVAL += 'chardet<6' pytablewriter dataproperty mbstrdecoder pathvalidate tab
 
 # What tests alone need: torchao, apart from the environment, as transformers loads it wherever it finds it, and complains;
 # bitsandbytes, apart from that too, as peft does; lm-eval, with those of its needs that our tests meet (others, such as
-# scikit-learn, are large); transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for transformers' server.
-# Without one of these, the tests that need it are skipped.
+# scikit-learn, are large); transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for
+# transformers' server. Without one of these, the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bitsandbytes bitsandbytes

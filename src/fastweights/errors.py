@@ -32,11 +32,11 @@ def check_name(what: str, given: str, known: Iterable[str]) -> None:
         raise FastWeightsError(f"{what} {given!r} is unknown; known are {', '.join(known)}")
 
 
-def check_file(path: Path, advice: str) -> None:
-    """Refuse what is no file that can be read, and say what to do instead."""
+def check_file(path: Path, advice: str, *, or_pipe: bool = False) -> None:
+    """Refuse what is no file, or if that will do no pipe, that can be read, and say what to do instead."""
     if path.is_dir():
         raise FastWeightsError(f"{path} is a folder: {advice}")
-    if not path.is_file():
+    if not (path.is_file() or (or_pipe and path.is_fifo())):
         what = "is no plain file" if path.exists() else "does not exist"
         raise FastWeightsError(f"{path} {what}: {advice}")
     if not os.access(path, os.R_OK):

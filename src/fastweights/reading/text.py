@@ -52,8 +52,7 @@ def check_text(path: Path) -> None:
         FastWeightsError: there is no such file or it may not be read, or standard input is closed.
     """
     if path != STANDARD_INPUT:
-        if not path.is_fifo():
-            check_file(path, "give an existing text file")
+        check_file(path, "give an existing text file", or_pipe=True)
     elif sys.stdin is None or sys.stdin.closed:
         raise FastWeightsError("standard input is closed: pipe a text into this command, or name a file")
 
