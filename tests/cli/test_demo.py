@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastweights.cli.demo import _read, run_demo
+from fastweights.cli.demo import _real, run_demo
+from fastweights.cli.demo_smollm2 import Judged
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
@@ -35,7 +36,9 @@ def test_a_real_model_that_failed_takes_nothing_else_with_it():
         def result(self, future, title):
             raise FastWeightsError(f"{title}: the process ended")
 
-    assert _read(Killed(), Future()) == (None, ["the real model: the process ended"])
+    said = []
+    assert _real(Judged({}, {}), Killed(), Future(), said.append) is None
+    assert said[-1] == "it is left out: the long text: the process ended"
 
 
 @pytest.mark.timeout(300)

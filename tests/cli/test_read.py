@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -122,6 +123,23 @@ def test_what_was_read_before_a_stop_is_saved_and_gone_on_from(
     assert code == 0
     model = load_model(endless_folder)
     assert same(model, load_memory(model, output), expected(model, documents))
+
+
+def test_of_a_pipe_that_was_stopped_the_memory_alone_is_left(monkeypatch, capsys, endless_folder, texts, tmp_path):
+    (_, file), documents = texts
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(documents[0],))
+    writer.start()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, signal.SIGINT)
+        code, _, err = run(patch, capsys, "read", endless_folder, tmp_path / "pipe", file, "-o", tmp_path / "m")
+    writer.join()
+    assert (code, err.count("\n")) == (128 + signal.SIGINT, 1)
+    assert "go on with" not in err
+    assert f"can be read with --memory {tmp_path / 'm'}" in err
+    model = load_model(endless_folder)
+    read = int(re.search(r"up to character (\d+)", err)[1])
+    assert same(model, load_memory(model, tmp_path / "m"), expected(model, [documents[0][:read]]))
 
 
 def test_it_saves_on_the_way(monkeypatch, capsys, endless_folder, texts, tmp_path):

@@ -135,6 +135,8 @@ def test_a_killed_stage_with_lora_goes_on(config):
 def test_one_rank_for_both_stages(config):
     with pytest.raises(FastWeightsError, match=r"transfer.lora_rank 2 and finetune.lora_rank 0 were given"):
         replace(config, transfer=TransferConfig(lora_rank=2))
+    with pytest.raises(FastWeightsError, match=r"finetune.fast_weights is off and stage is all"):
+        replace(config, stage="all", finetune=FinetuneConfig(fast_weights=False))
 
 
 def test_attention_alone_is_trained(config):

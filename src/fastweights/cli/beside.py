@@ -70,8 +70,8 @@ class Beside:
             return future.result()
         except BrokenProcessPool as error:
             raise FastWeightsError(
-                f"{title}: the process that did it ended before it was done, most likely for lack of memory; its last "
-                f"words are in {self.log}: free some memory and begin again"
+                f"{title}: the process that did it ended before it was done, as one that is stopped or has no memory "
+                f"left does; its last words are in {self.log}: read them, and begin again"
             ) from error
 
     def end(self, *, at_once: bool) -> None:

@@ -2,8 +2,9 @@
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
 a state of constant size. Then the hybrid model gets a Fast Weight Layer, and the same unseen text is read static, with
-dynamic evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and then a real
-model reads (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else runs.
+dynamic evaluation and with the layer, and a real model answers (`demo_smollm2.py`). At the same time, in a process
+beside, the pure model is trained, and the real one reads a long text. What a token costs is measured at the end, when
+nothing else runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from transformers import set_seed
 
 from fastweights.cli.beside import beside
-from fastweights.cli.demo_smollm2 import RealResult, read_smollm2, time_smollm2
+from fastweights.cli.demo_smollm2 import WEIGHTS, Judged, Reading, RealResult, judge, read_long_text, time_smollm2
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -103,13 +104,14 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     with beside(config.output / "beside.log") as other:
         say("pure: fast weights alone, from the embedded transformer, trained in a process beside this one")
         pure = other.do(train, train_config("pure", config))
-        reading = other.do(read_smollm2, config) if config.real else None
+        reading = other.do(read_long_text, config) if config.real else None
         say(f"hybrid: fast weights and an exact window of {config.window}, from the embedded transformer")
         hybrid = train(train_config("hybrid", config))
         say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
         compared = comparison(config, say)
+        judged = None if reading is None else _judged(config, say)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
-        real, said = (None, []) if reading is None else _read(other, reading)
+        real = None if judged is None or reading is None else _real(judged, other, reading, say)
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -126,8 +128,6 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_comparison(compared, files[2])
     result = DemoResult(stages, decode, samples, compared, files=files)
     _write(result, files[3])
-    for line in said:
-        say(line)
     if real is not None:
         real = time_smollm2(real, config, say)
         result = replace(result, real=real, files=[*files, *real.files])
@@ -135,12 +135,25 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     return result
 
 
-def _read(other: Beside, reading: Future[tuple[RealResult | None, list[str]]]) -> tuple[RealResult | None, list[str]]:
-    """What came of the real model; without it, all else is worth showing."""
+def _judged(config: DemoConfig, say: Callable[[str], None]) -> Judged | None:
+    """What the real model says; without it, all else is worth showing."""
+    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package")
     try:
-        return other.result(reading, "the real model")
+        return judge(config, say)
     except FastWeightsError as error:
-        return None, [str(error)]
+        say(f"it is left out: {error}")
+        return None
+
+
+def _real(judged: Judged, other: Beside, reading: Future[Reading], say: Callable[[str], None]) -> RealResult | None:
+    """With what came of the long text that it reads in the process beside."""
+    say(f"the same model reads a long text of Python's manual, in {WEIGHTS}, in the process beside")
+    try:
+        found = other.result(reading, "the long text")
+    except FastWeightsError as error:
+        say(f"it is left out: {error}")
+        return None
+    return RealResult(judged, found, files=[found.memory])
 
 
 def _write(result: DemoResult, file: Path) -> None:

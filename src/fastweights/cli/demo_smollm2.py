@@ -85,60 +85,78 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class RealResult:
-    """All that the second half measured."""
+class Judged:
+    """How well it reads and answers."""
 
     parts: dict[str, Evaluation]
     samples: dict[str, str]
     """Answers to `LETTER_QUESTION`."""
-    decode: dict[str, list[DecodeCost]]
+
+
+@dataclass(frozen=True)
+class RealResult:
+    """All that the second half measured."""
+
+    judged: Judged
     reading: Reading
+    decode: dict[str, list[DecodeCost]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """For results.json."""
-        found = asdict(self)
-        del found["files"]
-        found["reading"]["memory"] = self.reading.memory.name
-        return plain(found)
+        reading = {**asdict(self.reading), "memory": self.reading.memory.name}
+        decode = {name: [asdict(cost) for cost in costs] for name, costs in self.decode.items()}
+        return plain({**asdict(self.judged), "decode": decode, "reading": reading})
 
 
-def read_smollm2(config: DemoConfig) -> tuple[RealResult | None, list[str]]:
-    """What the real model makes of a text, a letter and a long text, beside its base, if it can be had.
+def read_long_text(config: DemoConfig) -> Reading:
+    """Python's manual, or the beginning of it, read in few bits, and a question.
 
     Args:
         config: its output folder exists.
 
-    Returns:
-        All but what a token costs, None without the model; and lines that say what was done, or why it was not.
+    Raises:
+        FastWeightsError: the model or the manual cannot be had.
     """
-    said = ["a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package"]
-    try:
-        if not (topics := manual()):
-            raise FastWeightsError(
-                "this Python has no manual (pydoc_data): install it, or take a Python from python.org"
-            )
-        base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
-        model = load_adapter(SMOLLM2, base)
-    except FastWeightsError as error:
-        return None, [*said, f"it is left out: {error}"]
-    text = tokenize(["\n\n".join(topics.values())], tokenizer)
-    parts = _quality(model, base, text, config)
-    said.append(f"it read {config.real_held_out_tokens:,} tokens of Python's manual, with all and each of its parts;")
+    model, _, tokenizer, text = _real_model()
+    # Read as the first turn of a conversation, which is kept in a file.
+    conversation = _conversation(quantise(model, WEIGHTS), tokenizer)
+    said = tokenizer.decode(text.tokens[: config.read_tokens], skip_special_tokens=True)
+    start = time.perf_counter()
+    with Progress("reading", unit="tokens", quick=True) as progress:
+        conversation.read(f"{said}\n\n{MANUAL_QUESTION}", progress=progress)
+    seconds, tokens = time.perf_counter() - start, conversation.tokens
+    answer = conversation.answer()
+    memory = conversation.save(config.output / "manual.memory")
+    return Reading(tokens, seconds, conversation.size(), answer, memory)
+
+
+def judge(config: DemoConfig, say: Callable[[str], None]) -> Judged:
+    """The real model's quality with each of its parts, and its answer to a letter, beside those of its base.
+
+    Args:
+        config: says how much of Python's manual is read.
+        say: called with a line about each part before it begins.
+
+    Raises:
+        FastWeightsError: the model or the manual cannot be had.
+    """
+    model, base, tokenizer, text = _real_model()
+    say(f"it reads {config.real_held_out_tokens:,} tokens of Python's manual, with all and each of its parts")
+    settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
+    with Progress("Python's manual", unit="tokens", quick=True) as progress:
+        parts = evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
+    say("and a letter with a question, as do the base model, and its window untrained")
     with untrained_window(model, base) as window:
         models = {SMOLLM2_BASE: base, "untrained window": window, SMOLLM2: model}
-        samples = {name: _answer(each, tokenizer) for name, each in models.items()}
-    said.append("a letter with a question, as did the base model, and its window untrained;")
-    reading = _read(quantise(model, WEIGHTS), tokenizer, text, config)
-    said.append(f"and {config.read_tokens:,} tokens of Python's manual, in {WEIGHTS}, with a question")
-    return RealResult(parts, samples, {}, reading, [reading.memory]), said
+        return Judged(parts, {name: _answer(each, tokenizer) for name, each in models.items()})
 
 
 def time_smollm2(found: RealResult, config: DemoConfig, say: Callable[[str], None]) -> RealResult:
     """Add what a token costs by base model and adapter, and a picture of it.
 
     Args:
-        found: of `read_smollm2`.
+        found: what is known of it.
         config: its output folder exists.
         say: called with a line about each part before it begins.
     """
@@ -150,12 +168,13 @@ def time_smollm2(found: RealResult, config: DemoConfig, say: Callable[[str], Non
     return replace(found, decode=decode, files=[picture, *found.files])
 
 
-def _quality(
-    model: FastWeightsForCausalLM, base: PreTrainedModel, text: TokenizedText, config: DemoConfig
-) -> dict[str, Evaluation]:
-    settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
-    with Progress("Python's manual", unit="tokens", quick=True) as progress:
-        return evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
+def _real_model() -> tuple[FastWeightsForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TokenizedText]:
+    """It, its base, their tokenizer and Python's manual."""
+    if not (topics := manual()):
+        raise FastWeightsError("this Python has no manual (pydoc_data): install it, or take a Python from python.org")
+    base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
+    text = tokenize(["\n\n".join(topics.values())], tokenizer)
+    return load_adapter(SMOLLM2, base), base, tokenizer, text
 
 
 def _decode(
@@ -173,21 +192,6 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     conversation = _conversation(model, tokenizer)
     conversation.read(f"{LETTER}\n{LETTER_QUESTION}")
     return conversation.answer()
-
-
-def _read(
-    model: FastWeightsForCausalLM, tokenizer: PreTrainedTokenizerBase, text: TokenizedText, config: DemoConfig
-) -> Reading:
-    """Read the manual as the first turn of a conversation, and keep what is left of it in a file."""
-    conversation = _conversation(model, tokenizer)
-    said = tokenizer.decode(text.tokens[: config.read_tokens], skip_special_tokens=True)
-    start = time.perf_counter()
-    with Progress("reading", unit="tokens", quick=True) as progress:
-        conversation.read(f"{said}\n\n{MANUAL_QUESTION}", progress=progress)
-    seconds, tokens = time.perf_counter() - start, conversation.tokens
-    answer = conversation.answer()
-    memory = conversation.save(config.output / "manual.memory")
-    return Reading(tokens, seconds, conversation.size(), answer, memory)
 
 
 def _conversation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Conversation:

@@ -214,6 +214,10 @@ class TrainConfig:
             if getattr(self, name) != default:
                 raise FastWeightsError(f"{name} was given, but stage {self.stage} has no use for it: leave it out")
 
+        if self.stage == "all" and not self.finetune.fast_weights:
+            raise FastWeightsError(
+                "finetune.fast_weights is off and stage is all, whose first part trains them: give stage finetune"
+            )
         ranks = {name: getattr(self, name).lora_rank for name in self.stages if name != "meta"}
         if len(set(ranks.values())) > 1:
             given = " and ".join(f"{name}.lora_rank {rank}" for name, rank in ranks.items())

@@ -47,11 +47,11 @@ def print_real(result: RealResult) -> None:
     """What the real model gave."""
     from fastweights.cli.demo_smollm2 import LETTER, LETTER_QUESTION, MANUAL_QUESTION, WEIGHTS
 
-    tokens = result.parts["all"].tokens
+    tokens = result.judged.parts["all"].tokens
     title = f"SmolLM2-135M on {tokens:,} tokens of Python's manual; retention = teacher / model perplexity"
-    print_evaluated_parts({"smollm2": result.parts}, title)
+    print_evaluated_parts({"smollm2": result.judged.parts}, title)
     _print_panel("a letter, and a question that it answers at its beginning", f"{LETTER}\n{LETTER_QUESTION}")
-    for name, text in result.samples.items():
+    for name, text in result.judged.samples.items():
         _print_panel(name, "", text)
     _print_decoding(
         result.decode, "one more token, and the state in MB (smollm2-base beyond its trained length: timing alone)"

@@ -90,12 +90,14 @@ def read(
             remembered.save(output)
     except Stopped:
         remembered.save(output)
-        rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), "--memory", str(output)]
-        rest += [] if weights is None else ["--weights", weights]
-        command = shlex.join(["fastweights", "read", *rest, "-o", str(output), "--overwrite"])
-        line = (
-            f"stopped: {output} remembers {files[place.file]} up to character {place.characters}; go on with {command}"
-        )
+        file, place_in = files[place.file], f"up to character {place.characters}"
+        if _is_pipe(file):
+            line = f"stopped: {output} remembers {file} {place_in}; what comes next can be read with --memory {output}"
+        else:
+            rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), "--memory", str(output)]
+            rest += [] if weights is None else ["--weights", weights]
+            command = shlex.join(["fastweights", "read", *rest, "-o", str(output), "--overwrite"])
+            line = f"stopped: {output} remembers {file} {place_in}; go on with {command}"
         note(line)
         sys.exit(128 + stops.number)
     except FastWeightsError as error:
@@ -117,6 +119,13 @@ def _saved(memory: Memory, output: Path) -> bool:
     return True
 
 
+def _is_pipe(file: Path) -> bool:
+    """Whether what was read of it is gone, and its size unknown."""
+    from fastweights.reading.text import STANDARD_INPUT
+
+    return file == STANDARD_INPUT or file.is_fifo()
+
+
 @dataclass
 class _Place:
     """Where to go on."""
@@ -131,9 +140,9 @@ def _read_all(
     """Read from a place on, which moves; between two pieces there is time for other things."""
     import torch
 
-    from fastweights.reading.text import STANDARD_INPUT, token_pieces
+    from fastweights.reading.text import token_pieces
 
-    pipes = [file == STANDARD_INPUT or file.is_fifo() for file in files]
+    pipes = [_is_pipe(file) for file in files]
     sizes = [0 if is_pipe else file.stat().st_size for file, is_pipe in zip(files, pipes, strict=True)]
     total = None if any(pipes) else sum(sizes)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
