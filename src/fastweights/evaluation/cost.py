@@ -99,16 +99,19 @@ def longest_that_fits(model: PreTrainedModel, contexts: Sequence[int]) -> int:
     )
 
 
-def caches_after(model: PreTrainedModel, contexts: Sequence[int], at_most: int | None) -> dict[int, Cache]:
+def caches_after(
+    model: PreTrainedModel, contexts: Sequence[int], at_most: int | None, rows: int = 1
+) -> dict[int, Cache]:
     """The state of a model after each of the contexts, of a softmax model with keys and values at random.
 
     Args:
         model: any causal LM.
         contexts: in rising order.
         at_most: as `read_at_most` of `decode_costs`.
+        rows: texts in the batch.
     """
     if not _is_recurrent(model):
-        return {context: _random_cache(model, context) for context in contexts}
+        return {context: _random_cache(model, context, rows) for context in contexts}
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     if at_most is not None and isinstance(model, FastWeightsForCausalLM):
         at_most = max(at_most, max(model.config.windows) + model.config.sinks)
@@ -119,7 +122,7 @@ def caches_after(model: PreTrainedModel, contexts: Sequence[int], at_most: int |
             read = context - at_most
         while read < context:
             step = min(_PREFILL, context - read)
-            tokens = torch.randint(model.config.vocab_size, (1, step), device=model.device)
+            tokens = torch.randint(model.config.vocab_size, (rows, step), device=model.device)
             model(input_ids=tokens, cache=cache, logits_to_keep=1)
             read += step
         caches[context] = deepcopy(cache)
@@ -130,13 +133,13 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
     return isinstance(model, FastWeightsForCausalLM) and bool(model.fast_attentions())
 
 
-def time_of_step(model: PreTrainedModel, cache: Cache) -> float:
-    """Seconds that a model takes for one random token more."""
-    token = torch.randint(model.config.vocab_size, (1, 1), device=model.device)
+def time_of_step(model: PreTrainedModel, cache: Cache, rows: int = 1) -> float:
+    """Seconds that a model takes for one random token more of each text of a batch."""
+    token = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
     arguments = {}
     limit = position_limit(model.config)  # of a softmax model; ours say what is wrong with a text that is too long
     if limit is not None:
-        arguments["position_ids"] = torch.tensor([[min(cache.get_seq_length(), limit - 1)]], device=model.device)
+        arguments["position_ids"] = torch.full_like(token, min(cache.get_seq_length(), limit - 1))
     _synchronize(model)
     start = time.perf_counter()
     model(input_ids=token, cache=cache, use_cache=True, **arguments)
@@ -144,13 +147,13 @@ def time_of_step(model: PreTrainedModel, cache: Cache) -> float:
     return time.perf_counter() - start
 
 
-def _random_cache(model: PreTrainedModel, context: int) -> Cache:
+def _random_cache(model: PreTrainedModel, context: int, rows: int = 1) -> Cache:
     config = model.config
     cache = DynamicCache(config=config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        k, v = torch.randn(2, 1, heads, context, width, dtype=model.dtype, device=model.device)
+        k, v = torch.randn(2, rows, heads, context, width, dtype=model.dtype, device=model.device)
         cache.update(k, v, layer)
     return cache
 
