@@ -9,8 +9,8 @@ import torch
 from torch.autograd import forward_ad
 
 from fastweights.layers import window as window_module
-from fastweights.layers.flash_window import is_for_flash
-from fastweights.layers.window import Sinks, window_attention
+from fastweights.layers.flash_window import flash_window, is_for_flash
+from fastweights.layers.window import Sinks, WindowTokens, window_attention, windowed
 from tests import tolerances
 from tests.ops.problems import error
 
@@ -76,6 +76,25 @@ def test_what_it_is_not_for():
     several = Sinks(q, sinks.k.expand(-1, 3, -1, -1, -1), sinks.v.expand(-1, 3, -1, -1, -1))
     assert not is_for_flash(q, k, v, several)
     assert not torch.func.vmap(lambda x: torch.tensor(is_for_flash(x, k, v, sinks)))(q[None]).any()
+
+
+@torch.no_grad()
+def test_it_reads_a_text_from_its_first_token_on(monkeypatch):
+    """All blocks see the same sinks, which are among the tokens that are read."""
+    (q, k, v), settings = problem(300, 40, 4, 0)
+    new, calls = WindowTokens(q, k, v, settings["sinks"].q), []
+    arguments = {"window": 40, "scale": 0.3, "sinks": 4}
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return flash_window(*args, **kwargs)
+
+    monkeypatch.setattr(window_module, "flash_window", counted)
+    found, _ = windowed(new, None, **arguments)
+    assert calls
+    monkeypatch.setattr(window_module, "is_for_flash", lambda *_: False)
+    truth, _ = windowed(new, None, **arguments)
+    assert error(found, truth) <= tolerances.FLOAT32
 
 
 @torch.no_grad()

@@ -218,12 +218,24 @@ def test_missing_folder():
         load_model("./nowhere")
 
 
+def _counted(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
 @torch.no_grad()
-def test_gguf_checkpoint(tmp_path):
+def test_gguf_checkpoint(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     original = make_llama(hidden_size=32, num_key_value_heads=4, tie_word_embeddings=False)
     write_gguf(gguf, original, tmp_path / "model.gguf")
+    own, parsed = (gguf.GGUFReader, gguf.get_tensor_name_map), []
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", _counted(gguf.GGUFReader._build_fields, parsed))
     loaded = load_model(tmp_path / "model.gguf")
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
     ids = random_ids(1, 20)
     torch.testing.assert_close(loaded(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
     converted = convert(tmp_path / "model.gguf")

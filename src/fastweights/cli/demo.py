@@ -1,10 +1,10 @@
 """The demo: the embedded transformer becomes a recurrent model twice, in minutes, and shows what that gives.
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
-a state of constant size. Then the hybrid model gets a Fast Weight Layer, and the same unseen text is read static, with
-dynamic evaluation and with the layer, and a real model answers (`demo_smollm2.py`). At the same time, in a process
-beside, the pure model is trained, and the real one reads a long text. What a token costs is measured at the end, when
-nothing else runs.
+a state of constant size. Then the hybrid model gets a Fast Weight Layer, and a real model answers (`demo_smollm2.py`).
+At the same time, in a process beside, the pure model is trained, the real one reads a long text, and unseen text is
+read static, with dynamic evaluation and with the layer. What a token costs is measured at the end, when nothing else
+runs.
 """
 
 from __future__ import annotations
@@ -108,10 +108,13 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         say(f"hybrid: fast weights and an exact window of {config.window}, from the embedded transformer")
         hybrid = train(train_config("hybrid", config))
         say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
-        compared = comparison(config, say)
+        train(layer_config(config))
+        say("unseen modules are read static, with dynamic evaluation and with the layer, in the process beside")
+        comparing = other.do(comparison, config)
         judged = None if reading is None else _judged(config, say)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
         real = None if judged is None or reading is None else _real(judged, other, reading, say)
+        compared = other.result(comparing, "the comparison")
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -160,9 +163,9 @@ def _write(result: DemoResult, file: Path) -> None:
     write_text(file, json.dumps(results(result), indent=2) + "\n")
 
 
-def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodResult]:
-    """Train a Fast Weight Layer on the hybrid model, and read the same unseen text in several ways."""
-    settings = TrainConfig(
+def layer_config(config: DemoConfig) -> TrainConfig:
+    """The demo's training run of a Fast Weight Layer on the hybrid model."""
+    return TrainConfig(
         model=str(config.output / "hybrid"),
         output=config.output / "learning",
         overwrite=config.overwrite,
@@ -171,7 +174,11 @@ def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodRes
         meta=MetaConfig(steps=config.meta_steps),
         evaluation=HeldOutConfig(max_tokens=8192),
     )
-    train(settings)
+
+
+def comparison(config: DemoConfig) -> list[MethodResult]:
+    """Read the same unseen text in several ways with the model that has a Fast Weight Layer."""
+    settings = layer_config(config)
     tokenizer = load_tokenizer(settings.model)
     validation, text = (
         tokenize(load_documents(DataConfig(split=split)), tokenizer) for split in ("validation", "test")
@@ -184,7 +191,7 @@ def comparison(config: DemoConfig, say: Callable[[str], None]) -> list[MethodRes
         ),
         evaluation=EvaluationConfig(max_tokens=config.held_out_tokens),
         validation=validation,
-        say=say,
+        say=print,
     )
 
 

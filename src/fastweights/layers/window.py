@@ -201,7 +201,8 @@ def _sinks(
         if kept is None:
             kept = KeysAndValues(*(x.new_zeros(B, sinks, *x.shape[2:]) for x in (new.k, new.v)))
         k, v = torch.cat((kept.k, new.k), 1), torch.cat((kept.v, new.v), 1)
-        seen_k, seen_v = _first_of(k, v, places, starts[:, ::window], sinks)
+        seen_starts = starts[:, :1] if places.alike else starts[:, ::window]
+        seen_k, seen_v = _first_of(k, v, places, seen_starts, sinks)
         last = None
         if cache is not None:
             last = KeysAndValues(*(x[:, 0] for x in _first_of(k, v, places, starts[:, -1:], sinks)))

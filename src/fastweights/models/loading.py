@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ from fastweights.models.quantisation import quantise
 from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -109,15 +112,16 @@ def _load_whole(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -
     name, arguments = _located(source, gguf_file)
     gguf_file = arguments.get("gguf_file")
     try:
-        config = AutoConfig.from_pretrained(name, **arguments)
-        if config.model_type != FastWeightsConfig.model_type:
-            architecture_of(config)
-        _check_no_kernels(config, source)
-        if gguf_file is not None:
-            arguments["config"] = config  # it takes seconds to read once more
-        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
-        )
+        with nullcontext() if gguf_file is None else _read_once():
+            config = AutoConfig.from_pretrained(name, **arguments)
+            if config.model_type != FastWeightsConfig.model_type:
+                architecture_of(config)
+            _check_no_kernels(config, source)
+            if gguf_file is not None:
+                arguments["config"] = config
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                name, dtype=dtype, use_safetensors=None if gguf_file else True, output_loading_info=True, **arguments
+            )
     except FastWeightsError:
         raise
     except Exception as error:  # of transformers, of its checks of configs, of safetensors, of torch
@@ -142,6 +146,33 @@ def _load_whole(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -
     if gguf_file is not None:
         model.config.name_or_path = str(Path(name) / gguf_file)
     return model.eval()
+
+
+_reading_once = threading.RLock()
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Within it a .gguf file is parsed once, and its table of names made once, for all that transformers asks of them.
+
+    Either takes seconds, and transformers asks for the one with each config and each list of weights, and for the
+    other with each module of a model.
+    """
+    try:
+        import gguf
+    except ImportError:  # of which transformers has more to say
+        yield
+        return
+    names = ("GGUFReader", "get_tensor_name_map")
+    with _reading_once:
+        own = {name: getattr(gguf, name) for name in names}
+        for name, function in own.items():
+            setattr(gguf, name, lru_cache(function))
+        try:
+            yield
+        finally:
+            for name, function in own.items():
+                setattr(gguf, name, function)
 
 
 def _adapter(source: str | Path) -> dict[str, Any] | None:
