@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import Int4Linear, Int8Linear
 from fastweights.models import convert
 from fastweights.models.cache import FastWeightsCache, state_bytes
@@ -92,6 +93,34 @@ def test_families(family, form):
     check(model)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("form", ["pure", "window", "no sinks", "writes all", "several windows"])
+@pytest.mark.parametrize("positions", ["keep", "drop"])
+def test_gpt2(positions, form, rows):
+    """With positions in the residual stream, or biases in the window."""
+    for start in (1, 20):
+        check(make("gpt2", positions=positions, **FORMS[form]), rows, start)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("form", ["pure", "window", "window, no rotary"])
+def test_phi3(form, rows):
+    check(make("phi3", **FORMS[form]), rows)
+
+
+@torch.no_grad()
+def test_absolute_positions_end():
+    model = make("gpt2", window=8)
+    limit = model.max_positions
+    ids, cache = random_ids(1, limit + 1), FastWeightsCache(model.config)
+    model(ids[:, : limit - 2], cache=cache)
+    for i in (limit - 2, limit - 1):
+        model(ids[:, i : i + 1], cache=cache)
+    assert cache.decoding is not None
+    with pytest.raises(FastWeightsError, match=f"absolute positions end at {limit}"):
+        model(ids[:, limit:], cache=cache)
+
+
 @pytest.mark.parametrize("rows", [2, 3, 20])
 def test_rows(rows):
     check(make(window=8), rows)
@@ -104,8 +133,9 @@ def test_gates(settings):
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 20])
-def test_quantised(weights, rows):
-    check(quantise(make(window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_quantised(family, weights, rows):
+    check(quantise(make(family, window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
 
 
 @torch.no_grad()
@@ -232,7 +262,7 @@ def test_what_is_no_case_for_it():
     assert plain(hooked)
     assert len(seen) == 2
     for model, reason in (
-        (make("gpt2"), "family gpt2"),
+        (make("gpt_neox"), "family gpt_neox"),
         (make("llama", "delta"), "rule is DeltaRule"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),

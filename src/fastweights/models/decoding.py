@@ -1,9 +1,9 @@
 """A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
 
-A converted model of Llama's kind (RMS norms, a gated unit) gets its own step for one token of each row, of the same
-weights and the same cache: products by the library that its layers have, and what lies between two of them by one CPU
-kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it, and goes
-on plainly with everything else: other families, padding, gradients, hooks.
+A converted model of Llama's kind (RMS norms, a gated unit), or GPT-2, gets its own step for one token of each row, of
+the same weights and the same cache: products by the library that its layers have, and what lies between two of them by
+one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it,
+and goes on plainly with everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
 W window, S sinks.
@@ -12,19 +12,20 @@ W window, S sinks.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import Cache
+from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.feature_maps import FeatureMap
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
 from fastweights.layers.rules import AddRule, AverageRule, DecayRule, GatedRule, LowRank
-from fastweights.models.architectures import SplitProjections
+from fastweights.models.architectures import FusedProjections, GroupedProjections, SplitProjections
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
 from fastweights.ops.numba.runtime import load_kernels
 
@@ -35,11 +36,51 @@ if TYPE_CHECKING:
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import FastWeightsForCausalLM
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+class _Family(NamedTuple):
+    """Where the models of a family have what a step needs."""
+
+    embed: str = "embed_tokens"
+    layers: str = "layers"
+    last_norm: str = "norm"
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    attention: str = "self_attn"
+    expand: tuple[str, ...] = ("gate_proj", "up_proj")
+    """Of its unit."""
+    contract: str = "down_proj"
+    gated: bool = True
+    """Whether one half of what is expanded is a gate of the other."""
+    others: frozenset[str] = frozenset({"act_fn"})
+    """Parts of a layer, or of its unit, that do nothing here or that a kernel does."""
+    activations: tuple[str, ...] = ("silu", "swish")
+
+
+_LLAMA = _Family()
+_FAMILIES = {
+    "gpt2": _Family(
+        embed="wte",
+        layers="h",
+        last_norm="ln_f",
+        norms=("ln_1", "ln_2"),
+        attention="attn",
+        expand=("c_fc",),
+        contract="c_proj",
+        gated=False,
+        others=frozenset({"act", "dropout"}),
+        activations=("gelu_new", "gelu_pytorch_tanh"),
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": _Family(
+        expand=("gate_up_proj",), others=frozenset({"activation_fn", "resid_attn_dropout", "resid_mlp_dropout"})
+    ),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+}
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule)
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_UNIT = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_LINEAR = {nn.Linear, Float32Linear, *LINEAR.values()}
+_PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
+_LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _ROOMS = 4
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
@@ -91,8 +132,8 @@ def decode(
     if state is None or state.decoder.model is not model or not state.is_current(cache, len(input_ids)):
         with torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
             state = cache.decoding = _begin(model, cache, len(input_ids))
-    if state is None:
-        return None
+    if state is None or (model.max_positions is not None and state.tokens + input_ids.shape[1] > model.max_positions):
+        return None  # to be told that positions end there
     lock = state.decoder.lock
     if not lock.acquire(blocking=False):  # another thread decodes with the same model
         return None
@@ -129,40 +170,43 @@ def _is_plain_call() -> bool:
 
 def why_plain(model: FastWeightsForCausalLM) -> str | None:
     """Why a model's steps go through transformers' modules; None where they do not."""
-    base, attentions = model.model.base, model.fast_attentions()
-    layers = getattr(base, "layers", ())
-    if model.config.base.model_type not in _FAMILIES:
-        return f"it is of the family {model.config.base.model_type}; those of Llama's kind are {', '.join(_FAMILIES)}"
+    base, attentions, config = model.model.base, model.fast_attentions(), model.config.base
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        return f"it is of the family {config.model_type}; those that have such steps are {', '.join(_FAMILIES)}"
+    layers: Any = base.get_submodule(family.layers)
     if len(attentions) != len(layers):
         return "not all of its layers have fast weights"
     if model.fast_weight_layer is not None:
         return "it has a Fast Weight Layer"
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
         return "it is not in float32 on a CPU"
-    if getattr(model.config.base, "hidden_act", "silu") != "silu":
-        return f"its activation is {model.config.base.hidden_act}"
+    activation = getattr(config, "hidden_act", None) or config.activation_function
+    if activation not in family.activations:
+        return f"its activation is {activation}"
+    parts = {family.attention, "mlp", *family.norms}
+    unit = {*family.expand, family.contract}
     for layer in layers:
-        parts = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
-        if parts != (_PARTS, _UNIT):
-            return "its layers have other parts than Llama's"
+        found = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
+        if any(has - family.others != needs for has, needs in zip(found, (parts, unit), strict=True)):
+            return "its layers have other parts than its family's"
     for attention in attentions:
         rule = attention.rule
         if type(rule) not in _RULES or rule.shape.normaliser:
             return f"its rule is {type(rule).__name__}, or has a normaliser"
         if type(attention.query_map) is not FeatureMap or type(attention.key_map) is not FeatureMap:
             return "it has a feature map"
-        if attention.window_bias is not None:
-            return "it has biases in its window"
-        if type(attention.projections) is not SplitProjections:
-            return "its projections are other than Llama's"
+        if type(attention.projections) not in _PROJECTIONS:
+            return "its projections are other than its family's"
         if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
             return f"it has layers of the kind {type(module).__name__}"
-    for layer in layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, base.norm):
-            if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
-                return f"it has norms of the kind {type(norm).__name__}"
-        if any(type(getattr(layer.mlp, name)) not in _LINEAR for name in _UNIT - {"act_fn"}):
-            return "it has other layers in its units"
+    norms = [layer.get_submodule(name) for layer in layers for name in family.norms]
+    for norm in (*norms, base.get_submodule(family.last_norm)):
+        is_centred = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+        if not is_centred and (not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon")):
+            return f"it has norms of the kind {type(norm).__name__}"
+    if any(type(layer.mlp.get_submodule(name)) not in _LINEAR for layer in layers for name in unit):
+        return "it has other layers in its units"
     for module in model.modules():
         forward = vars(module).get("forward")
         if module._forward_hooks or module._forward_pre_hooks:
@@ -177,9 +221,15 @@ def _multiplied(attention: FastWeightAttention) -> list[nn.Module]:
     names: Any = attention.projections
     gates = [getattr(attention.rule, name, None) for name in ("key_gate", "value_gate")]
     parts = [part for gate in gates for part in ((gate.down, gate.up) if isinstance(gate, LowRank) else (gate,))]
-    return [attention.get_submodule(name) for name in (names.q, names.k, names.v, names.out)] + [
+    return [attention.get_submodule(name) for name in (*_inner(names), names.out)] + [
         part for part in parts if part is not None
     ]
+
+
+def _inner(projections: Any) -> tuple[str, ...]:
+    """The layers that make queries, keys and values."""
+    split = isinstance(projections, SplitProjections)
+    return (projections.q, projections.k, projections.v) if split else (projections.qkv,)
 
 
 class Decoder:
@@ -192,6 +242,11 @@ class Decoder:
     def __init__(self, model: FastWeightsForCausalLM) -> None:
         self.lock = threading.Lock()
         self.model, self.base = model, model.model.base
+        self.family = _FAMILIES[model.config.base.model_type]
+        positions, row = None, model.model.architecture
+        if row.positions is not None:
+            positions = self.base.get_submodule(row.positions)
+        self.embed, self._positions = self.base.get_submodule(self.family.embed), positions
         self.kernels: Any = load_kernels("decoding")
         self.windows = sorted(set(model.config.windows) - {0})
         self.rooms: dict[int, Room] = {}
@@ -222,7 +277,9 @@ class Decoder:
             state: changed in place.
         """
         room = state.room
-        room.x.copy_(self.base.embed_tokens(ids[:, 0]))  # type: ignore[operator]
+        room.x.copy_(self.embed(ids[:, 0]))
+        if self._positions is not None:
+            room.x += self._positions(torch.tensor([[state.tokens]]))[0]
         room.more.zero_()
         self._rotate(room, state.tokens)
         for layer, arguments in zip(room.layers, state.arguments, strict=True):
@@ -298,20 +355,22 @@ class Room:
         base: Any = decoder.base
         self.x, self.more, self.normed = (_zeros(rows, config.hidden_size) for _ in range(3))
         self.arrays = [x.numpy() for x in (self.x, self.more, self.normed)]
-        self.last_norm = _norm(base.norm)
+        self.last_norm = _norm(base.get_submodule(decoder.family.last_norm))
         width = 0
-        if any(attention.rotates for attention in decoder.model.fast_attentions()):
+        rotary = decoder.model.model.architecture.rotary
+        if rotary is not None and any(attention.rotates for attention in decoder.model.fast_attentions()):
             width = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long))[0].shape[-1]
         self.rotary = _zeros(1 + len(decoder.windows), 2, width)
         """Cosines and sines of the token, then of queries for the sinks of each window."""
         attentions = decoder.model.fast_attentions()
         places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
+        layers = base.get_submodule(decoder.family.layers)
         self.layers = [
-            LayerStep(self, layer, attention, places[attention.window])
-            for layer, attention in zip(base.layers, attentions, strict=True)
+            LayerStep(self, decoder.family, layer, attention, places[attention.window])
+            for layer, attention in zip(layers, attentions, strict=True)
         ]
 
-    def normalise(self, norm: tuple[Any, float]) -> None:
+    def normalise(self, norm: tuple[Any, Any, float]) -> None:
         """Add what a layer's part has said to the residual stream, and normalise it for the next, by `_norm`."""
         x, more, normed = self.arrays
         self.kernels.add_and_normalise(x, more, *norm, normed)
@@ -322,14 +381,15 @@ class LayerStep:
 
     Args:
         room: for what comes in and goes out.
-        layer: of a model of Llama's kind.
+        family: whose parts the layer has.
+        layer: of the model.
         attention: its attention.
         place: of the cosines and sines for its sinks.
     """
 
-    def __init__(self, room: Room, layer: Any, attention: FastWeightAttention, place: int) -> None:
+    def __init__(self, room: Room, family: _Family, layer: Any, attention: FastWeightAttention, place: int) -> None:
         self.room, self.attention = room, attention
-        self.norms = [_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)]
+        self.norms = [_norm(layer.get_submodule(name)) for name in family.norms]
         rows, D = room.rows, attention.head_dim
         rule: Any = attention.rule
         _, _, V = rule.state_shape
@@ -337,22 +397,26 @@ class LayerStep:
         rotary = room.rotary if attention.rotates else room.rotary[:, :, :0]
         self.rotary = [rotary[i].numpy() for i in (0, place)]
         names: Any = attention.projections
-        modules = [attention.get_submodule(name) for name in (names.q, names.k, names.v)]
-        self.project = _Products(room.normed, modules)
+        modules = [attention.get_submodule(name) for name in _inner(names)]
         shapes = (H, D), (G, D), (G, V)
+        self.project = _Products(room.normed, modules, sizes=[heads * width for heads, width in shapes])
         self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
         self.read = _zeros(rows, H, V)
         self.output = _Products(self.read.view(rows, -1), [attention.get_submodule(names.out)], [room.more])
-        norms = [attention.get_submodule(name) for name in (names.q_norm, names.k_norm) if name is not None]
+        given = [getattr(names, name, None) for name in ("q_norm", "k_norm")]
+        norms = [attention.get_submodule(name) for name in given if name is not None]
         self.head_norms = [norm.weight.detach().numpy() for norm in norms] or [_EMPTY[1], _EMPTY[1]]  # type: ignore[union-attr]
         self.epsilon = norms[0].variance_epsilon if norms else 0.0
         self.gates = [_Gate(getattr(rule, name, None), room.normed) for name in ("key_gate", "value_gate")]
         self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
-        mlp = layer.mlp
-        self.expand = _Products(room.normed, [mlp.gate_proj, mlp.up_proj])
-        unit = _zeros(rows, mlp.down_proj.in_features)
+        contract = layer.mlp.get_submodule(family.contract)
+        width, _ = _sizes(contract)
+        parts = [layer.mlp.get_submodule(name) for name in family.expand]
+        self.expand = _Products(room.normed, parts, sizes=[width] * (2 if family.gated else 1))
+        unit = _zeros(rows, width)
         self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
-        self.contract = _Products(unit, [mlp.down_proj], [room.more])
+        self.activate = room.kernels.gated_unit if family.gated else room.kernels.gelu_unit
+        self.contract = _Products(unit, [contract], [room.more])
 
     def __call__(self, tokens: int, arguments: tuple[tuple, tuple]) -> None:
         """From the residual stream to what the layer adds to it.
@@ -371,7 +435,7 @@ class LayerStep:
         self.output()
         room.normalise(self.norms[1])
         self.expand()
-        room.kernels.gated_unit(*self.unit)
+        self.activate(*self.unit)
         self.contract()
 
     def arguments(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> tuple[tuple, tuple]:
@@ -396,7 +460,8 @@ class LayerStep:
         )
         averages = isinstance(attention.rule, AverageRule)
         flags = attention.rotary, attention.writes_leaving, averages, self.head_norms[0].size > 0
-        return (*first, attention.scaling), (*flags, self.read.numpy())
+        bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
+        return (*first, bias, attention.scaling), (*flags, self.read.numpy())
 
 
 class _Gate:
@@ -419,25 +484,39 @@ class _Products:
 
     Args:
         x: the rows, whose numbers change.
-        layers: linear ones.
+        layers: linear ones; one alone may make several outputs.
         outputs: where the products go; by default new places, which are next to each other if there is one row.
+        sizes: of the outputs; by default of one for each layer.
     """
 
-    def __init__(self, x: Float[Tensor, "B n"], layers: list[Any], outputs: list[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        x: Float[Tensor, "B n"],
+        layers: list[Any],
+        outputs: list[Tensor] | None = None,
+        sizes: list[int] | None = None,
+    ) -> None:
         self.x, self.layers = x, layers
-        sizes = [layer.out_features for layer in layers]
+        sizes = [_sizes(layer)[1] for layer in layers] if sizes is None else sizes
         if outputs is None and len(x) == 1:
             outputs = [*_zeros(1, sum(sizes)).split(sizes, 1)]
         self.outputs = [_zeros(len(x), size) for size in sizes] if outputs is None else outputs
         self._short = torch.zeros_like(x, dtype=torch.bfloat16)
         """The rows in bf16, for layers of few bits."""
-        self._pairs = list(zip(layers, self.outputs, strict=True))
         kind = type(layers[0])
         self._few_bits = all(isinstance(layer, QuantisedLinear) for layer in layers)
         joined = kind.join(layers) if self._few_bits and len(layers) > 1 else None
-        if joined is not None and len(x) == 1:
+        self._copied = []
+        """Of products that are made in another place: that, and their own."""
+        if len(sizes) == len(layers) and (joined is None or len(x) > 1):
+            self._pairs = list(zip(layers, self.outputs, strict=True))
+        elif len(x) == 1:
             whole = self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))
-            self._pairs, joined = [(joined, whole)], None
+            self._pairs, joined = [(layers[0] if joined is None else joined, whole)], None
+        else:
+            whole = _zeros(len(x), sum(sizes))
+            self._pairs = [(layers[0], whole)]
+            self._copied = list(zip(whole.split(sizes, 1), self.outputs, strict=True))
         self._joined = joined
 
     def __call__(self) -> None:
@@ -445,19 +524,31 @@ class _Products:
         x = self.x
         if len(x) > FEW or not self._few_bits:
             for layer, output in self._pairs:
-                output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, layer.weight, layer.bias))
-            return
-        short = self._short
-        short.copy_(x)
-        if self._joined is not None:
-            made = self._joined.few(short).split([layer.out_features for layer in self.layers], 1)
+                output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, _matrix(layer), layer.bias))
+        elif self._joined is not None:
+            self._short.copy_(x)
+            made = self._joined.few(self._short).split([layer.out_features for layer in self.layers], 1)
             for output, part in zip(self.outputs, made, strict=True):
                 output.copy_(part)
-            return
-        for layer, output in self._pairs:
-            output.copy_(layer.few(short))
-            if layer.bias is not None:
-                output.add_(layer.bias)
+        else:
+            self._short.copy_(x)
+            for layer, output in self._pairs:
+                output.copy_(layer.few(self._short))
+                if layer.bias is not None:
+                    output.add_(layer.bias)
+        for part, output in self._copied:
+            output.copy_(part)
+
+
+def _matrix(layer: nn.Linear | Conv1D) -> Float[Tensor, "m n"]:
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Of its inputs and its outputs."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
 
 
 _EMPTY = {n: torch.zeros((0,) * n, dtype=torch.float32).numpy() for n in (1, 2, 4)}
@@ -494,9 +585,11 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     return DecodingState(decoder, layers, rings, rows)
 
 
-def _norm(norm: Any) -> tuple[Any, float]:
+def _norm(norm: Any) -> tuple[Any, Any, float]:
     """What the kernel is given of it."""
-    return norm.weight.detach().numpy(), norm.variance_epsilon
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight.detach().numpy(), norm.bias.detach().numpy(), norm.eps
+    return norm.weight.detach().numpy(), _EMPTY[1], norm.variance_epsilon
 
 
 class _Watch:

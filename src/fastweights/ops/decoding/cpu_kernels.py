@@ -20,6 +20,7 @@ from numba import float32, int32, njit
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 """Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_GELU = np.float32(2 * math.sqrt(2 / math.pi))
 _EXP = tuple(np.float32(1 / math.factorial(n)) for n in (6, 5, 4, 3, 2))
 
 
@@ -152,18 +153,26 @@ def _add_weighted(v, weights, out):
             out[j] += weights[w] * v[w, j]
 
 
-@_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4, f4[:,::1])")
-def add_and_normalise(x, more, weight, epsilon, out):
-    """x += more; out = x / rms(x) * weight, for each row."""
+@_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4, f4[:,::1])")
+def add_and_normalise(x, more, weight, bias, epsilon, out):
+    """x += more; out = x / rms(x) * weight, for each row; with a bias x is centred first, and that is added."""
     for b in range(x.shape[0]):
-        total = float32(0.0)
+        mean = total = float32(0.0)
         for i in range(x.shape[1]):
             value = x[b, i] + more[b, i]
             x[b, i] = value
-            total += value * value
+            mean += value
+        if bias.shape[0] > 0:
+            mean /= float32(x.shape[1])
+        else:
+            mean = float32(0.0)
+        for i in range(x.shape[1]):
+            total += (x[b, i] - mean) * (x[b, i] - mean)
         factor = float32(1.0) / math.sqrt(total / float32(x.shape[1]) + epsilon)
         for i in range(x.shape[1]):
-            out[b, i] = x[b, i] * factor * weight[i]
+            out[b, i] = (x[b, i] - mean) * factor * weight[i]
+        for i in range(bias.shape[0]):
+            out[b, i] += bias[i]
 
 
 @_kernel("void(f4[:,::1], f4[:,::1], f4[:,::1])")
@@ -179,11 +188,25 @@ def gated_unit(gate, up, out):
             out[b, i] = gate[b, i] * share / (float32(1.0) + small) * up[b, i]
 
 
+@_kernel("void(f4[:,::1], f4[:,::1])")
+def gelu_unit(x, out):
+    """out = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): gelu by its tanh."""
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            value = x[b, i]
+            out[b, i] = -abs(_GELU * (value + float32(0.044715) * value * value * value))
+        _exponentials(out[b])
+        for i in range(x.shape[1]):
+            small = out[b, i]  # exp(-2|u|), which cannot overflow
+            share = float32(1.0) if x[b, i] >= 0 else small
+            out[b, i] = x[b, i] * share / (float32(1.0) + small)
+
+
 @_kernel(
     "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4,"
     "f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1],"
     "f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1],"
-    "f4[::1], f4[::1], f4[::1], f4, i8, b1, b1, b1, b1, f4[:,:,::1])"
+    "f4[::1], f4[::1], f4[::1], f4[:,::1], f4, i8, b1, b1, b1, b1, f4[:,:,::1])"
 )
 def attend(
     q,
@@ -212,6 +235,7 @@ def attend(
     fast_scale,
     fast_unit,
     window_scale,
+    window_bias,
     scale,
     count,
     rotated_fast,
@@ -226,6 +250,7 @@ def attend(
     key_logits, value_logits: (B, _) what other gates are made of, bias included.
     rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
     key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
+    window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
     rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
     leaving: whether they are written what leaves the window, and read before that.
     averages: whether they are written under k * (1 - gate).
@@ -280,6 +305,11 @@ def attend(
                         for s in range(far):
                             weights[r, s] = _dot(sink_q[r], sink_k[b, g, s]) * scale
                     _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
+                    if window_bias.shape[1] > 0:
+                        for s in range(far):
+                            weights[r, s] += window_bias[h, W + s]
+                        for w in range(seen):
+                            weights[r, far + w] += window_bias[h, place - w if w <= place else place - w + W]
                     most = weights[r, 0]
                     for w in range(1, far + seen):
                         most = max(most, weights[r, w])
