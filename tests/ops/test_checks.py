@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from fastweights import ops
 from fastweights.ops import decay_rule
 from tests.ops.problems import Problem, inputs
 
@@ -88,3 +89,25 @@ def test_cpu_refuses_other_devices():
     arguments = {name: x.to("meta") for name, x in inputs(Problem(6, 8, 4), torch.float32).items()}
     with pytest.raises(ValueError, match="q is on meta, but backend='cpu' needs CPU tensors"):
         decay_rule(**arguments, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "gradients", "vectors", "taken"),
+    [
+        (64, 8192, True, False, "chunked"),
+        (64, 8192, False, False, "cpu"),
+        (64, 8192, True, True, "cpu"),
+        (64, 4096, True, False, "cpu"),
+    ],
+)
+def test_gradients_of_a_large_state_are_left_to_products(monkeypatch, K, V, gradients, vectors, taken):
+    calls = []
+    for name in ("chunked", "cpu"):
+        rule = ops._DECAY_RULE[name]
+        monkeypatch.setitem(ops._DECAY_RULE, name, lambda *a, name=name, rule=rule: calls.append(name) or rule(*a))
+    arguments = inputs(Problem(6, K, V, key_gate="vector" if vectors else "scalar", value_gate="none"), torch.float32)
+    for x in arguments.values():
+        if x is not None:
+            x.requires_grad_(gradients)
+    decay_rule(**arguments)
+    assert calls == [taken]

@@ -40,6 +40,9 @@ _DELTA_RULE = {
     "cpu": delta_rule_cpu,
 }
 
+_LARGE = 2**19
+"""Numbers of a state: with as many, gradients take a third of the time by plain products (docs/log.md)."""
+
 
 def decay_rule(
     q: Float[Tensor, "B T H K"],
@@ -86,7 +89,8 @@ def decay_rule(
         cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
         backend: "reference", "chunked", "cpu" or "gpu" (Triton); "auto" takes "cpu" for tensors on a CPU, except
-            float64 ones, and "chunked" for all others; "gpu" on a GPU where FASTWEIGHTS_TRITON=1 is in the environment,
+            float64 ones and those of a large state without vector gates that need gradients, and "chunked" for all
+            others; "gpu" on a GPU where FASTWEIGHTS_TRITON=1 is in the environment,
             until these kernels have been seen to run there. Only "reference" and "chunked" can be differentiated twice.
 
     Returns:
@@ -101,6 +105,8 @@ def decay_rule(
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_gate("key_log_decay", key_log_decay, k, "k")
     check_gate("value_log_decay", value_log_decay, v, "v")
+    if backend == "auto" and _is_for_products(q, k, v, key_log_decay, value_log_decay, initial_state):
+        backend = "chunked"
     rule = _backend(_DECAY_RULE, backend, q.device.type, compute_dtype(q, k, v))
     o, final_state = rule(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
     return o, final_state if output_final_state else None
@@ -173,6 +179,16 @@ def delta_rule(
     rule = _backend(_DELTA_RULE, backend, q.device.type, compute_dtype(q, k, v))
     o, final_state = rule(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, inclusive)
     return o, final_state if output_final_state else None
+
+
+def _is_for_products(
+    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None, initial_state: Tensor | None
+) -> bool:
+    """Whether plain products are the faster ones on a CPU, too: for gradients of a state that fills its caches."""
+    large = k.shape[3] * v.shape[3] >= _LARGE
+    scalar = large and all(gate is None or gate.shape[3] == 1 for gate in (log_f, log_z))
+    inputs = (q, k, v, log_f, log_z, initial_state)
+    return scalar and q.is_cpu and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _backend(rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype) -> Callable:
