@@ -66,6 +66,8 @@ def test_what_goes_wrong_there_is_said_here(tmp_path):
             other.result(other.do(time_out), "timing out")
         with pytest.raises(FastWeightsError, match="leaving: the process that did it ended before it was done"):
             other.result(other.do(leave), "leaving")
+        with pytest.raises(FastWeightsError, match="after it: the process that did it ended before it was done"):
+            other.result(other.do(fail), "after it")
 
 
 def test_it_ends_at_once_where_this_process_has_no_more_use_for_it(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastweights.cli.demo import _real, run_demo
+from fastweights.cli.demo import _compared, _real, run_demo
 from fastweights.cli.demo_smollm2 import Judged
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
@@ -31,14 +31,19 @@ def here(log):
     yield Here()
 
 
-def test_a_real_model_that_failed_takes_nothing_else_with_it():
+def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
     class Killed(Here):
         def result(self, future, title):
             raise FastWeightsError(f"{title}: the process ended")
 
-    said = []
-    assert _real(Judged({}, {}), Killed(), Future(), said.append) is None
-    assert said[-1] == "it is left out: the long text: the process ended"
+    said, judged = [], Judged({}, {})
+    real = _real(judged, Killed(), Future(), said.append)
+    assert (real.judged, real.reading, real.files) == (judged, None, [])
+    assert real.plain()["reading"] is None
+    assert said[-1] == "the long text is left out: the long text: the process ended"
+    monkeypatch.setattr("fastweights.cli.demo.comparison", lambda config: [config])
+    assert _compared(Killed(), Future(), 7, said.append) == [7]
+    assert said[-1] == "the comparison is made in this process: the comparison: the process ended"
 
 
 @pytest.mark.timeout(300)

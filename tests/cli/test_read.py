@@ -142,6 +142,17 @@ def test_of_a_pipe_that_was_stopped_the_memory_alone_is_left(monkeypatch, capsys
     assert same(model, load_memory(model, tmp_path / "m"), expected(model, [documents[0][:read]]))
 
 
+def test_a_pipe_that_comes_later_is_not_gone_on_with(monkeypatch, capsys, endless_folder, texts, tmp_path):
+    (file, _), _ = texts
+    os.mkfifo(tmp_path / "pipe")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, signal.SIGINT)
+        _, _, err = run(
+            patch, capsys, "read", endless_folder, file, tmp_path / "pipe", "-o", tmp_path / "m", "--weights", "bf16"
+        )
+    assert f"can be read with --memory {tmp_path / 'm'} --weights bf16" in err
+
+
 def test_it_saves_on_the_way(monkeypatch, capsys, endless_folder, texts, tmp_path):
     files, _ = texts
     tokens, save = [], Memory.save

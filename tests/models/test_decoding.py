@@ -22,7 +22,7 @@ from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import FAMILIES, make_llama, random_ids
+from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
 from tests.ops.problems import error
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -261,11 +261,15 @@ def test_what_is_no_case_for_it():
     hooked.model.base.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
     assert plain(hooked)
     assert len(seen) == 2
+    dropping = make("gpt2")
+    dropout(dropping)
     for model, reason in (
         (make("gpt_neox"), "family gpt_neox"),
         (make("llama", "delta"), "rule is DeltaRule"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),
+        (convert(make_gpt2(activation_function="relu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is relu"),
+        (dropping, "drops out"),
     ):
         assert reason in why_plain(model)
         assert plain(model)
@@ -367,6 +371,11 @@ def other_numbers(model):
         parameter.data = 1.1 * parameter.data
 
 
+def dropout(model):
+    model.model.base.h[1].mlp.dropout.p = 1.0
+    model.model.base.h[1].mlp.dropout.train()
+
+
 def scaled_norm(model):
     model.model.base.norm.weight = torch.nn.Parameter(2 * model.model.base.norm.weight)
 
@@ -378,6 +387,20 @@ CHANGES = {
     "norm": scaled_norm,
     "bits": lambda m: quantise(m, "int8"),
 }
+
+
+@torch.no_grad()
+def test_dropout_that_is_switched_on_by_itself_is_noticed():
+    ids, logits = random_ids(1, 20), []
+    for fast in (False, True):
+        set_fast_decoding(fast)
+        model = make("gpt2", window=8)
+        cache = FastWeightsCache(model.config)
+        model(ids[:, :10], cache=cache)
+        model(ids[:, 10:11], cache=cache)
+        dropout(model)
+        logits.append(model(ids[:, 11:12], cache=cache).logits)
+    assert error(logits[1], logits[0]) <= 2 * tolerances.FLOAT32
 
 
 @torch.no_grad()

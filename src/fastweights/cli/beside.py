@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +22,6 @@ from fastweights.errors import FastWeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from concurrent.futures import Future
     from pathlib import Path
 
 _PATIENCE = 5.0
@@ -51,8 +50,16 @@ class Beside:
         Args:
             task: a function of a module.
             args: of it; like what it returns, they must be what pickle takes.
+
+        Returns:
+            What `result` is to be given.
         """
-        return self._pool.submit(task, *args)
+        try:
+            return self._pool.submit(task, *args)
+        except BrokenProcessPool as error:
+            future = Future()
+            future.set_exception(error)
+            return future
 
     def result(self, future: Future[_Value], title: str) -> _Value:
         """What came of a task, waited for if need be.

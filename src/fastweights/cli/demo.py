@@ -114,7 +114,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         judged = None if reading is None else _judged(config, say)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
         real = None if judged is None or reading is None else _real(judged, other, reading, say)
-        compared = other.result(comparing, "the comparison")
+        compared = _compared(other, comparing, config, say)
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -148,15 +148,26 @@ def _judged(config: DemoConfig, say: Callable[[str], None]) -> Judged | None:
         return None
 
 
-def _real(judged: Judged, other: Beside, reading: Future[Reading], say: Callable[[str], None]) -> RealResult | None:
-    """With what came of the long text that it reads in the process beside."""
+def _real(judged: Judged, other: Beside, reading: Future[Reading], say: Callable[[str], None]) -> RealResult:
+    """With what came of the long text that it reads in the process beside; without it, what it said is shown."""
     say(f"the same model reads a long text of Python's manual, in {WEIGHTS}, in the process beside")
     try:
         found = other.result(reading, "the long text")
     except FastWeightsError as error:
-        say(f"it is left out: {error}")
-        return None
+        say(f"the long text is left out: {error}")
+        return RealResult(judged)
     return RealResult(judged, found, files=[found.memory])
+
+
+def _compared(
+    other: Beside, comparing: Future[list[MethodResult]], config: DemoConfig, say: Callable[[str], None]
+) -> list[MethodResult]:
+    """What came of the comparison, made here if the process beside is no more."""
+    try:
+        return other.result(comparing, "the comparison")
+    except FastWeightsError as error:
+        say(f"the comparison is made in this process: {error}")
+        return comparison(config)
 
 
 def _write(result: DemoResult, file: Path) -> None:

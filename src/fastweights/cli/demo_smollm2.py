@@ -98,13 +98,14 @@ class RealResult:
     """All that the second half measured."""
 
     judged: Judged
-    reading: Reading
+    reading: Reading | None = None
+    """None if that failed."""
     decode: dict[str, list[DecodeCost]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """For results.json."""
-        reading = {**asdict(self.reading), "memory": self.reading.memory.name}
+        reading = self.reading and {**asdict(self.reading), "memory": self.reading.memory.name}
         decode = {name: [asdict(cost) for cost in costs] for name, costs in self.decode.items()}
         return plain({**asdict(self.judged), "decode": decode, "reading": reading})
 

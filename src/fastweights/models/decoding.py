@@ -52,6 +52,8 @@ class _Family(NamedTuple):
     """Whether one half of what is expanded is a gate of the other."""
     others: frozenset[str] = frozenset({"act_fn"})
     """Parts of a layer, or of its unit, that do nothing here or that a kernel does."""
+    activation: str = "hidden_act"
+    """Where its config says which activation it has, and those that a kernel does."""
     activations: tuple[str, ...] = ("silu", "swish")
 
 
@@ -67,6 +69,7 @@ _FAMILIES = {
         contract="c_proj",
         gated=False,
         others=frozenset({"act", "dropout"}),
+        activation="activation_function",
         activations=("gelu_new", "gelu_pytorch_tanh"),
     ),
     "llama": _LLAMA,
@@ -181,7 +184,7 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         return "it has a Fast Weight Layer"
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
         return "it is not in float32 on a CPU"
-    activation = getattr(config, "hidden_act", None) or config.activation_function
+    activation = getattr(config, family.activation)
     if activation not in family.activations:
         return f"its activation is {activation}"
     parts = {family.attention, "mlp", *family.norms}
@@ -211,9 +214,16 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         forward = vars(module).get("forward")
         if module._forward_hooks or module._forward_pre_hooks:
             return "it has hooks"
+        if _drops_out(module):
+            return "it drops out"
         if forward is not None and getattr(forward, "__func__", None) not in FORWARDS:
             return f"a {type(module).__name__} has a forward of its own"
     return None
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """As one may that was switched on by itself, in a model that is not trained."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def _multiplied(attention: FastWeightAttention) -> list[nn.Module]:
@@ -605,12 +615,14 @@ class _Watch:
         kept = [(table, name, x) for m in modules for table in (m._parameters, m._buffers) for name, x in table.items()]
         self._tensors = [(table, name, x, x.data_ptr()) for table, name, x in kept if x is not None]
         self._forwards = [(vars(m), vars(m).get("forward")) for m in modules]
+        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def is_current(self) -> bool:
-        """Whether all of it is as it was, and there are no hooks."""
+        """Whether all of it is as it was, and there are no hooks and no dropout."""
         return (
             not any(self._hooks)
+            and not any(_drops_out(module) for module in self._dropouts)
             and all(table.get(name) is child for table, name, child in self._children)
             and all(table.get(name) is x and x.data_ptr() == place for table, name, x, place in self._tensors)
             and all(own.get("forward") is forward for own, forward in self._forwards)

@@ -56,7 +56,8 @@ def print_real(result: RealResult) -> None:
     _print_decoding(
         result.decode, "one more token, and the state in MB (smollm2-base beyond its trained length: timing alone)"
     )
-    reading = result.reading
+    if (reading := result.reading) is None:
+        return
     say(
         f"smollm2 in {WEIGHTS} read {reading.tokens:,} tokens in {reading.seconds:.0f} s "
         f"({reading.tokens / reading.seconds:,.0f} tokens a second), and keeps "

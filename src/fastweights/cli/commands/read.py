@@ -90,15 +90,13 @@ def read(
             remembered.save(output)
     except Stopped:
         remembered.save(output)
-        file, place_in = files[place.file], f"up to character {place.characters}"
-        if _is_pipe(file):
-            line = f"stopped: {output} remembers {file} {place_in}; what comes next can be read with --memory {output}"
+        line = f"stopped: {output} remembers {files[place.file]} up to character {place.characters}; "
+        given = ["--memory", str(output)] + ([] if weights is None else ["--weights", weights])
+        if any(_is_pipe(file) for file in files[place.file :]):  # what comes of it again is not what came
+            note(f"{line}what comes next can be read with {shlex.join(given)}")
         else:
-            rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), "--memory", str(output)]
-            rest += [] if weights is None else ["--weights", weights]
-            command = shlex.join(["fastweights", "read", *rest, "-o", str(output), "--overwrite"])
-            line = f"stopped: {output} remembers {file} {place_in}; go on with {command}"
-        note(line)
+            rest = [model, *map(str, files[place.file :]), "--skip", str(place.characters), *given]
+            note(f"{line}go on with {shlex.join(['fastweights', 'read', *rest, '-o', str(output), '--overwrite'])}")
         sys.exit(128 + stops.number)
     except FastWeightsError as error:
         if remembered.tokens > before and _saved(remembered, output):
