@@ -13,7 +13,7 @@ CONTEXTS = (256, 1024, 4096, 16384, 65536)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The demo's size; the defaults take some ten minutes on two cores."""
+    """The demo's size; the defaults take some eight minutes on two cores."""
 
     output: Path = Path("demo")
     """Folder for models, pictures and results.json."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> None:  # noqa: B008 (frozen)
     """Convert the embedded transformer, train it, and show quality, text, speed, size of the
     state and learning while reading; then what a real model, SmolLM2-135M, gives with the
-    adapter that ships with the package: some ten minutes."""
+    adapter that ships with the package: some eight minutes."""
     from fastweights.cli.demo import PROMPT, run_demo
 
     start = time.perf_counter()
