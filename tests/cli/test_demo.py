@@ -57,7 +57,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path, shipped, monkeypatch):
         window=8,
         tokens=6144,
         contexts=(16, 64),
-        held_out_tokens=2048,
+        held_out_tokens=1024,
         meta_steps=4,
         real_held_out_tokens=300,
         read_tokens=300,
