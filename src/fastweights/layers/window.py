@@ -201,11 +201,9 @@ def _sinks(
         if kept is None:
             kept = KeysAndValues(*(x.new_zeros(B, sinks, *x.shape[2:]) for x in (new.k, new.v)))
         k, v = torch.cat((kept.k, new.k), 1), torch.cat((kept.v, new.v), 1)
-        seen_starts = starts[:, :1] if places.alike else starts[:, ::window]
-        seen_k, seen_v = _first_of(k, v, places, seen_starts, sinks)
-        last = None
-        if cache is not None:
-            last = KeysAndValues(*(x[:, 0] for x in _first_of(k, v, places, starts[:, -1:], sinks)))
+        of_last = _first_of(k, v, places, starts[:, -1:], sinks)
+        seen_k, seen_v = of_last if places.alike else _first_of(k, v, places, starts[:, ::window], sinks)
+        last = None if cache is None else KeysAndValues(*(x[:, 0] for x in of_last))
     if isinstance(before, int) and before + T <= window:
         return None, last
     if places.alike and T == 1 and (visible := before - window + 1) < sinks:

@@ -506,28 +506,26 @@ class _Products:
         outputs: list[Tensor] | None = None,
         sizes: list[int] | None = None,
     ) -> None:
-        self.x, self.layers = x, layers
+        self.x = x
         sizes = [_sizes(layer)[1] for layer in layers] if sizes is None else sizes
         if outputs is None and len(x) == 1:
             outputs = [*_zeros(1, sum(sizes)).split(sizes, 1)]
         self.outputs = [_zeros(len(x), size) for size in sizes] if outputs is None else outputs
         self._short = torch.zeros_like(x, dtype=torch.bfloat16)
         """The rows in bf16, for layers of few bits."""
-        kind = type(layers[0])
         self._few_bits = all(isinstance(layer, QuantisedLinear) for layer in layers)
-        joined = kind.join(layers) if self._few_bits and len(layers) > 1 else None
+        if self._few_bits and len(layers) > 1 and (joined := type(layers[0]).join(layers)) is not None:
+            layers = [joined]
         self._copied = []
         """Of products that are made in another place: that, and their own."""
-        if len(sizes) == len(layers) and (joined is None or len(x) > 1):
-            self._pairs = list(zip(layers, self.outputs, strict=True))
+        if len(sizes) == len(layers):
+            places = self.outputs
         elif len(x) == 1:
-            whole = self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))
-            self._pairs, joined = [(layers[0] if joined is None else joined, whole)], None
+            places = [self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))]
         else:
-            whole = _zeros(len(x), sum(sizes))
-            self._pairs = [(layers[0], whole)]
-            self._copied = list(zip(whole.split(sizes, 1), self.outputs, strict=True))
-        self._joined = joined
+            places = [_zeros(len(x), sum(sizes))]
+            self._copied = list(zip(places[0].split(sizes, 1), self.outputs, strict=True))
+        self._pairs = list(zip(layers, places, strict=True))
 
     def __call__(self) -> None:
         """Multiply."""
@@ -535,11 +533,6 @@ class _Products:
         if len(x) > FEW or not self._few_bits:
             for layer, output in self._pairs:
                 output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, _matrix(layer), layer.bias))
-        elif self._joined is not None:
-            self._short.copy_(x)
-            made = self._joined.few(self._short).split([layer.out_features for layer in self.layers], 1)
-            for output, part in zip(self.outputs, made, strict=True):
-                output.copy_(part)
         else:
             self._short.copy_(x)
             for layer, output in self._pairs:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import check_gate, check_inputs, check_per_head, compute_dtype
+from .checks import are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
 from .decay_rule.gpu import decay_rule_gpu
@@ -105,9 +105,13 @@ def decay_rule(
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_gate("key_log_decay", key_log_decay, k, "k")
     check_gate("value_log_decay", value_log_decay, v, "v")
-    if backend == "auto" and _is_for_products(q, k, v, key_log_decay, value_log_decay, initial_state):
-        backend = "chunked"
-    rule = _backend(_DECAY_RULE, backend, q.device.type, compute_dtype(q, k, v))
+    # Plain products are the faster ones on a CPU, too, for gradients of a state that fills its caches.
+    products = (
+        k.shape[3] * v.shape[3] >= _LARGE
+        and are_scalar(key_log_decay, value_log_decay)
+        and needs_gradients(q, k, v, key_log_decay, value_log_decay, initial_state)
+    )
+    rule = _backend(_DECAY_RULE, backend, q.device.type, compute_dtype(q, k, v), products=products)
     o, final_state = rule(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
     return o, final_state if output_final_state else None
 
@@ -181,27 +185,19 @@ def delta_rule(
     return o, final_state if output_final_state else None
 
 
-def _is_for_products(
-    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None, initial_state: Tensor | None
-) -> bool:
-    """Whether plain products are the faster ones on a CPU, too: for gradients of a state that fills its caches."""
-    large = k.shape[3] * v.shape[3] >= _LARGE
-    scalar = large and all(gate is None or gate.shape[3] == 1 for gate in (log_f, log_z))
-    inputs = (q, k, v, log_f, log_z, initial_state)
-    return scalar and q.is_cpu and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def _backend(rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype) -> Callable:
+def _backend(
+    rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype, *, products: bool = False
+) -> Callable:
     if backend == "auto":
-        backend = _choose(rules, device, dtype)
+        backend = _choose(rules, device, dtype, products)
     elif backend not in rules:
         known = ", ".join(repr(name) for name in ("auto", *rules))
         raise ValueError(f"backend is {backend!r}; it must be one of {known}")
     return rules[backend]
 
 
-def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype) -> str:
-    backend = "cpu" if device == "cpu" and dtype == torch.float32 else "chunked"
+def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, products: bool) -> str:
+    backend = "cpu" if device == "cpu" and dtype == torch.float32 and not products else "chunked"
     # Not by itself, until the kernels have been seen to be right on a GPU, and not in an interpreter alone.
     if device == "cuda" and dtype == torch.float32 and "gpu" in rules and os.environ.get("FASTWEIGHTS_TRITON") == "1":
         backend = "gpu"

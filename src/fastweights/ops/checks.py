@@ -66,6 +66,16 @@ def check_per_head(name: str, x: Tensor, k: Tensor) -> None:
         )
 
 
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients of what is made of these may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def are_scalar(*gates: Tensor | None) -> bool:
+    """Whether each of them that is there is one number per head."""
+    return all(gate is None or gate.shape[-1] == 1 for gate in gates)
+
+
 def compute_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """The dtype of the state and of all sums: float64 if any of q, k, v is, else float32."""
     return torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import are_scalar, needs_gradients
 from ..packing import run_sequences
 from .chunked_scalar import between_pairs, run_scalar
 
@@ -54,8 +55,7 @@ def decay_rule_chunked(
     inclusive: bool,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N G K V"]]:
     """Run the rule chunk by chunk under plain autograd; with vector gates each chunk is recomputed going back."""
-    scalar = all(gate is None or gate.shape[-1] == 1 for gate in (key_log_decay, value_log_decay))
-    run = partial(run_scalar if scalar else _run, inclusive=inclusive)
+    run = partial(run_scalar if are_scalar(key_log_decay, value_log_decay) else _run, inclusive=inclusive)
     return run_sequences(run, q, k, v, (key_log_decay, value_log_decay), initial_state, cu_seqlens, scale)
 
 
@@ -73,7 +73,7 @@ def _run(
     # Zero keys, values and log gates leave the state as it is.
     q, k, v, log_f, log_z = _each(lambda x: F.pad(x, (0, 0, 0, -T % SUB_CHUNK)), q, k, v, log_f, log_z)
 
-    recompute = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_f, log_z, S))
+    recompute = needs_gradients(q, k, v, log_f, log_z, S)
     for start in range(0, T, CHUNK):
         tokens = _each(lambda x, start=start: x[..., start : start + CHUNK, :], q, k, v, log_f, log_z)
         if recompute:

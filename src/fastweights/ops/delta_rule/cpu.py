@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import compute_dtype
+from ..checks import compute_dtype, needs_gradients
 from ..numba import calls
 from ..numba.calls import address, rows_of_float32, strides
 from ..numba.runtime import load_kernels, thread_count
@@ -42,7 +42,7 @@ def delta_rule_cpu(
     """Run the rule token by token, with the state in the cache; for the backward pass it keeps each token's error."""
     calls.check_cpu(q, compute_dtype(q, k, v))
     tensors = (q, k, v, beta, log_decay, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    keep = needs_gradients(*tensors)
     o, final_state, *_ = _forward_op(*tensors, cu_seqlens, float(scale), inclusive, keep)
     return o, final_state
 
