@@ -189,14 +189,14 @@ def _backend(
     rules: dict[str, Callable], backend: str, device: str, dtype: torch.dtype, *, products: bool = False
 ) -> Callable:
     if backend == "auto":
-        backend = _choose(rules, device, dtype, products)
+        backend = _choose(rules, device, dtype, products=products)
     elif backend not in rules:
         known = ", ".join(repr(name) for name in ("auto", *rules))
         raise ValueError(f"backend is {backend!r}; it must be one of {known}")
     return rules[backend]
 
 
-def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, products: bool) -> str:
+def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, products: bool = False) -> str:
     backend = "cpu" if device == "cpu" and dtype == torch.float32 and not products else "chunked"
     # Not by itself, until the kernels have been seen to be right on a GPU, and not in an interpreter alone.
     if device == "cuda" and dtype == torch.float32 and "gpu" in rules and os.environ.get("FASTWEIGHTS_TRITON") == "1":
