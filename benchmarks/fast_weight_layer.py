@@ -30,7 +30,7 @@ from fastweights.layers import FastWeightLayer
 from fastweights.layers import fast_weight_layer as module
 from fastweights.models import add_fast_weight_layer
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
-from fastweights.training.finetune import next_token_loss
+from fastweights.training.next_token import next_token_loss
 
 CHUNK = 64
 FEW = 4096

@@ -27,7 +27,7 @@ from fastweights.layers.linear import use_onednn
 from fastweights.models import convert
 from fastweights.models.lora import add_lora
 from fastweights.settings.conversion import ConversionConfig
-from fastweights.training.finetune import divergence, next_token_loss
+from fastweights.training.next_token import Targets, read_out_loss
 
 HYBRID = ConversionConfig(window=128, gate_rank=16)
 PURE = ConversionConfig(gate_rank=16)
@@ -127,13 +127,15 @@ def _step(model, teacher, ids, *, bf16: bool, triton: bool = True) -> Callable[[
     def step() -> None:
         os.environ["FASTWEIGHTS_TRITON"] = str(int(triton))
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=ids, use_cache=False).logits
-            if teacher is None:
-                loss = next_token_loss(logits, ids)
-            else:
+            states = head = None
+            if teacher is not None:
+                head = teacher.get_output_embeddings()
                 with torch.no_grad():
-                    truth = teacher(input_ids=ids, use_cache=False).logits
-                loss = divergence(logits, truth)
+                    states = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            loss = read_out_loss(
+                hidden, model.lm_head, Targets(ids, states), teacher_head=head, kl_weight=float(teacher is not None)
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from fastweights.settings.training import FinetuneConfig, TrainConfig, TransferC
 from fastweights.training import train
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.calibration import SHARES, calibrate, fit_layers, is_fresh
-from fastweights.training.finetune import next_token_loss
+from fastweights.training.next_token import next_token_loss
 from fastweights.training.teacher import record_attention
 from tests.conftest import make_gpt2, make_llama, random_ids
 

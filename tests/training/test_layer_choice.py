@@ -8,8 +8,8 @@ from fastweights.evaluation.parts import without_fast_weights
 from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.finetune import divergence
 from fastweights.training.layer_choice import choose_layers, layer_divergences
+from fastweights.training.next_token import divergence
 from tests.conftest import make_gpt2, make_llama, make_opt, make_qwen3, random_ids
 
 LENGTH = 48

@@ -16,8 +16,8 @@ from fastweights.settings.text import DataConfig
 from fastweights.settings.training import MetaConfig, RunConfig, TrainConfig
 from fastweights.training import train
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.finetune import next_token_loss
 from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler
+from fastweights.training.next_token import next_token_loss
 from tests.conftest import make_gpt2, random_ids
 from tests.training.test_trainer import told_to_stop
 

@@ -9,8 +9,9 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TransferConfig
 from fastweights.training.blocks import TokenBlocks, positions_if_packed
-from fastweights.training.finetune import FinetuneTrainer, next_token_loss
+from fastweights.training.finetune import FinetuneTrainer
 from fastweights.training.meta import MetaTrainer, stream_positions
+from fastweights.training.next_token import next_token_loss
 from fastweights.training.pretrain_trainer import PretrainTrainer
 from fastweights.training.teacher import record_attention
 from fastweights.training.transfer import TransferTrainer

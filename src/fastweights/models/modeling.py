@@ -32,6 +32,7 @@ from fastweights.models.replacement import drop_positions, keep_frequencies, rep
 from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from jaxtyping import Bool, Float, Int
@@ -455,6 +456,8 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         attention_records: list[AttentionRecord] | None = None,
+        loss_of: Callable[[Tensor, nn.Module, Any], Tensor] | None = None,
+        targets: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Like any causal LM's; what `FastWeightsModel.forward` takes, and besides:
@@ -463,6 +466,8 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             labels: next tokens are predicted of these; -100 where none counts.
             logits_to_keep: of how many last positions, or of which; 0 for all.
             attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
+            loss_of: makes the loss of the last hidden states, the unembedding and `targets`; there are no logits then.
+            targets: what it is given.
 
         Returns:
             Loss, logits (B, T, V) and the state.
@@ -473,6 +478,7 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             **kwargs,
             "inputs_embeds": inputs_embeds,
             "labels": labels,
+            "loss_of": loss_of,
             "no cache": not (self.config.use_cache if use_cache is None else use_cache),
         }
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -488,10 +494,13 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = logits = None
+        if loss_of is not None:
+            loss = loss_of(outputs.last_hidden_state, self.lm_head, targets)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

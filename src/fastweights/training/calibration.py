@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastweights.training.blocks import positions_if_packed
-from fastweights.training.finetune import next_token_loss
+from fastweights.training.next_token import next_token_loss
 from fastweights.training.teacher import record_attention
 
 if TYPE_CHECKING:

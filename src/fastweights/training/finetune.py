@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.models.lora import add_lora
 from fastweights.training.blocks import positions_if_packed
+from fastweights.training.next_token import Targets, read_out_loss
 from fastweights.training.teacher import documents_apart
 from fastweights.training.trainer import StageTrainer
 
-_ELEMENTS = 1 << 18
-"""Logits that are made distributions of at once: one megabyte in fp32, so that a second-level cache holds them."""
-
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from fastweights.models.modeling import FastWeightsForCausalLM
@@ -56,19 +51,20 @@ class FinetuneTrainer(StageTrainer):
             "position_ids": positions_if_packed(inputs["position_ids"]),
             "use_cache": False,
         }
-        outputs = model(**arguments)
-        loss = outputs.logits.new_zeros((), dtype=torch.float32)
-        weight = self.config.kl_weight
-        if weight < 1:
-            loss = loss + (1 - weight) * next_token_loss(outputs.logits, inputs["labels"])
+        weight, states, head = self.config.kl_weight, None, None
         if weight > 0:
             assert self.teacher is not None
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 mask = documents_apart(self.teacher, arguments["position_ids"])
-                teacher_logits = self.teacher(**arguments, attention_mask=mask).logits
-            loss = loss + weight * divergence(outputs.logits, teacher_logits)
+                states = self.teacher.base_model(**arguments, attention_mask=mask).last_hidden_state
+            head = self.teacher.get_output_embeddings()
+        outputs = model(
+            **arguments,
+            loss_of=partial(read_out_loss, teacher_head=head, kl_weight=weight),
+            targets=Targets(inputs["labels"], states),
+        )
         self.loss_is_scaled_for_ga = False
-        return (loss, outputs) if return_outputs else loss
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
 def train_attention(student: FastWeightsForCausalLM, lora_rank: int) -> None:
@@ -104,45 +100,3 @@ def peak_rates(student: FastWeightsForCausalLM, config: ConversionStageConfig) -
         name: config.factor_rate if name.endswith(("fast_scale", "window_scale")) else config.new_rate
         for name in student.new_parameter_names()
     }
-
-
-def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each token but the first, in nats; where the label is -100, a token does not count.
-
-    Args:
-        logits: of the token after each.
-        labels: the tokens themselves.
-    """
-    labels = labels[:, 1:].flatten()
-    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=NO_LABEL, reduction="sum")
-    return total / (labels != NO_LABEL).sum().clamp(min=1)
-
-
-def divergence(
-    student_logits: Float[Tensor, "B T vocabulary"], teacher_logits: Float[Tensor, "B T vocabulary"]
-) -> Float[Tensor, ""]:
-    """Mean KL(teacher || student) over all positions, in nats; differentiable in the student's logits, once."""
-    return _Divergence.apply(student_logits.flatten(0, 1), teacher_logits.flatten(0, 1))
-
-
-class _Divergence(torch.autograd.Function):
-    """A few rows at a time, with its derivative at once: all distributions of a large vocabulary would be gigabytes."""
-
-    @staticmethod
-    def forward(ctx, student_logits: Float[Tensor, "N vocabulary"], teacher_logits: Float[Tensor, "N vocabulary"]):
-        rows = max(1, _ELEMENTS // student_logits.shape[1])
-        total, derivative = student_logits.new_zeros((), dtype=torch.float32), torch.empty_like(student_logits)
-        parts = zip(*(x.split(rows) for x in (student_logits, teacher_logits, derivative)), strict=True)
-        for student, teacher, d_student in parts:
-            student, teacher = (log_softmax(logits.float(), -1) for logits in (student, teacher))
-            p = teacher.exp()
-            total += p.mul(teacher - student).sum()
-            d_student.copy_(student.exp_().sub_(p).div_(len(student_logits)))
-        ctx.save_for_backward(derivative)
-        return total / len(student_logits)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss: Float[Tensor, ""]):
-        (derivative,) = ctx.saved_tensors
-        return derivative * d_loss.to(derivative.dtype), None

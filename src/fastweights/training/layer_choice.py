@@ -14,7 +14,7 @@ from fastweights.models.conversion import check_softmax, convert
 from fastweights.reading.stream import check_block_size
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.calibration import fit_layers
-from fastweights.training.finetune import divergence
+from fastweights.training.next_token import divergence
 from fastweights.training.teacher import record_attention
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import Stream
-from fastweights.training.finetune import next_token_loss
+from fastweights.training.next_token import next_token_loss
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastweights.training.finetune import next_token_loss
+from fastweights.training.next_token import next_token_loss
 from fastweights.training.trainer import StageTrainer
 
 
