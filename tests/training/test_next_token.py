@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from fastweights.training.next_token import Targets, divergence, next_token_loss, read_out_loss
 from tests import tolerances
+from tests.conftest import random_ids
 from tests.ops.problems import error
 
 VOCABULARY = 40
@@ -95,3 +96,9 @@ def test_of_no_labels_there_is_no_loss():
     loss.backward()
     assert loss.item() == 0
     assert not hidden.grad.any()
+
+
+def test_a_teacher_of_any_family_says_what_its_unembedding_makes_of_its_states(family):
+    ids = random_ids(2, 12)
+    states = family.base_model(input_ids=ids).last_hidden_state
+    assert error(family.get_output_embeddings()(states), family(input_ids=ids).logits) <= tolerances.FLOAT32
