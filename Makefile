@@ -51,9 +51,11 @@ demo: setup
 # Two at a time, the longest first. The CPU kernels come before all, or each process would compile them for itself.
 test: setup $(VENV)/.tests-installed
 	$(MAKE) --no-print-directory --jobs=2 $(_RULES:%=kernels-%)
-	$(MAKE) --no-print-directory --jobs=2 test-models test-cli test-ops test-others test-layers test-gpu test-bitsandbytes
+	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding
+_PARTS := test-models test-cli test-ops test-others test-layers test-gpu test-bitsandbytes
+.PHONY: $(_RULES:%=kernels-%) $(_PARTS)
 _APART := tests/models tests/cli tests/ops tests/layers
 _PYTEST := PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
 

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from fastweights.models.quantisation import quantise
 from fastweights.training.next_token import Targets, divergence, next_token_loss, read_out_loss
 from tests import tolerances
-from tests.conftest import random_ids
+from tests.conftest import make_llama, random_ids
 from tests.ops.problems import error
 
 VOCABULARY = 40
@@ -42,12 +43,12 @@ def defined(hidden, head, labels, states, teacher_head, kl_weight):
     return loss
 
 
-@pytest.mark.parametrize("at_once", [1, 7 * VOCABULARY, 1 << 24])
+@pytest.mark.parametrize(("rows", "elements"), [(1, 1), (7, 3 * VOCABULARY), (100, 1 << 20)])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
-def test_the_loss_of_hidden_states_is_that_of_their_logits(monkeypatch, at_once, kl_weight):
+def test_the_loss_of_hidden_states_is_that_of_their_logits(monkeypatch, rows, elements, kl_weight):
     """With all derivatives, however many rows are done at once."""
-    monkeypatch.setattr("fastweights.training.next_token._LOGITS", at_once)
-    monkeypatch.setattr("fastweights.training.next_token._ELEMENTS", at_once // 2)
+    monkeypatch.setattr("fastweights.training.next_token._ROWS", rows)
+    monkeypatch.setattr("fastweights.training.next_token._ELEMENTS", elements)
     hidden, head, labels, states, teacher_head = problem()
     targets = Targets(labels, states if kl_weight else None)
     found = read_out_loss(hidden, head, targets, teacher_head=teacher_head if kl_weight else None, kl_weight=kl_weight)
@@ -88,6 +89,73 @@ def test_only_what_is_trained_gets_a_derivative():
     read_out_loss(hidden, head, Targets(labels)).backward()
     assert hidden.grad is not None
     assert head.weight.grad is None
+
+
+def test_where_no_gradient_is_wanted_none_is_made(monkeypatch):
+    hidden, head, labels, states, teacher_head = problem()
+    expected = read_out_loss(hidden, head, Targets(labels, states), teacher_head=teacher_head, kl_weight=0.3)
+    monkeypatch.setattr("torch.autograd.grad", None)
+    with torch.no_grad():
+        found = read_out_loss(hidden, head, Targets(labels, states), teacher_head=teacher_head, kl_weight=0.3)
+    assert not found.requires_grad
+    assert found == expected
+
+
+def test_an_unembedding_of_any_kind_is_asked_itself():
+    """As one with LoRA beside it is."""
+    hidden, head, labels, *_ = problem()
+    beside = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, VOCABULARY))
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.beside = head.requires_grad_(False), beside
+
+        def forward(self, x):
+            return (self.head(x) + self.beside(x)).tanh()
+
+    both = Both()
+    found, expected = read_out_loss(hidden, both, Targets(labels)), next_token_loss(both(hidden), labels)
+    assert error(found, expected) <= tolerances.FLOAT32
+    wanted = (hidden, *beside.parameters())
+    for mine, truth in zip(*(torch.autograd.grad(loss, wanted) for loss in (found, expected)), strict=True):
+        assert error(mine, truth) <= tolerances.FLOAT32
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_a_teacher_in_few_bits(weights):
+    teacher = quantise(make_llama(hidden_size=64), weights)
+    ids, hidden, head = random_ids(1, 8), torch.randn(1, 8, 16), nn.Linear(16, 257)
+    states = teacher.base_model(input_ids=ids).last_hidden_state
+    unembedding = teacher.get_output_embeddings()
+    found = read_out_loss(hidden, head, Targets(ids, states), teacher_head=unembedding, kl_weight=1.0)
+    assert error(found, divergence(head(hidden), teacher(input_ids=ids).logits)) <= 1e-2
+
+
+def test_float16_holds_the_derivative_of_many_tokens():
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, VOCABULARY), torch.full((1, 4096, 8), 30.0, requires_grad=True)
+    labels = torch.full((1, 4096), 3)
+    with torch.autocast("cpu", torch.float16):
+        loss = read_out_loss(hidden, head, Targets(labels))
+    found = torch.autograd.grad(loss, (hidden, head.weight))
+    expected = torch.autograd.grad(next_token_loss(head(hidden), labels), (hidden, head.weight))
+    for mine, truth in zip(found, expected, strict=True):
+        assert error(mine, truth) <= 2e-2
+
+
+def test_a_token_that_cannot_be_is_no_matter_where_nothing_counts():
+    hidden, head, labels, *_ = problem()
+    head.bias.data[0] = -torch.inf
+    loss = read_out_loss(hidden, head, Targets(labels.clamp(min=1).where(labels != -100, -100)))
+    assert loss.isfinite()
+
+
+def test_labels_that_are_none_are_refused():
+    hidden, head, labels, *_ = problem()
+    labels[0, 5] = -1
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        read_out_loss(hidden, head, Targets(labels))
 
 
 def test_of_no_labels_there_is_no_loss():

@@ -466,11 +466,12 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             labels: next tokens are predicted of these; -100 where none counts.
             logits_to_keep: of how many last positions, or of which; 0 for all.
             attention_records: read no tokens; the loss is then the mean of `reproduction_errors` of these.
-            loss_of: makes the loss of the last hidden states, the unembedding and `targets`; there are no logits then.
-            targets: what it is given.
+            loss_of: makes the loss of the last hidden states, the unembedding and `targets`; there are no logits
+                then, and `labels` and `logits_to_keep` are of no account.
+            targets: what it is given; tensors in it go with the batch where that is scattered.
 
         Returns:
-            Loss, logits (B, T, V) and the state.
+            Loss, logits (B, T, V), None with `loss_of`, and the state.
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())

@@ -6,23 +6,22 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fastweights.layers.linear import linear
 from fastweights.layers.next_token_gradient import NO_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from jaxtyping import Float, Int
-    from torch import Tensor
 
-_LOGITS = 1 << 24
-"""That are made at once of hidden states: enough rows for a product to be worth reading the unembedding for."""
+_ROWS = 512
+"""Tokens whose logits are there at once: enough for their product to be worth reading the unembedding for."""
 _ELEMENTS = 1 << 18
 """Logits that are made distributions of at once: one megabyte in fp32, so that a second-level cache holds them."""
 
@@ -62,7 +61,7 @@ class Targets(NamedTuple):
 
 def read_out_loss(
     hidden: Float[Tensor, "B T d"],
-    head: nn.Linear,
+    head: nn.Module,
     targets: Targets,
     *,
     teacher_head: nn.Module | None = None,
@@ -70,7 +69,7 @@ def read_out_loss(
 ) -> Float[Tensor, ""]:
     """`next_token_loss` and `divergence` of what an unembedding makes of hidden states, in nats.
 
-    Products have autocast's type where that is on. Can be differentiated once.
+    Can be differentiated once, in the hidden states and in all that the unembedding has to train.
 
     Args:
         hidden: the student's last hidden states.
@@ -81,100 +80,101 @@ def read_out_loss(
     """
     labels = targets.labels.roll(-1, 1)
     labels[:, -1] = NO_LABEL
-    teacher = None if targets.teacher_states is None else targets.teacher_states.flatten(0, 1)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _ReadOut.apply(
-        hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), teacher, teacher_head, kl_weight, dtype
-    )
+    teacher = None
+    if targets.teacher_states is not None and teacher_head is not None:
+        teacher = _Teacher(targets.teacher_states.flatten(0, 1), teacher_head)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    differentiate = torch.is_grad_enabled()
+    return _ReadOut.apply(head, labels.flatten(), teacher, kl_weight, differentiate, hidden.flatten(0, 1), *trained)
+
+
+class _Teacher(NamedTuple):
+    states: Float[Tensor, "N D"]
+    head: nn.Module
+
+    def logits(self, rows: slice) -> Float[Tensor, "n vocabulary"]:
+        """Made where the head is, as a copy of the student may be on another GPU; few bits are buffers."""
+        weights = next(chain(self.head.parameters(), self.head.buffers()), self.states)
+        return self.head(self.states[rows].to(weights.device)).to(self.states.device)
 
 
 class _ReadOut(torch.autograd.Function):
-    """The loss with its derivatives at once, some rows at a time.
-
-    They are kept times the number of rows until the end, as numbers of 16 bits end at 6e-8.
-    """
+    """The loss with its derivatives at once, some rows at a time."""
 
     @staticmethod
     def forward(
         ctx,
-        hidden: Float[Tensor, "N d"],
-        weight: Float[Tensor, "vocabulary d"],
-        bias: Float[Tensor, " vocabulary"] | None,
+        head: nn.Module,
         labels: Int[Tensor, " N"],
-        teacher_states: Float[Tensor, "N D"] | None,
-        teacher_head: nn.Module | None,
+        teacher: _Teacher | None,
         kl_weight: float,
-        dtype: torch.dtype,
+        differentiate: bool,
+        hidden: Float[Tensor, "N d"],
+        *trained: Tensor,
     ) -> Float[Tensor, ""]:
-        N, vocabulary = len(hidden), len(weight)
+        N, inputs = len(hidden), (hidden, *trained)
         count = (labels != NO_LABEL).sum().clamp(min=1)
-        weights = torch.where(labels == NO_LABEL, 0.0, (1 - kl_weight) * N / count)[:, None]
+        weights = torch.where(labels == NO_LABEL, 0.0, (1 - kl_weight) * N / count)
         total = hidden.new_zeros((), dtype=torch.float32)
-        d_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        factors, biases = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for rows in _pieces(N, _LOGITS // vocabulary):
-            x = hidden[rows].to(dtype)
-            teacher = None
-            if teacher_states is not None and teacher_head is not None:
-                teacher = _read_out(teacher_states[rows], teacher_head)
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = linear(x, factors, biases)
-                total += _differentiate(logits, teacher, labels[rows], weights[rows], kl_weight)
-                d_hidden[rows] = linear(logits, factors.t())
-                if d_weight is not None:
-                    d_weight += linear(logits.t(), x.t())
-                if d_bias is not None:
-                    d_bias += logits.sum(0, dtype=torch.float32)
-        parts = (d_hidden, d_weight, d_bias)
-        ctx.save_for_backward(*(None if part is None else part.div_(N) for part in parts))
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        needed = enumerate(ctx.needs_input_grad[-len(inputs) :])
+        found = {
+            i: torch.zeros_like(inputs[i], dtype=torch.float32)
+            for i, is_needed in needed
+            if is_needed and differentiate
+        }
+        for rows in _pieces(N, _ROWS):
+            x = hidden[rows].detach().requires_grad_(0 in found)
+            with torch.set_grad_enabled(differentiate):
+                logits = head(x)
+            truth = None if teacher is None else teacher.logits(rows)
+            loss, derivative = _differentiate(logits.detach(), truth, labels[rows], weights[rows], kl_weight)
+            total += loss
+            if found:
+                gradients = torch.autograd.grad(logits, [(x, *trained)[i] for i in found], derivative)
+                for (i, of_all), gradient in zip(found.items(), gradients, strict=True):
+                    (of_all if i else of_all[rows]).add_(gradient, alpha=len(x) / N)
+        ctx.save_for_backward(*(found.get(i) for i in range(len(inputs))))
+        ctx.dtypes = [x.dtype for x in inputs]
         return total / N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss: Float[Tensor, ""]):
-        parts = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if part is None else (part * d_loss).to(dtype) for part, dtype in parts), *[None] * 5
-
-
-def _read_out(hidden: Tensor, head: nn.Module) -> Tensor:
-    """On the head's device, which a copy of the model may not be on."""
-    return head(hidden.to(next(head.parameters()).device)).to(hidden.device)
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *[None] * 5, *(None if x is None else (x * d_loss).to(dtype) for x, dtype in found)
 
 
 def _differentiate(
-    logits: Float[Tensor, "N vocabulary"],
-    teacher: Float[Tensor, "N vocabulary"] | None,
-    labels: Int[Tensor, " N"],
-    weights: Float[Tensor, "N 1"],
+    logits: Float[Tensor, "n vocabulary"],
+    truth: Float[Tensor, "n vocabulary"] | None,
+    labels: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
     kl_weight: float,
-) -> Float[Tensor, ""]:
-    """The sum of the rows' losses; their derivatives take the place of the logits.
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n vocabulary"]]:
+    """The sum of the rows' losses, and the derivative of their mean, which numbers of 16 bits can hold.
 
     Args:
         logits: the student's.
-        teacher: the teacher's, if there is one.
-        labels: the token after each; its cross-entropy counts by the row's weight.
-        weights: of each row.
+        truth: the teacher's logits, if there is one.
+        labels: the token after each; -100 where there is none.
+        weights: of each row's cross-entropy.
         kl_weight: of the divergence, in each row.
     """
-    total = logits.new_zeros((), dtype=torch.float32)
-    labels = labels.clamp(min=0)[:, None]
+    total, derivatives = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+    labels = labels.masked_fill(labels == NO_LABEL, 0)[:, None]
     for rows in _pieces(len(logits), _ELEMENTS // logits.shape[1]):
-        log_q, label, weight = log_softmax(logits[rows].float(), -1), labels[rows], weights[rows]
-        total -= (log_q.gather(1, label) * weight).sum()
-        if teacher is None:
+        log_q, label, weight = log_softmax(logits[rows].float(), -1), labels[rows], weights[rows, None]
+        # Not a product alone: of a token that cannot be, 0 times infinity.
+        total -= torch.where(weight > 0, log_q.gather(1, label) * weight, 0.0).sum()
+        if truth is None:
             derivative = log_q.exp_().mul_(weight)
         else:
-            log_p = log_softmax(teacher[rows].float(), -1)
+            log_p = log_softmax(truth[rows].float(), -1)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum().mul_(kl_weight)
             derivative = log_q.exp_().mul_(weight + kl_weight).sub_(p.mul_(kl_weight))
-        logits[rows] = derivative.scatter_add_(1, label, -weight)
-    return total
+        derivatives[rows] = derivative.scatter_add_(1, label, -weight).div_(len(logits))
+    return total, derivatives
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:
