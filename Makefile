@@ -54,7 +54,7 @@ test: setup $(VENV)/.tests-installed
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding
-_PARTS := test-models test-cli test-ops test-others test-layers test-gpu test-bitsandbytes
+_PARTS := test-models test-others test-cli test-ops test-layers test-gpu test-bitsandbytes
 .PHONY: $(_RULES:%=kernels-%) $(_PARTS)
 _APART := tests/models tests/cli tests/ops tests/layers
 _PYTEST := PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
