@@ -21,6 +21,17 @@ def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
     assert divergence(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("elements", [1, 20, 1 << 20])
+def test_divergence_has_the_gradient_of_its_definition(monkeypatch, elements):
+    """However many rows are done at once."""
+    monkeypatch.setattr("fastweights.training.next_token._ELEMENTS", elements)
+    student, teacher = torch.randn(2, 2, 5, 7)
+    student.requires_grad_()
+    truth = kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum") / 10
+    expected, found = (torch.autograd.grad(3 * x, student)[0] for x in (truth, divergence(student, teacher)))
+    assert error(found, expected) <= tolerances.FLOAT32
+
+
 def problem(*, bias=True, dtype=torch.float32):
     torch.manual_seed(0)
     head, teacher_head = nn.Linear(8, VOCABULARY, bias=bias), nn.Linear(6, VOCABULARY, bias=False)

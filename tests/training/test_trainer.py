@@ -15,11 +15,20 @@ from safetensors.torch import load_file
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.settings.training import FinetuneConfig, MetaConfig, RunConfig, StageConfig, TrainConfig
+from fastweights.settings.training import (
+    FinetuneConfig,
+    MetaConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    TransferConfig,
+)
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import last_checkpoint
 from fastweights.training.finetune import FinetuneTrainer
+from fastweights.training.next_token import divergence, next_token_loss
 from fastweights.training.runs import seconds_trained
+from fastweights.training.transfer import TransferTrainer
 from tests.conftest import make_gpt2, random_ids
 
 
@@ -50,15 +59,37 @@ def test_new_and_pretrained_parameters_have_their_own_learning_rates(tmp_path):
         assert decay == (0.1 if parameter.ndim > 1 and "ln_" not in name else 0.0)
 
 
-def test_in_bf16_the_teacher_is_read_in_bf16_too(tmp_path):
+@pytest.mark.parametrize(("kind", "heads"), [("finetune", 1), ("transfer", 0)])
+def test_in_bf16_the_teacher_is_read_in_bf16_too(tmp_path, kind, heads):
     """Its matrices are most of what a step of LoRA multiplies by."""
-    stage = trainer(tmp_path, steps=1, run=RunConfig(precision="bf16"), kl_weight=1.0)
-    found = []
-    for name, module in stage.teacher.named_modules():
-        if name.endswith("c_fc") or name == "lm_head":
-            module.register_forward_hook(lambda _, __, output: found.append(output.dtype))
+    run, found = RunConfig(precision="bf16"), []
+    if kind == "finetune":
+        stage = trainer(tmp_path, steps=1, run=run, kl_weight=1.0)
+    else:
+        teacher, blocks = make_gpt2(), TokenBlocks(random_ids(1, 640)[0], 32)
+        config, tokenizer = TransferConfig(steps=1, batch_size=2), byte_tokenizer()
+        stage = TransferTrainer(convert(teacher), teacher, config, run, tmp_path, blocks, tokenizer, title="t")
+    step = stage.compute_loss
+
+    def watched(*args, **kwargs):
+        for name, module in stage.teacher.named_modules():
+            if name.endswith("c_fc") or name == "lm_head":
+                module.register_forward_hook(lambda _, __, output: found.append(output.dtype))
+        return step(*args, **kwargs)
+
+    stage.compute_loss = watched
     stage.run(resume=False)
-    assert found == [torch.bfloat16] * 4
+    assert found == [torch.bfloat16] * (3 + heads)
+
+
+def test_the_loss_is_that_of_the_logits_of_both(tmp_path):
+    stage = trainer(tmp_path, kl_weight=0.3)
+    inputs = {name: torch.stack([stage.train_dataset[i][name] for i in (0, 1)]) for name in stage.train_dataset[0]}
+    found = stage.compute_loss(stage.model, inputs)
+    with torch.no_grad():
+        student, teacher = (model(inputs["input_ids"]).logits for model in (stage.model, stage.teacher))
+        expected = 0.7 * next_token_loss(student, inputs["labels"]) + 0.3 * divergence(student, teacher)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -54,7 +54,7 @@ class FinetuneTrainer(StageTrainer):
         weight, states, head = self.config.kl_weight, None, None
         if weight > 0:
             assert self.teacher is not None
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad():
                 mask = documents_apart(self.teacher, arguments["position_ids"])
                 states = self.teacher.base_model(**arguments, attention_mask=mask).last_hidden_state
             head = self.teacher.get_output_embeddings()

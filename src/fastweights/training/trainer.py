@@ -37,6 +37,7 @@ from fastweights.training.saving import Saving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,6 +108,10 @@ class StageTrainer(Trainer):
     def learning_rate_of(self, name: str) -> float:
         """Peak learning rate of a parameter."""
         return self.rates.get(name, self.config.learning_rate)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Around all of `compute_loss`: accelerate has it around the model that is trained, not around a teacher."""
+        return self.accelerator.autocast()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -40,8 +40,7 @@ class TransferTrainer(StageTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         position_ids = positions_if_packed(inputs["position_ids"])
-        with self.accelerator.autocast():
-            records = record_attention(self.teacher, inputs["input_ids"], position_ids, positions=self.positions)
+        records = record_attention(self.teacher, inputs["input_ids"], position_ids, positions=self.positions)
         # One unit for the whole run: that of each batch alone would weigh batches of dull text far too much.
         records = [record._replace(variance=unit) for record, unit in zip(records, self.variances, strict=True)]
         outputs = model(attention_records=records, position_ids=position_ids)
