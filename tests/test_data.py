@@ -8,9 +8,11 @@ import sys
 
 import datasets
 import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastweights.data import load_documents, tokenize
-from fastweights.embedded import SPLITS, stdlib_documents
+from fastweights.data import load_documents, token_ids, tokenize
+from fastweights.embedded import SPLITS, ByteIds, byte_tokenizer, stdlib_documents
 from fastweights.errors import FastWeightsError
 from fastweights.settings.text import DataConfig
 from fastweights.training.blocks import TokenBlocks
@@ -29,6 +31,43 @@ def test_byte_tokenizer_gives_bytes_back(tokenizer):
     ids = tokenizer(text)["input_ids"]
     assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text
+
+
+def test_bytes_are_found_without_the_tokenizer_as_by_it(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    texts = [
+        "naïve café \n\t\x00 — 漢字 🙂  \r\n",
+        "a<|endoftext|>b",
+        "".join(map(chr, range(1, 3000))),
+        " x ",
+        "\ufeff",
+    ]
+    for of in (tokenizer, AutoTokenizer.from_pretrained(tmp_path), byte_tokenizer()):
+        assert ByteIds.of(of) is not None
+        text = tokenize(texts, of)
+        expected = [[*ids, of.eos_token_id] for ids in token_ids(texts, of)]
+        assert text.tokens.tolist() == [id for ids in expected for id in ids]
+        assert text.document_lengths == list(map(len, expected))
+    assert ByteIds.of(tokenizer)(texts[1]) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": None},
+        {"model": {"type": "BPE", "merges": ["a b"]}},
+    ],
+    ids=["normaliser", "prefix", "no bytes", "merges"],
+)
+def test_other_tokenizers_are_asked(changes, tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"] | changes.pop("model", {})
+    if model["merges"]:
+        model["vocab"]["ab"] = model["vocab"].pop("Ā")
+    other = Tokenizer.from_str(json.dumps(state | changes | {"model": model}))
+    assert ByteIds.of(PreTrainedTokenizerFast(tokenizer_object=other)) is None
 
 
 def test_documents_end_with_the_end_token(tokenizer):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastweights.embedded.stdlib import stdlib_documents
+from fastweights.embedded import ByteIds, stdlib_documents
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.settings.text import STDLIB, DataConfig
@@ -86,11 +86,11 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
     Returns:
         The tokens in one run, and the length in tokens, bytes and words of each document.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents_ids = [torch.tensor([*ids, *end], dtype=torch.long) for ids in token_ids(documents, tokenizer)]
+    end = torch.tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=torch.long)
+    ids = _ids_of_bytes(documents, tokenizer) or list(map(torch.tensor, token_ids(documents, tokenizer)))
     return TokenizedText(
-        tokens=torch.cat(documents_ids),
-        document_lengths=[len(document) for document in documents_ids],
+        tokens=torch.cat([x.long() for document in ids for x in (document, end)]),
+        document_lengths=[len(document) + len(end) for document in ids],
         document_bytes=[len(text.encode()) for text in documents],
         document_words=[len(text.split()) for text in documents],
     )
@@ -106,6 +106,16 @@ def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " n"]] | None:
+    """Token ids of each document, if the tokens are bytes: else None."""
+    byte_ids = ByteIds.of(tokenizer)
+    if byte_ids is None:
+        return None
+    return [
+        torch.tensor(token_ids([text], tokenizer)[0]) if (ids := byte_ids(text)) is None else ids for text in documents
+    ]
 
 
 def _check_used(config: DataConfig) -> None:
