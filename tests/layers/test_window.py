@@ -139,6 +139,23 @@ def test_future_changes_nothing_before_it(sinks):
     assert not torch.equal(before[:, 13:], after[:, 13:])
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("side", ["left", "right", "between"])
+def test_padding_that_is_not_finite_reaches_nothing(side, sinks):
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[0, {"left": slice(0, 6), "right": slice(14, 20), "between": slice(8, 14)}[side]] = False
+    tokens, found = [x.detach() for x in random_tokens(2, 20, 2)], []
+    for content in (0.0, torch.nan, torch.inf):
+        given = WindowTokens(*(x.masked_fill(~real[:, :, None, None], content) for x in tokens))
+        cache = HybridCacheLayer(4, sinks)
+        read = {"window": 4, "scale": 1.0, "sinks": sinks}
+        o, left = windowed(given, cache, **read, marks=TokenMarks(real), leaving=True)
+        after, _ = windowed(WindowTokens(*(x[:, :3] for x in tokens)), cache, **read)
+        found.append([o, after, *(x[left.any] for x in left[:2])])
+    for others in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_numbers_are_summed_in_float32(dtype):
     """But q·k themselves, as in transformers' own eager attention."""

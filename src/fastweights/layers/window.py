@@ -136,6 +136,8 @@ def windowed(
     """
     real, starts = marks = marks or TokenMarks()
     (T, _, D), back = new.q.shape[1:], None
+    if real is not None:  # what padding holds may be anything, and 0 times NaN is NaN
+        new = WindowTokens(*(x.masked_fill(~real[:, :, None, None], 0) for x in new))
     before = 0 if cache is None else cache.document_length()
     index = token_index(T, before, marks, new.q.device)
     k, v = (new.k, new.v) if cache is None else cache.with_kept(new.k, new.v)

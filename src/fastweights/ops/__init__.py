@@ -74,6 +74,8 @@ def decay_rule(
     started there. (Its own exclusive read is of the state before.)
 
     States and sums are float32, or float64 when q, k or v is. Sums in "cpu" overflow from 1e28 on, and not from 1e38.
+    (Gradients as well, where backward() is called outside of autocast, as PyTorch asks; inside, "chunked" multiplies
+    in autocast's dtype.)
 
     Args:
         q: queries (B, T, H, K).
@@ -149,7 +151,8 @@ def delta_rule(
     before it: what it and later tokens read of the state, and all of its gradients, are as if the sequence had
     started there. (Its own exclusive read is of the state before.)
 
-    States and sums are float32, or float64 when q, k or v is.
+    States and sums are float32, or float64 when q, k or v is; those of gradients where backward() is called outside of
+    autocast (see `decay_rule`).
 
     Args:
         q: queries (B, T, H, K).
