@@ -1,10 +1,11 @@
-"""The decay rule against softmax attention on the CPU, side by side in one process.
+"""The rules of fast weights against softmax attention on the CPU, side by side in one process.
 
     python -m benchmarks.attention
 
 12 heads of 64, causal, float32, as in GPT-2: softmax (torch's scaled_dot_product_attention), the decay rule with both
-gates as vectors on the backends "cpu" and "chunked", and without gates on "cpu". Every backend is first checked against
-the reference in float64; on a failed check no timing is reported.
+gates as vectors on the backends "cpu" and "chunked", and without gates on "cpu"; the delta rule with a decay (gated
+delta) on both backends, and without it on "cpu". Every backend is first checked against the reference in float64; on a
+failed check no timing is reported.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import time_side_by_side, write_csv
-from benchmarks.kernels import check, forward, forward_and_backward, inputs
+from benchmarks.kernels import check, delta_inputs, forward, forward_and_backward, inputs
 from fastweights.environment import environment
-from fastweights.ops import decay_rule
+from fastweights.ops import decay_rule, delta_rule
 
 HEADS, DIM = 12, 64
 SHAPES = ((4, 1024), (1, 4096))
@@ -45,6 +46,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for backend in ("cpu", "chunked"):
         check(backend, inputs(1, 257, 2, DIM), TOLERANCE)
+        check(backend, delta_inputs(1, 257, 2, DIM), TOLERANCE, rule=delta_rule)
     rows = [row for shape in SHAPES for row in measure(*shape, arguments.repeats)]
     show(rows)
     write_csv(arguments.output, rows, environment())
@@ -53,16 +55,19 @@ def main() -> None:
 
 def measure(B: int, T: int, repeats: int) -> list[dict]:
     """Rows of milliseconds for the forward pass alone, and with the gradients of all inputs."""
-    rule = inputs(B, T, HEADS, DIM)
-    softmax = [x.transpose(1, 2).contiguous() for x in rule[:3]]
+    decay, delta = inputs(B, T, HEADS, DIM), delta_inputs(B, T, HEADS, DIM)
+    softmax = [x.transpose(1, 2).contiguous() for x in decay[:3]]
     tasks: dict[str, tuple[Callable, list[torch.Tensor]]] = {
         "softmax": (
             lambda *x: F.scaled_dot_product_attention(*x, is_causal=True),
             softmax,
         ),
-        "decay, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], rule),
-        "decay, chunked": (lambda *x: decay_rule(*x, backend="chunked")[0], rule),
-        "additive, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], rule[:3]),
+        "decay, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], decay),
+        "decay, chunked": (lambda *x: decay_rule(*x, backend="chunked")[0], decay),
+        "additive, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], decay[:3]),
+        "gated delta, cpu": (lambda *x: delta_rule(*x, backend="cpu")[0], delta),
+        "gated delta, chunked": (lambda *x: delta_rule(*x, backend="chunked")[0], delta),
+        "delta, cpu": (lambda *x: delta_rule(*x, backend="cpu")[0], delta[:4]),
     }
     rows = []
     for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):

@@ -221,10 +221,10 @@ def _trainings(hour: Hour) -> list[Training]:
     if not small:
         options |= {"short.batch-size": "64", "long.batch-size": "16"}
     else:
-        options |= {"data.block-size": "64", "short-block-size": "32", "short.batch-size": "2"}
+        options |= {"data.text": texts, "data.block-size": "64", "short-block-size": "32", "short.batch-size": "2"}
         options |= {"shape.hidden-size": "32", "shape.heads": "2", "shape.layers": "1"}
     head = ["--config", "recipes/pretrain-embedded.toml", "pretrain"]
-    found.append(Training("embedded", head, options, ("short", "long"), 0.5))
+    found.append(Training("embedded", head, options, ("short", "long"), 0.5, "texts" if small else ""))
     if smollm2:
         options = {"model": smollm2, "stage": "meta", "data.text": texts, **run, **tiny}
         found.append(Training("layer", ["train"], options, ("meta",), 1.0, "texts"))

@@ -1,4 +1,4 @@
-"""What benchmarks of the decay rule share: its inputs, the check before any timing, the passes that are timed."""
+"""What benchmarks of the rules share: their inputs, the check before any timing, the passes that are timed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
-from fastweights.ops import decay_rule
+from fastweights.ops import decay_rule, delta_rule
 
-_NAMES = ("o", "state", "dq", "dk", "dv", "dkey_log_decay", "dvalue_log_decay")
+_INPUTS = {decay_rule: ("key_log_decay", "value_log_decay"), delta_rule: ("beta", "log_decay")}
 
 
 def inputs(
@@ -23,14 +24,29 @@ def inputs(
     return [x.to(dtype) for x in (q, k / D**0.5, v, f, z)]
 
 
-def check(backend: str, given: Sequence[torch.Tensor | None], tolerance: float, what: str = "") -> None:
+def delta_inputs(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:
+    """q, k, v, beta, log_decay: keys of length 1, beta between 0 and 1, decays between e^-0.2 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, T, H, D, generator=generator) for _ in range(3))
+    beta, decay = (torch.rand(B, T, H, 1, generator=generator) for _ in range(2))
+    return [q, normalize(k, dim=-1), v, beta, -0.2 * decay]
+
+
+def check(
+    backend: str,
+    given: Sequence[torch.Tensor | None],
+    tolerance: float,
+    what: str = "",
+    rule: Callable = decay_rule,
+) -> None:
     """Outputs and all gradients against the reference in float64; ends the program if one is wrong.
 
     Args:
         backend: to check.
-        given: what `inputs` gives, with None for a gate that is left out.
+        given: what `inputs` or `delta_inputs` gives, with None for a gate that is left out.
         tolerance: largest difference over the largest value.
         what: of which problem this is said, where there are several.
+        rule: `decay_rule` or `delta_rule`.
     """
     results = {}
     for name in (backend, "reference"):
@@ -38,16 +54,17 @@ def check(backend: str, given: Sequence[torch.Tensor | None], tolerance: float, 
             None if x is None else x.detach().to(x.dtype if name == backend else torch.float64).requires_grad_()
             for x in given
         ]
-        outputs: Any = decay_rule(*leaves, output_final_state=True, backend=name)
+        outputs: Any = rule(*leaves, output_final_state=True, backend=name)
         projections = [torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x) for x in outputs]
         found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], projections))
         results[name] = [*outputs, *(None if x is None else next(found) for x in leaves)]
-    for name, result, truth in zip(_NAMES, results[backend], results["reference"], strict=True):
+    names = ("o", "state", *(f"d{name}" for name in ("q", "k", "v", *_INPUTS[rule])))
+    for name, result, truth in zip(names, results[backend], results["reference"], strict=True):
         if truth is None:
             continue
         error = ((result.double() - truth).abs().max() / truth.abs().max()).item()
         if not error <= tolerance:
-            sys.exit(f"backend {backend!r}{what} is wrong: relative error {error:.1e} in {name}; nothing timed")
+            sys.exit(f"{rule.__name__}, {backend!r}{what}: relative error {error:.1e} in {name}; nothing timed")
 
 
 def forward(run: Callable, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
