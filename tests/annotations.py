@@ -1,4 +1,4 @@
-"""Shapes and dtypes that annotations promise, checked at every call while the tests run.
+"""Shapes and dtypes that annotations promise, checked while the tests run: the first calls of each function in a test.
 
 jaxtyping's own import hook decorates functions before their module is whole, which torch's custom ops do not survive,
 and needs at run time what these modules import for type checkers alone. So functions are decorated here once everything
@@ -14,6 +14,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections import Counter
 from types import FunctionType, ModuleType
 
 import torch
@@ -24,7 +25,10 @@ import fastweights
 
 SELF_CHECKED = {"decay_rule", "delta_rule"}
 """Doors that refuse wrong shapes in words of their own."""
+CALLS = 20
+"""Of each function that are checked in a test: all would take a third of the tests' time."""
 _SHAPED = re.compile(r"\b(Float|Int|Bool)\[")
+_calls: Counter[FunctionType] = Counter()
 
 
 def check_annotations() -> int:
@@ -44,6 +48,11 @@ def check_annotations() -> int:
             if _is_shaped(function) and function.__module__.startswith("fastweights"):
                 setattr(module, name, _checked(function, checked))
     return len(checked)
+
+
+def begin_test() -> None:
+    """Check the first calls anew."""
+    _calls.clear()
 
 
 def _modules() -> list[ModuleType]:
@@ -80,7 +89,10 @@ def _decorated(function: FunctionType) -> FunctionType:
     @functools.wraps(function)
     def call(*args, **kwargs):
         # torch.compile cannot look into the checks.
-        return (function if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+        if torch.compiler.is_compiling() or _calls[function] >= CALLS:
+            return function(*args, **kwargs)
+        _calls[function] += 1
+        return checked(*args, **kwargs)
 
     call.is_checked = True
     return call  # type: ignore[return-value]

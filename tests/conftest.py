@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -46,7 +47,7 @@ from fastweights.models.adapters import save_adapter
 from fastweights.models.names import SMOLLM2_HUB, resolve_model
 from fastweights.ops.numba.runtime import load_kernels
 from fastweights.settings.conversion import ConversionConfig
-from tests.annotations import check_annotations
+from tests.annotations import begin_test, check_annotations
 
 check_annotations()
 
@@ -56,6 +57,16 @@ VOCABULARY = 257
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish():
+    """Take what all these imports have made out of every later collection of garbage: a fifth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup():
+    begin_test()
 
 
 def make_gpt2(**changes) -> GPT2LMHeadModel:

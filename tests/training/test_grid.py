@@ -61,15 +61,10 @@ def counted(monkeypatch):
 
 
 def test_each_cell_is_the_train_of_its_config(config, tmp_path):
-    config = replace(config, rules=("decay",), windows=(0, 16), seeds=(1, 0))
+    config = replace(config, rules=("decay",), feature_maps=("elu+1",), windows=(0, 16), seeds=(1, 0))
     grid = finished(config)
-    assert list(grid.results) == [
-        Cell("decay", feature_map, window, seed)
-        for seed in (1, 0)
-        for window in (0, 16)
-        for feature_map in ("identity", "elu+1")
-    ]
-    for cell in (Cell("decay", "identity", 0, 1), Cell("decay", "elu+1", 16, 0)):
+    assert list(grid.results) == [Cell("decay", "elu+1", window, seed) for seed in (1, 0) for window in (0, 16)]
+    for cell in (Cell("decay", "elu+1", 0, 1), Cell("decay", "elu+1", 16, 0)):
         alone = train(replace(config.training(cell), output=tmp_path / f"alone-{cell.name}"))
         assert [stage.stage for stage in alone] == ["teacher", "converted", "transfer", "finetune"]
         for stage, other in zip(grid.results[cell].stages, alone, strict=True):
@@ -77,7 +72,7 @@ def test_each_cell_is_the_train_of_its_config(config, tmp_path):
             assert stage.evaluation.loss == pytest.approx(other.evaluation.loss, rel=1e-6)
             assert (stage.parts or {}).keys() == (other.parts or {}).keys()
         assert bool(grid.results[cell].stages[-1].parts) == bool(cell.window)
-    assert len({result.stages[-1].evaluation.loss for result in grid.results.values()}) == 8
+    assert len({result.stages[-1].evaluation.loss for result in grid.results.values()}) == 4
     assert not list(config.output.rglob("checkpoint-*"))
 
 
