@@ -14,3 +14,6 @@ FLOAT32_EXP = 2e-7
 
 # A Fast Weight Layer read in pieces, among padding or beside other rows, against the row read alone; relative, fp32.
 FAST_WEIGHT_LAYER = 1e-6
+
+FIFTEEN_BITS = 2.0**-12
+"""Products of rows rounded to 15 bits, relative to the largest of 32 numbers (measured: 1e-4, where channels differ by e^8)."""

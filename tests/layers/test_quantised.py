@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.quantised import FEW, GROUP, LINEAR, BFloat16Linear, Int4Linear, Int8Linear, kept_as
+from fastweights.ops import few_bits
 from tests import tolerances
 from tests.ops.problems import error
 
@@ -155,7 +156,7 @@ def test_joined_layers_make_what_each_does(kind):
     for seed, m in enumerate((64, 192)):
         torch.manual_seed(seed)
         layers.append(kind.of(nn.Linear(64, m, bias=False)))
-    x = torch.randn(1, 64).bfloat16()
+    x = torch.randn(1, 64)
     before, states = [layer.few(x) for layer in layers], [layer.state_dict() for layer in layers]
     joined = kind.join(layers)
     assert joined is not None
@@ -172,4 +173,30 @@ def test_what_cannot_be_joined():
     make_one = lambda kind, m, bias: kind.of(nn.Linear(64, m, bias=bias))  # noqa: E731
     assert Int8Linear.join([make_one(Int8Linear, 16, True), make_one(Int8Linear, 16, False)]) is None
     assert Int8Linear.join([make_one(Int8Linear, 16, False), make_one(Int4Linear, 16, False)]) is None
-    assert Int4Linear.join([make_one(Int4Linear, 16, False), make_one(Int4Linear, 64, False)]) is None
+    four = [make_one(Int4Linear, 16, False), make_one(Int4Linear, 64, False)]
+    assert (Int4Linear.join(four) is None) == (four[0]._block not in few_bits.LANES)
+    four[0]._block = 0  # as where one was packed and another not
+    assert Int4Linear.join(four) is None
+    other = make_one(Int8Linear, 64, False)
+    other._block = -1
+    assert Int8Linear.join([make_one(Int8Linear, 64, False), other]) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_what_another_machine_packed_is_multiplied_all_the_same(kind, monkeypatch):
+    """As in a module that was pickled there; and where there is no kernel at all."""
+    _, kept = make(kind, m=192)
+    x, state = torch.randn(3, 64), kept.state_dict()
+    expected = nn.functional.linear(x.double(), kept.matrix().double(), kept.bias.double())
+    with monkeypatch.context() as patch:
+        patch.setattr(few_bits, "lanes", lambda: 8 if kept._block == 16 else 16)
+        there = copy.deepcopy(kept)
+        there.load_state_dict(state)  # packs anew
+    patch = monkeypatch
+    for lanes in (0, kept._block):
+        patch.setattr(few_bits, "lanes", lambda lanes=lanes: lanes)
+        for layer in (there, kept):
+            assert error(layer(x), expected) <= 2 * tolerances.BFLOAT16
+            for name, tensor in layer.state_dict().items():
+                assert tensor.equal(state[name]), name

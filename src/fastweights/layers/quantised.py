@@ -4,10 +4,10 @@
     int8   whole numbers of 8 bits, and a scale for each row
     int4   of 4 bits, and a scale and an offset for each group of 32 numbers of a row: llama.cpp's Q4_1
 
-Whatever is added up stays as it is: only the product is in bf16, with sums in float32. A few tokens are multiplied by
-torch's own kernels for such matrices, many by the matrix unpacked to bf16, which then costs little. torchao has the
-same kernels for int8, behind a class of tensors that takes longer to find them than the product does, and none for int4
-on a CPU (docs/log.md).
+A few tokens are multiplied by the kernels of `ops/few_bits`, where the machine has VNNI, in float32 but for a rounding
+to fifteen bits; elsewhere by torch's, in bf16 with sums in float32. Many are multiplied by the matrix unpacked to bf16,
+which then costs little. torchao has torch's kernel for int8, behind a class of tensors that takes longer to find it
+than the product does, and none for int4 on a CPU (docs/log.md).
 
 Notation: n inputs, m outputs, g numbers in a group.
 """
@@ -26,11 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from fastweights.errors import check_name
 from fastweights.layers.linear import linear as linear_of_float32
 from fastweights.layers.linear import needs_derivatives
+from fastweights.ops import few_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float, Int8, UInt8
+    from jaxtyping import BFloat16, Float, Int8, UInt8
     from torch import Tensor
 
 GROUP = 32
@@ -55,6 +56,8 @@ class QuantisedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._block = 0
+        """Rows that packed numbers mix; 0 while they are as they are saved."""
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @classmethod
@@ -78,8 +81,34 @@ class QuantisedLinear(nn.Module):
         raise NotImplementedError
 
     def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
-        """The product in bf16 with few rows of bf16."""
+        """The product with few rows of float32, in float32."""
+        if self._is_for_us():
+            return few_bits.multiply(x, self.weight, self.scales)  # type: ignore[arg-type]
+        return self._few_of_bf16(x.to(torch.bfloat16)).float()
+
+    def product(self, x: Float[Tensor, "rows n"], out: Float[Tensor, "rows m"]) -> Callable[[], object]:
+        """What puts the product with the few rows at one place into another, as often as it is called."""
+        if self._is_for_us():
+            return few_bits.Product(x, self.weight, self.scales, out)  # type: ignore[arg-type]
+        return lambda: out.copy_(self.few(x))
+
+    def _is_for_us(self) -> bool:
+        """Whether its numbers are in the order of `ops/few_bits`, as this machine has it."""
+        return self._block > 0 and self._block == few_bits.lanes()
+
+    def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         return linear(x, self.matrix())
+
+    def pack(self) -> None:
+        """Put what is kept in the order of this machine's kernel, if it has one."""
+
+    def _plain(self) -> Tensor:
+        """The numbers that are kept, one by one."""
+        return self.weight  # type: ignore[return-value]
+
+    def _as_saved(self) -> Tensor:
+        """These as a file has them."""
+        return self._plain()
 
     @classmethod
     @torch.no_grad()
@@ -89,6 +118,8 @@ class QuantisedLinear(nn.Module):
         It has their matrices in one place, of which each of them keeps its part; None if these are not of one kind.
         """
         if any(type(layer) is not cls or layer.bias is not None or not layer._can_be_joined() for layer in layers):
+            return None
+        if len({layer._block for layer in layers}) > 1:
             return None
         made = cls.__new__(cls)
         made.__dict__.update(layers[0].__dict__)
@@ -111,25 +142,33 @@ class QuantisedLinear(nn.Module):
     """Of its outputs, among the dimensions of its scales."""
 
     def _can_be_joined(self) -> bool:
-        return True
+        return self._block == 0 or self.out_features % self._block == 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         """Moves with `.to(...)` and is never cast."""
         return super()._apply(lambda x: moved if (moved := fn(x)).dtype == x.dtype else x.to(moved.device), recurse)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        """Of a part of what was joined, its own memory: files hold no views."""
+        """In one order on all machines; and of a part of what was joined, its own memory: files hold no views."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._block:
+            destination[f"{prefix}weight"] = self._as_saved()
         for name in ("weight", "scales"):
             x = destination.get(f"{prefix}{name}")
             if x is not None and x.untyped_storage().nbytes() != x.nbytes:
                 destination[f"{prefix}{name}"] = x.clone(memory_format=torch.contiguous_format)
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self._block:  # what is loaded is as it is saved, and takes the place of what is packed
+            self.weight, self._block = torch.empty_like(self._as_saved()), 0
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pack()
+
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """In the dtype of the input."""
         rows = prod(input.shape[:-1])
         if rows <= FEW and input.is_cpu and not needs_derivatives(input):
-            x = input.reshape(rows, self.in_features).to(torch.bfloat16)
+            x = input.reshape(rows, self.in_features).float()
             y = self.few(x).to(input.dtype).view(*input.shape[:-1], self.out_features)
         elif input.is_cpu and not has_bf16_products():
             y = linear_of_float32(input.float(), self.matrix().float()).to(input.dtype)
@@ -161,10 +200,14 @@ class BFloat16Linear(QuantisedLinear):
 
 
 class Int8Linear(QuantisedLinear):
-    """Of eight bits, with a scale for each row."""
+    """Of eight bits, with a scale for each row.
+
+    `weight` has the rows as they are saved; `pack` puts them in the order that this machine's kernel reads, and what
+    `state_dict` gives is the former.
+    """
 
     weight: Int8[Tensor, "m n"]
-    scales: Float[Tensor, " m"]
+    scales: BFloat16[Tensor, " m"]
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -175,15 +218,25 @@ class Int8Linear(QuantisedLinear):
         """Take this matrix, rounded."""
         self.scales = _not_zero(weight.abs().amax(1) / 127)
         self.weight = (weight / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self._block = 0
+        self.pack()
 
-    def matrix(self) -> Float[Tensor, "m n"]:
+    def pack(self) -> None:
+        """Put the numbers in the order of this machine's kernel, if it has one for this size."""
+        if self._block == 0 and self.weight.is_cpu and few_bits.takes(self.in_features, self.out_features):
+            self.weight, self._block = few_bits.pack_eight(self.weight), few_bits.lanes()
+
+    def _plain(self) -> Int8[Tensor, "m n"]:
+        return few_bits.unpack_eight(self.weight, self._block) if self._block else self.weight
+
+    def matrix(self) -> BFloat16[Tensor, "m n"]:
         """What is kept of it, in bf16."""
-        return self.weight.to(torch.bfloat16) * self.scales[:, None]
+        return self._plain().to(torch.bfloat16) * self.scales[:, None]
 
-    def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+    def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         """By torch's kernel, which reads beyond the end of rows of another length."""
-        if self.in_features % _COLUMNS:
-            return super().few(x)
+        if self._block or self.in_features % _COLUMNS:
+            return super()._few_of_bf16(x)
         return torch._weight_int8pack_mm(x, self.weight, self.scales)
 
 
@@ -202,8 +255,6 @@ class Int4Linear(QuantisedLinear):
         super().__init__(in_features, out_features, bias=bias)
         self.register_buffer("weight", torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.ones(in_features // GROUP, out_features, 2, dtype=torch.bfloat16))
-        self._block = 0
-        """Rows that the packed codes mix; 0 while they are as they are saved."""
 
     @staticmethod
     def takes(in_features: int, out_features: int) -> bool:
@@ -223,14 +274,21 @@ class Int4Linear(QuantisedLinear):
         self.pack()
 
     def pack(self) -> None:
-        """Put the codes in the order of this machine's kernel, if torch has one whose order is known."""
-        if self._block == 0 and self.weight.is_cpu and (block := _packed_rows()):
-            self.weight = _pack(_nibbles(self.weight))
-            self._block = block
+        """Put the codes in the order of this machine's kernel, or of torch's if it has one whose order is known."""
+        if self._block or not self.weight.is_cpu:
+            return
+        if few_bits.takes(self.in_features, self.out_features):
+            self.weight, self._block = few_bits.pack_four(_nibbles(self.weight)), few_bits.lanes()
+        elif block := _packed_rows():
+            self.weight, self._block = _pack(_nibbles(self.weight)), block
 
     def _plain(self) -> UInt8[Tensor, "m n"]:
-        """One number a byte."""
+        if self._block in few_bits.LANES:
+            return few_bits.unpack_four(self.weight, self._block)
         return _unpack(self.weight, self._block) if self._block else _nibbles(self.weight)
+
+    def _as_saved(self) -> UInt8[Tensor, "m half"]:
+        return _bytes(self._plain())
 
     def matrix(self) -> Float[Tensor, "m n"]:
         """What is kept of it, in bf16."""
@@ -238,28 +296,17 @@ class Int4Linear(QuantisedLinear):
         numbers = self._plain().unflatten(1, (-1, GROUP)).float() - 8
         return (numbers * scale + offset).to(torch.bfloat16).flatten(1)
 
-    def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
+    def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         """By torch's kernel, where it has one."""
-        if not self._block:
-            return super().few(x)
+        if not self._block or self._block != _packed_rows():
+            return super()._few_of_bf16(x)
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         return multiply(x, self.weight, GROUP, self.scales.contiguous())
 
     _axis = 1
 
     def _can_be_joined(self) -> bool:
-        return self._block > 0 and self.out_features % self._block == 0
-
-    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._block:
-            destination[f"{prefix}weight"] = _bytes(self._plain())
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        if self._block:  # what is loaded is as it is saved, and takes the place of what is packed
-            self.weight, self._block = torch.empty_like(self.weight), 0
-        super()._load_from_state_dict(*args, **kwargs)
-        self.pack()
+        return self._block > 0 and super()._can_be_joined()
 
 
 LINEAR: dict[str, type[QuantisedLinear]] = {"bf16": BFloat16Linear, "int8": Int8Linear, "int4": Int4Linear}

@@ -511,10 +511,8 @@ class _Products:
         if outputs is None and len(x) == 1:
             outputs = [*_zeros(1, sum(sizes)).split(sizes, 1)]
         self.outputs = [_zeros(len(x), size) for size in sizes] if outputs is None else outputs
-        self._short = torch.zeros_like(x, dtype=torch.bfloat16)
-        """The rows in bf16, for layers of few bits."""
-        self._few_bits = all(isinstance(layer, QuantisedLinear) for layer in layers)
-        if self._few_bits and len(layers) > 1 and (joined := type(layers[0]).join(layers)) is not None:
+        few_bits = all(isinstance(layer, QuantisedLinear) for layer in layers)
+        if few_bits and len(layers) > 1 and (joined := type(layers[0]).join(layers)) is not None:
             layers = [joined]
         self._copied = []
         """Of products that are made in another place: that, and their own."""
@@ -526,19 +524,22 @@ class _Products:
             places = [_zeros(len(x), sum(sizes))]
             self._copied = list(zip(places[0].split(sizes, 1), self.outputs, strict=True))
         self._pairs = list(zip(layers, places, strict=True))
+        self._products = None
+        """Of few rows with layers of few bits: what makes each output, before its bias."""
+        if few_bits and len(x) <= FEW:
+            self._products = [(layer.product(x, output), output, layer.bias) for layer, output in self._pairs]
 
     def __call__(self) -> None:
         """Multiply."""
-        x = self.x
-        if len(x) > FEW or not self._few_bits:
+        if self._products is None:
+            x = self.x
             for layer, output in self._pairs:
                 output.copy_(layer(x) if isinstance(layer, QuantisedLinear) else linear(x, _matrix(layer), layer.bias))
         else:
-            self._short.copy_(x)
-            for layer, output in self._pairs:
-                output.copy_(layer.few(self._short))
-                if layer.bias is not None:
-                    output.add_(layer.bias)
+            for multiply, output, bias in self._products:
+                multiply()
+                if bias is not None:
+                    output.add_(bias)
         for part, output in self._copied:
             output.copy_(part)
 

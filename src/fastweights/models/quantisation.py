@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import FastWeightAttention
-from fastweights.layers.quantised import LINEAR, Int4Linear, QuantisedLinear, kept_as
+from fastweights.layers.quantised import LINEAR, QuantisedLinear, kept_as
 from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class WeightsQuantizer(HfQuantizer):
             _replace(model, self.quantization_config)
             return model
         for module in model.modules():
-            if isinstance(module, Int4Linear):
+            if isinstance(module, QuantisedLinear):
                 module.pack()
         return model
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -128,6 +129,22 @@ def share_out(work: Callable[[int, int], None], units: int, threads: int) -> Non
         wait(started)
     for helper in started:
         helper.result()
+
+
+def run_on_team(task: Any, record: int, threads: int) -> None:
+    """Call task(record) on so many threads at once, and wait for all: a compiled function that shares its work out.
+
+    Args:
+        task: as ctypes calls it; it must do all the work if there is one thread alone.
+        record: address of what it reads.
+        threads: 1, or all of torch's (see `_run_team`).
+    """
+    if threads == 1:
+        task(record)
+    elif os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
+        openmp.GOMP_parallel(task, record, threads, 0)
+    else:
+        share_out(lambda first, end: task(record), threads, threads)
 
 
 @cache

@@ -27,9 +27,9 @@ from numba.extending import models
 
 # What Numba compiles for, which its settings may hold below what the machine has.
 _features: str | None = getattr(config, "CPU_FEATURES", None)
-if _features is None:
-    _features = codegen.get_host_cpu_features()
-LANES = 16 if "+avx512f" in _features else 8
+FEATURES = (codegen.get_host_cpu_features() if _features is None else _features).split(",")
+"""As LLVM names them: "+avx512f"."""
+LANES = 16 if "+avx512f" in FEATURES else 8
 
 _extending: Any = extending  # its decorators have no types
 

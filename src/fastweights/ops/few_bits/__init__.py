@@ -1,0 +1,135 @@
+"""A few rows of float32 times a matrix of four or eight bits, as fast as the matrix is read from memory.
+
+torch's own kernels for such matrices turn each number of the matrix into a float first, which takes two to three times
+as long as reading it (docs/log.md). Here the rows are rounded to whole numbers and multiplied as these, by VNNI: to
+fifteen bits, relative to the largest of each group of 32, so that less is lost than where rows are rounded to bf16.
+
+Notation
+    m, n     outputs and inputs of the matrix; a group is 32 inputs
+    L        outputs that are computed at once, one a lane of a vector: 16 with AVX-512, 8 without
+    packed   L rows of the matrix after another; of each, 64 or 32 bytes (one vector) hold four inputs of each row, or
+             with four bits eight, of which the first four in the lower halves
+"""
+
+from __future__ import annotations
+
+import importlib
+from array import array
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..numba.runtime import load_kernels, run_on_team
+
+if TYPE_CHECKING:
+    from jaxtyping import BFloat16, Float, Int8, UInt8
+
+GROUP = 32
+LANES = 8, 16
+"""What L may be."""
+_WORTH_A_TEAM = 500_000
+"""Numbers of a matrix; one thread multiplies by fewer before others have woken up."""
+
+
+@cache
+def lanes() -> int:
+    """L on this machine; 0 where it has no such kernel: without VNNI, or Numba."""
+    try:
+        vectors = importlib.import_module("..numba.vectors", __package__)
+    except ImportError:
+        return 0
+    needed = "+avx512vnni" if vectors.LANES == 16 else "+avxvnni"
+    return vectors.LANES if needed in vectors.FEATURES else 0
+
+
+def takes(n: int, m: int) -> bool:
+    """Whether there is a kernel for a matrix of this size."""
+    return bool(lanes()) and n % GROUP == 0 and m % lanes() == 0
+
+
+def pack_four(numbers: UInt8[Tensor, "m n"]) -> UInt8[Tensor, "m half"]:
+    """Whole numbers from 0 to 15 in the order of the kernel."""
+    first, second = _by_lanes(numbers, 8).unflatten(3, (2, 4)).unbind(3)
+    return (first | second << 4).reshape(len(numbers), -1)
+
+
+def unpack_four(packed: UInt8[Tensor, "m half"], block: int) -> UInt8[Tensor, "m n"]:
+    """What `pack_four` was given, on a machine where L was `block`."""
+    m, half = packed.shape
+    by_lanes = packed.view(m // block, half // 4, block, 4)
+    numbers = torch.stack((by_lanes & 15, by_lanes >> 4), 3)
+    return numbers.transpose(1, 2).reshape(m, 2 * half)
+
+
+def pack_eight(numbers: Int8[Tensor, "m n"]) -> Int8[Tensor, "m n"]:
+    """Whole numbers from -127 to 127 in the order of the kernel, which wants 128 more."""
+    return (_by_lanes(numbers, 4).contiguous().view(torch.uint8) ^ 128).view(torch.int8).view(numbers.shape)
+
+
+def unpack_eight(packed: Int8[Tensor, "m n"], block: int) -> Int8[Tensor, "m n"]:
+    """What `pack_eight` was given, on a machine where L was `block`."""
+    m, n = packed.shape
+    by_lanes = (packed.view(torch.uint8) ^ 128).view(torch.int8).view(m // block, n // 4, block, 4)
+    return by_lanes.transpose(1, 2).reshape(m, n)
+
+
+def _by_lanes(numbers: Tensor, together: int) -> Tensor:
+    """(m / L, n / together, L, together)"""
+    return numbers.unflatten(1, (-1, together)).unflatten(0, (-1, lanes())).transpose(1, 2)
+
+
+class Product:
+    """Rows at one place times a packed matrix, as often as it is called; the result goes to another place.
+
+    Args:
+        x: the rows, contiguous.
+        weight: what `pack_four` or `pack_eight` gives.
+        scales: with four bits, a scale and an offset, which stands for the number 8, of each group; else a scale of
+            each row.
+        out: contiguous.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "rows n"],
+        weight: UInt8[Tensor, "m half"] | Int8[Tensor, "m n"],
+        scales: BFloat16[Tensor, "groups m 2"] | BFloat16[Tensor, " m"],
+        out: Float[Tensor, "rows m"],
+    ) -> None:
+        kernels = load_kernels("few_bits")
+        rows, n = x.shape
+        m, four = out.shape[1], scales.ndim == 3
+        high, low = (torch.empty(rows, n, dtype=torch.int8) for _ in range(2))
+        steps, sums = (torch.empty(rows, n // GROUP) for _ in range(2))
+        scales = scales.contiguous()
+        self._kept = x, weight, scales, out, high, low, steps, sums
+        self._round: Any = kernels.round_rows
+        self._rounded = [tensor.numpy() for tensor in (x, high, low, steps, sums)]
+        addresses = [tensor.data_ptr() for tensor in (weight, scales, high, low, steps, sums, out)]
+        self._record = array("q", [0, 0, *addresses, rows, n, m, int(four)])
+        self._task = kernels.task_of(kernels.multiply)
+        self._team = n * m >= _WORTH_A_TEAM
+        self._blocks = m // lanes()
+
+    def __call__(self) -> None:
+        """Multiply."""
+        self._round(*self._rounded)
+        threads = torch.get_num_threads() if self._team else 1
+        self._record[0], self._record[1] = 0, max(1, self._blocks // (4 * threads)) if threads > 1 else self._blocks
+        run_on_team(self._task, self._record.buffer_info()[0], threads)
+
+
+@torch.library.custom_op("fastweights::few_bits", mutates_args=())
+def multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """(rows, n) float32 times a packed matrix, as in `Product`: (rows, m)."""
+    out = torch.empty(len(x), len(weight), dtype=torch.float32)
+    if len(x):
+        Product(x.contiguous(), weight, scales, out)()
+    return out
+
+
+@multiply.register_fake
+def _(x, weight, scales):
+    return x.new_empty(len(x), len(weight))

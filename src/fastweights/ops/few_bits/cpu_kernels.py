@@ -1,0 +1,240 @@
+"""Whole numbers of eight bits times those of four or eight; importing this compiles it (`runtime.load_kernels`).
+
+A number of a row is step * (high + low / 254) with high and low from -127 to 127; one of the matrix is offset + scale *
+(code - 8), or scale * (code - 128). So high * code and low * code of a group's inputs are summed exactly, in int32, by
+one instruction for four inputs of each of the L outputs.
+
+Notation: as in the package; a vector of L int32 has four bytes in each lane.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, float32, int32, njit, types
+from numba.core import cgutils
+
+from ..numba.vectors import LANES, integer_at, intrinsic
+
+_GROUP = 32
+_ROWS = 4
+"""That are multiplied at once where there are as many: codes are taken apart once for all of them."""
+_PARTS = np.float32(254.0)
+"""Of a step, in which what is left of a number is rounded."""
+_BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
+_VECTOR = 4 * LANES
+"""Its bytes."""
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def task_of(function: Any) -> Any:
+    """A compiled function as ctypes calls it, with an address and without the GIL."""
+    return _TASK(function.address)
+
+
+@njit("void(f4[:,::1], i1[:,::1], i1[:,::1], f4[:,::1], f4[:,::1])", nogil=True, cache=True, error_model="numpy")
+def round_rows(x, high, low, steps, sums):
+    """Rows as whole numbers, with a step for each group, and the sum of each group.
+
+    A group with a number that is not finite gets a step that is not.
+    """
+    largest = np.empty(1, dtype=np.int32)
+    of_largest = largest.view(np.float32)
+    for b in range(x.shape[0]):
+        bits = x[b].view(np.int32)
+        for g in range(steps.shape[1]):
+            first = g * _GROUP
+            most = int32(0)
+            for i in range(_GROUP):  # as whole numbers, floats without a sign are in the same order, and NaN is last
+                most = max(most, bits[first + i] & int32(0x7FFFFFFF))
+            largest[0] = most
+            step = of_largest[0] / float32(127.0)
+            inverse = float32(1.0) / step if step > float32(1e-30) else float32(0.0)
+            total = int32(0)
+            for i in range(_GROUP):
+                value = x[b, first + i] * inverse
+                whole = np.rint(value)
+                rest = np.rint((value - whole) * _PARTS)
+                high[b, first + i] = int32(whole)
+                low[b, first + i] = int32(rest)
+                total += int32(254) * int32(whole) + int32(rest)
+            steps[b, g] = step
+            sums[b, g] = step * (float32(total) / _PARTS)
+
+
+def _constant(kind: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _splat(builder: Any, x: Any, kind: ir.VectorType) -> Any:
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, x, _INT(0))
+    return builder.shuffle_vector(first, nothing, _constant(_INTS, 0))
+
+
+def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int = 1) -> Any:
+    return builder.load(builder.inttoptr(builder.add(address, offset), ir.PointerType(kind)), align=align)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32"), [a, b, c])
+
+
+def _dot(builder: Any, sums: Any, codes: Any, x: Any) -> Any:
+    """sums + four products of unsigned codes and signed x in each lane."""
+    kind = ir.FunctionType(_INTS, [_INTS] * 3)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [sums, codes, x])
+
+
+def _four_codes(builder: Any, weight: Any, step: int) -> list[Any]:
+    """Of a group's step, the codes of the next eight inputs."""
+    codes = _load(builder, weight, _LONG(step * _VECTOR), _INTS)
+    halves = codes, builder.lshr(codes, _constant(_INTS, 4))
+    return [builder.and_(half, _constant(_INTS, 0x0F0F0F0F)) for half in halves]
+
+
+def _eight_codes(builder: Any, weight: Any, step: int) -> list[Any]:
+    """Likewise."""
+    return [_load(builder, weight, _LONG((2 * step + half) * _VECTOR), _INTS) for half in range(2)]
+
+
+def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], codes_of: Any) -> list[Any]:
+    """The sums of a group, high + low / 254, of L outputs for each row's high and low."""
+    sums = [[[_constant(_INTS, 0)] * 2 for _ in row] for row in rows]
+    for step in range(_GROUP // 8):
+        for half, codes in enumerate(codes_of(builder, weight, step)):
+            for row, of_row in zip(rows, sums, strict=True):
+                for x, plane in zip(row, of_row, strict=True):
+                    four = _splat(builder, _load(builder, x, _LONG(8 * step + 4 * half), _INT), _INTS)
+                    plane[half] = _dot(builder, plane[half], codes, four)
+    numbers = [[builder.sitofp(builder.add(*plane), _FLOATS) for plane in row] for row in sums]
+    part = _constant(_FLOATS, float(1 / _PARTS))
+    return [_fma(builder, low, part, high) for high, low in numbers]
+
+
+def _block(count: int, *, four: bool) -> Any:
+    """block(weight, scales, high, low, steps, sums, out, n, m) of L outputs of so many rows; all else is addresses."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        weight, scales, high, low, steps, sums, out, n, m = args
+        groups = builder.udiv(n, _LONG(_GROUP))
+        results = [cgutils.alloca_once_value(builder, _constant(_FLOATS, 0.0)) for _ in range(count)]
+        with cgutils.for_range(builder, groups) as loop:
+            g = loop.index
+            inputs = [builder.add(builder.mul(_LONG(row), n), builder.mul(g, _LONG(_GROUP))) for row in range(count)]
+            dots = _groups(
+                builder,
+                builder.add(weight, builder.mul(g, _LONG(_GROUP * LANES // (2 if four else 1)))),
+                [(builder.add(high, first), builder.add(low, first)) for first in inputs],
+                _four_codes if four else _eight_codes,
+            )
+            if four:
+                pair = _load(builder, scales, builder.mul(g, builder.mul(m, _LONG(4))), _INTS)
+                scale = builder.bitcast(builder.shl(pair, _constant(_INTS, 16)), _FLOATS)
+                offset = builder.bitcast(builder.and_(pair, _constant(_INTS, -65536)), _FLOATS)
+            for row, (dot, result) in enumerate(zip(dots, results, strict=True)):
+                place = builder.mul(builder.add(builder.mul(_LONG(row), groups), g), _LONG(4))
+                step, total = (_splat(builder, _load(builder, x, place, _FLOAT, 4), _FLOATS) for x in (steps, sums))
+                products = _fma(builder, dot, step, builder.fmul(total, _constant(_FLOATS, -8.0 if four else -128.0)))
+                so_far = builder.load(result)
+                if four:
+                    so_far = _fma(builder, offset, total, _fma(builder, scale, products, so_far))
+                else:
+                    so_far = builder.fadd(so_far, products)
+                builder.store(so_far, result)
+        found = [builder.load(result) for result in results]
+        if not four:
+            short = _load(builder, scales, _LONG(0), ir.VectorType(ir.IntType(16), LANES))
+            scale = builder.bitcast(builder.shl(builder.zext(short, _INTS), _constant(_INTS, 16)), _FLOATS)
+            found = [builder.fmul(x, scale) for x in found]
+        for row, x in enumerate(found):
+            place = builder.add(out, builder.mul(_LONG(4 * row), m))
+            builder.store(x, builder.inttoptr(place, ir.PointerType(_FLOATS)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), build
+
+
+@intrinsic
+def _one_row_of_four_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
+    return _block(1, four=True)
+
+
+@intrinsic
+def _rows_of_four_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
+    return _block(_ROWS, four=True)
+
+
+@intrinsic
+def _one_row_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
+    return _block(1, four=False)
+
+
+@intrinsic
+def _rows_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
+    return _block(_ROWS, four=False)
+
+
+@intrinsic
+def _take(typingctx, counter):
+    """The number at an address, which becomes one more, for one thread at a time."""
+
+    def build(context, builder, signature, args):
+        place = builder.inttoptr(args[0], ir.PointerType(_LONG))
+        return builder.atomic_rmw("add", place, _LONG(1), "monotonic")
+
+    return types.int64(types.int64), build
+
+
+@cfunc("void(int64)", cache=True)
+def multiply(record):
+    """Take portions of the outputs until none are left.
+
+    record: address of int64 numbers: portions taken, blocks in one; addresses of weight, scales, high, low, steps, sums
+    and out; rows, n, m, and whether there are four bits.
+    """
+    portion, weight, scales = integer_at(record, 1), integer_at(record, 2), integer_at(record, 3)
+    high, low, steps, sums = (
+        integer_at(record, 4),
+        integer_at(record, 5),
+        integer_at(record, 6),
+        integer_at(record, 7),
+    )
+    out, rows, n, m, four = (
+        integer_at(record, 8),
+        integer_at(record, 9),
+        integer_at(record, 10),
+        integer_at(record, 11),
+        integer_at(record, 12),
+    )
+    groups, blocks = n // _GROUP, m // LANES
+    while True:
+        first = _take(record) * portion
+        if first >= blocks:
+            break
+        for i in range(first, min(first + portion, blocks)):
+            w = weight + i * LANES * (n // 2 if four else n)
+            s = scales + i * LANES * (4 if four else 2)
+            b = 0
+            while b < rows:
+                row, of_groups = b * n, 4 * b * groups
+                x, rest, x_steps, x_sums = high + row, low + row, steps + of_groups, sums + of_groups
+                to = out + 4 * (b * m + i * LANES)
+                if b + _ROWS <= rows:
+                    if four:
+                        _rows_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                    else:
+                        _rows_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                    b += _ROWS
+                else:
+                    if four:
+                        _one_row_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                    else:
+                        _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                    b += 1

@@ -1,0 +1,116 @@
+"""Products with matrices of few bits, against float64, and that they touch nothing beside them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastweights.ops import few_bits
+from tests import tolerances
+from tests.ops.problems import error
+
+pytestmark = pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no such kernel: it needs VNNI and Numba")
+SHAPES = [(32, 16), (96, 80), (576, 192), (1536, 576)]
+
+
+def matrix(bits: int, n: int, m: int):
+    """(packed, scales, the matrix in float64)"""
+    generator = torch.Generator().manual_seed(n + m)
+    if bits == 4:
+        numbers = torch.randint(0, 16, (m, n), generator=generator, dtype=torch.uint8)
+        scales = torch.randn(n // 32, m, 2, generator=generator).bfloat16()
+        scale, offset = (x.double().T.repeat_interleave(32, 1) for x in scales.unbind(-1))
+        return few_bits.pack_four(numbers), scales, (numbers.double() - 8) * scale + offset
+    numbers = torch.randint(-127, 128, (m, n), generator=generator, dtype=torch.int8)
+    scales = torch.randn(m, generator=generator).bfloat16()
+    return few_bits.pack_eight(numbers), scales, numbers.double() * scales.double()[:, None]
+
+
+def rows_of(rows: int, n: int):
+    """Channels as unlike in size as those of a language model."""
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, n, generator=generator) * torch.exp(2 * torch.randn(n, generator=generator))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, 16])
+def test_agrees_with_float64(bits, n, m, rows):
+    packed, scales, truth = matrix(bits, n, m)
+    x = rows_of(rows, n)
+    found = few_bits.multiply(x, packed, scales)
+    assert found.shape == (rows, m)
+    for row, expected in zip(found, x.double() @ truth.T, strict=True):
+        assert error(row, expected) <= tolerances.FIFTEEN_BITS
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_is_the_same_bit_for_bit_beside_any_others_and_on_any_threads(bits, monkeypatch):
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
+    packed, scales, _ = matrix(bits, 576, 192)
+    x, threads, found = rows_of(7, 576), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found += [few_bits.multiply(x, packed, scales), few_bits.multiply(x[:3], packed, scales)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert other.equal(found[0][: len(other)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_writes_its_own_rows_alone(bits):
+    packed, scales, truth = matrix(bits, 96, 80)
+    room = torch.full((5, 80), torch.nan)
+    x = rows_of(3, 96)
+    product = few_bits.Product(x, packed, scales, room[1:4])
+    for factor in (1.0, -2.0):  # whatever is there when it is called
+        x.mul_(factor)
+        product()
+        assert error(room[1:4], x.double() @ truth.T) <= tolerances.FIFTEEN_BITS
+    assert room[0].isnan().all()
+    assert room[4].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_small_and_large_numbers(bits):
+    packed, scales, truth = matrix(bits, 96, 80)
+    assert not few_bits.multiply(torch.zeros(2, 96), packed, scales).any()
+    for size in (1e-20, 1e20):
+        x = rows_of(2, 96) * size
+        assert error(few_bits.multiply(x, packed, scales).double() / size, x.double() @ truth.T / size) <= (
+            tolerances.FIFTEEN_BITS
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_seen_in_its_row_alone(bits, value):
+    packed, scales, _ = matrix(bits, 96, 80)
+    x = rows_of(5, 96)
+    before = few_bits.multiply(x, packed, scales)
+    x[1, 40] = value
+    after = few_bits.multiply(x, packed, scales)
+    assert not after[1].isfinite().any()
+    assert after[[0, 2, 3, 4]].equal(before[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    "pair", [(few_bits.pack_four, few_bits.unpack_four), (few_bits.pack_eight, few_bits.unpack_eight)]
+)
+@pytest.mark.parametrize("block", few_bits.LANES)
+def test_packed_and_unpacked(pair, block, monkeypatch):
+    monkeypatch.setattr(few_bits, "lanes", lambda: block)
+    pack, unpack = pair
+    low, high, dtype = (0, 16, torch.uint8) if pack is few_bits.pack_four else (-127, 128, torch.int8)
+    numbers = torch.randint(low, high, (48, 96), dtype=dtype)
+    assert unpack(pack(numbers), block).equal(numbers)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_operation(bits):
+    packed, scales, truth = matrix(bits, 96, 80)
+    torch.library.opcheck(torch.ops.fastweights.few_bits.default, (rows_of(3, 96), packed, scales))
+    strided = rows_of(3, 192)[:, ::2]
+    assert error(few_bits.multiply(strided, packed, scales), strided.double() @ truth.T) <= tolerances.FIFTEEN_BITS
