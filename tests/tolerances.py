@@ -16,4 +16,4 @@ FLOAT32_EXP = 2e-7
 FAST_WEIGHT_LAYER = 1e-6
 
 FIFTEEN_BITS = 2.0**-12
-"""Products of rows rounded to 15 bits, relative to the largest of 32 numbers (measured: 1e-4, where channels differ by e^8)."""
+"""Products of rows rounded to 15 bits, relative to the largest of 32 (measured: 1e-4 where channels are unlike)."""

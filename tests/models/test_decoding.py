@@ -506,3 +506,19 @@ def test_another_default_dtype():
         check(model)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_on_several_threads(weights, rows, monkeypatch):
+    monkeypatch.setattr(decoding, "_WORTH_A_TEAM", 0)
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 0)
+    model = make_wide()
+    if weights != "fp32":
+        quantise(model, weights)
+    torch.set_num_threads(3)
+    try:
+        check(model, rows, tolerance=8 * tolerances.BFLOAT16)
+    finally:
+        torch.set_num_threads(1)

@@ -12,6 +12,7 @@ W window, S sinks.
 from __future__ import annotations
 
 import threading
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
 from fastweights.layers.rules import AddRule, AverageRule, DecayRule, GatedRule, LowRank
 from fastweights.models.architectures import FusedProjections, GroupedProjections, SplitProjections
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
-from fastweights.ops.numba.runtime import load_kernels
+from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -88,6 +89,8 @@ _ROOMS = 4
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
+_WORTH_A_TEAM = 20_000
+"""Numbers that a layer's kernel reads for a token; one thread has done with fewer before others have woken up."""
 _enabled = True
 
 
@@ -292,8 +295,8 @@ class Decoder:
             room.x += self._positions(torch.tensor([[state.tokens]]))[0]
         room.more.zero_()
         self._rotate(room, state.tokens)
-        for layer, arguments in zip(room.layers, state.arguments, strict=True):
-            layer(state.tokens, arguments)
+        for layer, attend in zip(room.layers, state.attends, strict=True):
+            layer(state.tokens, attend)
         room.normalise(room.last_norm)
         state.read_one()
         return self.model.lm_head(room.normed)[:, None]
@@ -324,7 +327,7 @@ class DecodingState:
         self._layers, self._rings = layers, rings
         self._fast = [layer.own_state() for layer in layers]
         kept = zip(self.room.layers, self._fast, rings, strict=True)
-        self.arguments = [step.arguments(fast, ring) for step, fast, ring in kept]
+        self.attends = [step.attend(fast, ring) for step, fast, ring in kept]
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -428,50 +431,68 @@ class LayerStep:
         self.activate = room.kernels.gated_unit if family.gated else room.kernels.gelu_unit
         self.contract = _Products(unit, [contract], [room.more])
 
-    def __call__(self, tokens: int, arguments: tuple[tuple, tuple]) -> None:
+    def __call__(self, tokens: int, attend: _Attend) -> None:
         """From the residual stream to what the layer adds to it.
 
         Args:
             tokens: before this one.
-            arguments: of the kernel, what comes before that number and after it.
+            attend: what this layer is given of a text.
         """
         room = self.room
         room.normalise(self.norms[0])
         self.project()
         for product in self.gate_products:
             product()
-        first, rest = arguments
-        room.kernels.attend(*first, tokens, *rest)
+        attend(tokens)
         self.output()
         room.normalise(self.norms[1])
         self.expand()
         self.activate(*self.unit)
         self.contract()
 
-    def arguments(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> tuple[tuple, tuple]:
-        """Of the kernel, with a state that it changes, before and after the number of tokens."""
-        attention = self.attention
+    def attend(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> _Attend:
+        """What reads and changes such a state, for the number of tokens before."""
+        attention, room = self.attention, self.room
         window = [_EMPTY[4]] * 5
         if ring is not None:
             window = [x.numpy() for x in (ring.k, ring.plain_k, ring.v, ring.sink_k, ring.sink_v)]
         scales = attention.fast_scale, attention.fast_unit, attention.window_scale
         scales = [_EMPTY[1] if x is None else x.detach().numpy() for x in scales]
         gates = [array for gate in self.gates for array in gate.arrays]
-        first = (
-            *self.made,
-            self.room.arrays[2],
-            *self.rotary,
-            *self.head_norms,
-            self.epsilon,
-            *gates,
-            fast.numpy(),
-            *window,
-            *scales,
-        )
-        averages = isinstance(attention.rule, AverageRule)
-        flags = attention.rotary, attention.writes_leaving, averages, self.head_norms[0].size > 0
         bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
-        return (*first, bias, attention.scaling), (*flags, self.read.numpy())
+        numbers = torch.tensor([self.epsilon, attention.scaling], dtype=torch.float32).numpy()
+        arrays = [*self.made, room.arrays[2], *self.rotary, *self.head_norms, *gates, fast.numpy(), *window, *scales]
+        arrays += [bias, numbers, self.read.numpy()]
+        flags = {
+            "rotated_fast": attention.rotary,
+            "leaving": attention.writes_leaving,
+            "averages": isinstance(attention.rule, AverageRule),
+            "normed": self.head_norms[0].size > 0,
+        }
+        return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
+
+
+class _Attend:
+    """The kernel `attend` of one layer and one text.
+
+    Args:
+        kernels: that have it.
+        arrays: in the order of its record.
+        flags: by name.
+        work: numbers that are read.
+    """
+
+    def __init__(self, kernels: Any, arrays: list[Any], flags: dict[str, bool], work: int) -> None:
+        assert all(x.flags.c_contiguous and x.dtype == "float32" for x in arrays)
+        self._arrays = arrays  # the record does not keep them alive
+        self._record = kernels.record_of(dict(zip(kernels.ARRAYS, arrays, strict=True)), flags)
+        self._address = self._record.buffer_info()[0]
+        self._task, self._team = task_of(kernels.attend), work >= _WORTH_A_TEAM
+
+    def __call__(self, tokens: int) -> None:
+        """One more token, after so many."""
+        self._record[0], self._record[1] = 0, tokens
+        run_on_team(self._task, self._address, torch.get_num_threads() if self._team else 1)
 
 
 class _Gate:
@@ -605,10 +626,12 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [*model.modules()]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        kept = [(table, name, x) for m in modules for table in (m._parameters, m._buffers) for name, x in table.items()]
-        self._tensors = [(table, name, x, x.data_ptr()) for table, name, x in kept if x is not None]
-        self._forwards = [(vars(m), vars(m).get("forward")) for m in modules]
+        tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        kept = [(table, name, x) for table in tables for name, x in table.items()]
+        kept += [(vars(m), "forward", vars(m).get("forward")) for m in modules]
+        self._tables, self._names, self._things = zip(*kept, strict=True)
+        self._places_of = [x.data_ptr for x in self._things if isinstance(x, torch.Tensor)]
+        self._places = [place() for place in self._places_of]
         self._dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
@@ -617,7 +640,6 @@ class _Watch:
         return (
             not any(self._hooks)
             and not any(_drops_out(module) for module in self._dropouts)
-            and all(table.get(name) is child for table, name, child in self._children)
-            and all(table.get(name) is x and x.data_ptr() == place for table, name, x, place in self._tensors)
-            and all(own.get("forward") is forward for own, forward in self._forwards)
+            and all(map(is_, map(dict.get, self._tables, self._names), self._things))
+            and [place() for place in self._places_of] == self._places
         )

@@ -12,10 +12,15 @@ Notation
 from __future__ import annotations
 
 import math
+from array import array
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import float32, int32, njit
+from numba import carray, cfunc, float32, int32, njit
+
+from ..numba.runtime import sources_version
+from ..numba.vectors import integer_at, pointer, take
 
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 """Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
@@ -202,59 +207,125 @@ def gelu_unit(x, out):
             out[b, i] = x[b, i] * share / (float32(1.0) + small)
 
 
-@_kernel(
-    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4,"
-    "f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1],"
-    "f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1],"
-    "f4[::1], f4[::1], f4[::1], f4[:,::1], f4, i8, b1, b1, b1, b1, f4[:,:,::1])"
-)
-def attend(
-    q,
-    k,
-    v,
-    x,
-    rotary,
-    sink_rotary,
-    q_norm,
-    k_norm,
-    epsilon,
-    key_logits,
-    key_down,
-    key_up,
-    key_bias,
-    value_logits,
-    value_down,
-    value_up,
-    value_bias,
-    fast,
-    ring_k,
-    plain_k,
-    ring_v,
-    sink_k,
-    sink_v,
-    fast_scale,
-    fast_unit,
-    window_scale,
-    window_bias,
-    scale,
-    count,
-    rotated_fast,
-    leaving,
-    averages,
-    normed,
-    out,
-):
-    """Fast weights and window of one layer for one token, which become part of the state; out is their sum.
+ARRAYS = [
+    "q",
+    "k",
+    "v",
+    "x",
+    "rotary",
+    "sink_rotary",
+    "q_norm",
+    "k_norm",
+    "key_logits",
+    "key_down",
+    "key_up",
+    "key_bias",
+    "value_logits",
+    "value_down",
+    "value_up",
+    "value_bias",
+    "fast",
+    "ring_k",
+    "plain_k",
+    "ring_v",
+    "sink_k",
+    "sink_v",
+    "fast_scale",
+    "fast_unit",
+    "window_scale",
+    "window_bias",
+    "numbers",
+    "out",
+]
+"""That `attend` reads and writes, in the order of its record."""
+FLAGS = "rotated_fast", "leaving", "averages", "normed"
+_AT = 2 + len(FLAGS)
+"""Place in the record of the first array's address and shape."""
 
-    x: (B, d) the layer's input, of which gates of low rank are made: `up` times `down` times x, and a bias.
-    key_logits, value_logits: (B, _) what other gates are made of, bias included.
-    rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
-    key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
-    window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
-    rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
-    leaving: whether they are written what leaves the window, and read before that.
-    averages: whether they are written under k * (1 - gate).
+
+@_inner
+def _line(record, i):
+    at = _AT + 5 * i
+    return carray(pointer(integer_at(record, at)), (integer_at(record, at + 1),))
+
+
+@_inner
+def _plane(record, i):
+    at = _AT + 5 * i
+    return carray(pointer(integer_at(record, at)), (integer_at(record, at + 1), integer_at(record, at + 2)))
+
+
+@_inner
+def _block(record, i):
+    at = _AT + 5 * i
+    shape = integer_at(record, at + 1), integer_at(record, at + 2), integer_at(record, at + 3)
+    return carray(pointer(integer_at(record, at)), shape)
+
+
+@_inner
+def _blocks(record, i):
+    at = _AT + 5 * i
+    shape = (
+        integer_at(record, at + 1),
+        integer_at(record, at + 2),
+        integer_at(record, at + 3),
+        integer_at(record, at + 4),
+    )
+    return carray(pointer(integer_at(record, at)), shape)
+
+
+def record_of(arrays: dict[str, Any], flags: dict[str, bool]) -> array:
+    """What `attend` is given: portions taken, tokens before this one, FLAGS, and address and shape of each of ARRAYS.
+
+    Args:
+        arrays: contiguous, of float32; the record keeps none of them alive.
+        flags: by name.
     """
+    places = ((x.ctypes.data, *x.shape, *(4 - x.ndim) * (0,)) for x in (arrays[name] for name in ARRAYS))
+    return array("q", [0, 0, *(int(flags[name]) for name in FLAGS), *(number for place in places for number in place)])
+
+
+def _compile(version: int) -> Any:
+    # Numba's cache looks at this file alone; `version` is part of its key.
+    @cfunc("void(int64)", cache=True)
+    def attend(record):
+        """Fast weights and window of one layer for one token, which become part of the state; out is their sum.
+
+        Threads take one row's key/value head after another, until none is left.
+
+        x: (B, d) the layer's input, of which gates of low rank are made: `up` times `down` times x, and a bias.
+        key_logits, value_logits: (B, _) what other gates are made of, bias included.
+        rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
+        key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
+        window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
+        numbers: the norms' epsilon, and the factor of q·k.
+        rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
+        leaving: whether they are written what leaves the window, and read before that.
+        averages: whether they are written under k * (1 - gate).
+        normed: whether queries and keys are normalised.
+        """
+        _ = version
+        _attend(record)
+
+    return attend
+
+
+@_inner
+def _attend(record):
+    count = integer_at(record, 1)
+    rotated_fast, leaving = integer_at(record, 2) > 0, integer_at(record, 3) > 0
+    averages, normed = integer_at(record, 4) > 0, integer_at(record, 5) > 0
+    q, k, v = _block(record, 0), _block(record, 1), _block(record, 2)
+    x, rotary, sink_rotary = _plane(record, 3), _plane(record, 4), _plane(record, 5)
+    q_norm, k_norm = _line(record, 6), _line(record, 7)
+    key_logits, key_down, key_up, key_bias = _plane(record, 8), _plane(record, 9), _plane(record, 10), _line(record, 11)
+    value_logits, value_down = _plane(record, 12), _plane(record, 13)
+    value_up, value_bias = _plane(record, 14), _line(record, 15)
+    fast, ring_k, plain_k = _blocks(record, 16), _blocks(record, 17), _blocks(record, 18)
+    ring_v, sink_k, sink_v = _blocks(record, 19), _blocks(record, 20), _blocks(record, 21)
+    fast_scale, fast_unit, window_scale = _line(record, 22), _line(record, 23), _line(record, 24)
+    window_bias, numbers, out = _plane(record, 25), _line(record, 26), _block(record, 27)
+    epsilon, scale = numbers[0], numbers[1]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
     R, W, S = H // G, ring_k.shape[3], sink_k.shape[2]
@@ -271,74 +342,83 @@ def attend(
     z_rest = np.empty(z.shape[0], dtype=np.float32)
     key_low = np.empty(key_down.shape[0], dtype=np.float32)
     value_low = np.empty(value_down.shape[0], dtype=np.float32)
-    for b in range(B):
-        for i in range(key_low.shape[0]):
-            key_low[i] = _dot(key_down[i], x[b])
-        for i in range(value_low.shape[0]):
-            value_low[i] = _dot(value_down[i], x[b])
-        for g in range(G):
+    row = -1
+    while True:
+        unit = take(record)
+        if unit >= B * G:
+            break
+        b, g = unit // G, unit % G
+        if b != row:
+            row = b
+            for i in range(key_low.shape[0]):
+                key_low[i] = _dot(key_down[i], x[b])
+            for i in range(value_low.shape[0]):
+                value_low[i] = _dot(value_down[i], x[b])
+        if normed:
+            _normalise(k[b, g], k_norm, epsilon)
+        _rotate(k[b, g], rotary[0], rotary[1], rotated_k)
+        for r in range(R):
             if normed:
-                _normalise(k[b, g], k_norm, epsilon)
-            _rotate(k[b, g], rotary[0], rotary[1], rotated_k)
+                _normalise(q[b, g * R + r], q_norm, epsilon)
+            _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
+            for j in range(V):
+                out[b, g * R + r, j] = zero
+        if W > 0:
+            for i in range(D):
+                ring_k[b, g, i, place] = rotated_k[i]
+            for i in range(plain_k.shape[3]):
+                plain_k[b, g, place, i] = k[b, g, i]
+            for j in range(V):
+                ring_v[b, g, place, j] = v[b, g, j]
+            if count < S:
+                for i in range(D):
+                    sink_k[b, g, count, i] = rotated_k[i]
+                for j in range(V):
+                    sink_v[b, g, count, j] = v[b, g, j]
             for r in range(R):
-                if normed:
-                    _normalise(q[b, g * R + r], q_norm, epsilon)
-                _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
-                for j in range(V):
-                    out[b, g * R + r, j] = zero
-            if W > 0:
-                for i in range(D):
-                    ring_k[b, g, i, place] = rotated_k[i]
-                for i in range(plain_k.shape[3]):
-                    plain_k[b, g, place, i] = k[b, g, i]
-                for j in range(V):
-                    ring_v[b, g, place, j] = v[b, g, j]
-                if count < S:
-                    for i in range(D):
-                        sink_k[b, g, count, i] = rotated_k[i]
-                    for j in range(V):
-                        sink_v[b, g, count, j] = v[b, g, j]
-                for r in range(R):
-                    h = g * R + r
-                    if far > 0:
-                        _rotate(q[b, h], sink_rotary[0], sink_rotary[1], sink_q[r])
-                        for s in range(far):
-                            weights[r, s] = _dot(sink_q[r], sink_k[b, g, s]) * scale
-                    _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
-                    if window_bias.shape[1] > 0:
-                        for s in range(far):
-                            weights[r, s] += window_bias[h, W + s]
-                        for w in range(seen):
-                            weights[r, far + w] += window_bias[h, place - w if w <= place else place - w + W]
-                    most = weights[r, 0]
-                    for w in range(1, far + seen):
-                        most = max(most, weights[r, w])
-                    for w in range(far + seen):
-                        weights[r, w] -= most
-                    _exponentials(weights[r])
-                    total = zero
-                    for w in range(far + seen):
-                        total += weights[r, w]
-                    factor = window_scale[h] / total
-                    for w in range(far + seen):
-                        weights[r, w] *= factor
-                    _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
-                    _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
-            state = fast[b, g]
-            left = (place + 1) % W if leaving else 0
-            if leaving:
-                _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
-            if not leaving or count >= W - 1 + S:
-                if key_bias.shape[0] > 0:
-                    _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
-                if value_bias.shape[0] > 0:
-                    _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
-                for i in range(D):
-                    if leaving:
-                        key = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
-                    else:
-                        key = rotated_k[i] if rotated_fast else k[b, g, i]
-                    written[i] = key * f_rest[i if f.shape[0] > 1 else 0] if averages else key
-                _write(state, f, z, written, ring_v[b, g, left] if leaving else v[b, g])
-            if not leaving:
-                _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+                h = g * R + r
+                if far > 0:
+                    _rotate(q[b, h], sink_rotary[0], sink_rotary[1], sink_q[r])
+                    for s in range(far):
+                        weights[r, s] = _dot(sink_q[r], sink_k[b, g, s]) * scale
+                _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
+                if window_bias.shape[1] > 0:
+                    for s in range(far):
+                        weights[r, s] += window_bias[h, W + s]
+                    for w in range(seen):
+                        weights[r, far + w] += window_bias[h, place - w if w <= place else place - w + W]
+                most = weights[r, 0]
+                for w in range(1, far + seen):
+                    most = max(most, weights[r, w])
+                for w in range(far + seen):
+                    weights[r, w] -= most
+                _exponentials(weights[r])
+                total = zero
+                for w in range(far + seen):
+                    total += weights[r, w]
+                factor = window_scale[h] / total
+                for w in range(far + seen):
+                    weights[r, w] *= factor
+                _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
+                _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
+        state = fast[b, g]
+        left = (place + 1) % W if leaving else 0
+        if leaving:
+            _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+        if not leaving or count >= W - 1 + S:
+            if key_bias.shape[0] > 0:
+                _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
+            if value_bias.shape[0] > 0:
+                _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
+            for i in range(D):
+                if leaving:
+                    key = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
+                else:
+                    key = rotated_k[i] if rotated_fast else k[b, g, i]
+                written[i] = key * f_rest[i if f.shape[0] > 1 else 0] if averages else key
+            _write(state, f, z, written, ring_v[b, g, left] if leaving else v[b, g])
+        if not leaving:
+            _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+
+
+attend = _compile(sources_version(Path(__file__).parent))

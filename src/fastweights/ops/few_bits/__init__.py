@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..numba.runtime import load_kernels, run_on_team
+from ..numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float, Int8, UInt8
@@ -109,7 +109,7 @@ class Product:
         self._rounded = [tensor.numpy() for tensor in (x, high, low, steps, sums)]
         addresses = [tensor.data_ptr() for tensor in (weight, scales, high, low, steps, sums, out)]
         self._record = array("q", [0, 0, *addresses, rows, n, m, int(four)])
-        self._task = kernels.task_of(kernels.multiply)
+        self._task = task_of(kernels.multiply)
         self._team = n * m >= _WORTH_A_TEAM
         self._blocks = m // lanes()
 

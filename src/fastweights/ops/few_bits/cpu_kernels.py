@@ -9,7 +9,7 @@ Notation: as in the package; a vector of L int32 has four bytes in each lane.
 
 from __future__ import annotations
 
-import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,19 @@ from llvmlite import ir
 from numba import cfunc, float32, int32, njit, types
 from numba.core import cgutils
 
-from ..numba.vectors import LANES, integer_at, intrinsic
+from ..numba.runtime import sources_version
+from ..numba.vectors import LANES, integer_at, intrinsic, take
 
 _GROUP = 32
 _ROWS = 4
 """That are multiplied at once where there are as many: codes are taken apart once for all of them."""
+_inner: Any = njit(nogil=True, error_model="numpy", inline="never")
 _PARTS = np.float32(254.0)
 """Of a step, in which what is left of a number is rounded."""
 _BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
 _VECTOR = 4 * LANES
 """Its bytes."""
-_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def task_of(function: Any) -> Any:
-    """A compiled function as ctypes calls it, with an address and without the GIL."""
-    return _TASK(function.address)
 
 
 @njit("void(f4[:,::1], i1[:,::1], i1[:,::1], f4[:,::1], f4[:,::1])", nogil=True, cache=True, error_model="numpy")
@@ -181,19 +177,8 @@ def _rows_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, 
     return _block(_ROWS, four=False)
 
 
-@intrinsic
-def _take(typingctx, counter):
-    """The number at an address, which becomes one more, for one thread at a time."""
-
-    def build(context, builder, signature, args):
-        place = builder.inttoptr(args[0], ir.PointerType(_LONG))
-        return builder.atomic_rmw("add", place, _LONG(1), "monotonic")
-
-    return types.int64(types.int64), build
-
-
-@cfunc("void(int64)", cache=True)
-def multiply(record):
+@_inner
+def _multiply(record):
     """Take portions of the outputs until none are left.
 
     record: address of int64 numbers: portions taken, blocks in one; addresses of weight, scales, high, low, steps, sums
@@ -215,7 +200,7 @@ def multiply(record):
     )
     groups, blocks = n // _GROUP, m // LANES
     while True:
-        first = _take(record) * portion
+        first = take(record) * portion
         if first >= blocks:
             break
         for i in range(first, min(first + portion, blocks)):
@@ -238,3 +223,16 @@ def multiply(record):
                     else:
                         _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
                     b += 1
+
+
+def _compile(version: int) -> Any:
+    # Numba's cache looks at this file alone; `version` is part of its key.
+    @cfunc("void(int64)", cache=True)
+    def multiply(record):
+        _ = version
+        _multiply(record)
+
+    return multiply
+
+
+multiply = _compile(sources_version(Path(__file__).parent))

@@ -131,6 +131,11 @@ def share_out(work: Callable[[int, int], None], units: int, threads: int) -> Non
         helper.result()
 
 
+def task_of(function: Any) -> Any:
+    """A compiled `cfunc` of an address, as `run_on_team` takes it."""
+    return _TASK(function.address)
+
+
 def run_on_team(task: Any, record: int, threads: int) -> None:
     """Call task(record) on so many threads at once, and wait for all: a compiled function that shares its work out.
 

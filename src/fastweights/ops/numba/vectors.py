@@ -100,6 +100,17 @@ def integer_at(typingctx, address, i):
 
 
 @intrinsic
+def take(typingctx, counter):
+    """The int64 number at an address, which becomes one more: for one thread at a time."""
+
+    def codegen(context, builder, sig, args):
+        place = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def record_at(typingctx, address, kind):
     """The named tuple of int64 numbers at an address; fields called ..._strides are tuples of three."""
     cls = kind.instance_class
