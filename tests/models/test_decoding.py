@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import Int4Linear, Int8Linear
-from fastweights.models import convert
+from fastweights.models import convert, decoding
 from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
 from fastweights.models.lora import add_lora
 from fastweights.models.quantisation import WeightsConfig, quantise
+from fastweights.ops import few_bits
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances

@@ -111,6 +111,7 @@ def test_packed_and_unpacked(pair, block, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_operation(bits):
     packed, scales, truth = matrix(bits, 96, 80)
-    torch.library.opcheck(torch.ops.fastweights.few_bits.default, (rows_of(3, 96), packed, scales))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # it has no derivatives
+    torch.library.opcheck(few_bits.multiply, (rows_of(3, 96), packed, scales), test_utils=tests)
     strided = rows_of(3, 192)[:, ::2]
     assert error(few_bits.multiply(strided, packed, scales), strided.double() @ truth.T) <= tolerances.FIFTEEN_BITS

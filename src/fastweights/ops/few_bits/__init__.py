@@ -98,38 +98,47 @@ class Product:
         scales: BFloat16[Tensor, "groups m 2"] | BFloat16[Tensor, " m"],
         out: Float[Tensor, "rows m"],
     ) -> None:
-        kernels = load_kernels("few_bits")
         rows, n = x.shape
-        m, four = out.shape[1], scales.ndim == 3
-        high, low = (torch.empty(rows, n, dtype=torch.int8) for _ in range(2))
-        steps, sums = (torch.empty(rows, n // GROUP) for _ in range(2))
-        scales = scales.contiguous()
-        self._kept = x, weight, scales, out, high, low, steps, sums
-        self._round: Any = kernels.round_rows
-        self._rounded = [tensor.numpy() for tensor in (x, high, low, steps, sums)]
-        addresses = [tensor.data_ptr() for tensor in (weight, scales, high, low, steps, sums, out)]
-        self._record = array("q", [0, 0, *addresses, rows, n, m, int(four)])
-        self._task = task_of(kernels.multiply)
+        m, scales = out.shape[1], scales.contiguous()
+        # What rows become: two bytes for each number, then a step and a sum for each group.
+        scratch = torch.empty(rows * n * 2 + 8 * rows * (n // GROUP), dtype=torch.int8)
+        self._kept = x, weight, scales, out, scratch
+        addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
+        self._record = array("q", [0, 0, *addresses, rows, n, m, int(scales.ndim == 3)])
+        self._address = self._record.buffer_info()[0]
+        self._round, self._task = _tasks()
         self._team = n * m >= _WORTH_A_TEAM
         self._blocks = m // lanes()
 
     def __call__(self) -> None:
         """Multiply."""
-        self._round(*self._rounded)
         threads = torch.get_num_threads() if self._team else 1
         self._record[0], self._record[1] = 0, max(1, self._blocks // (4 * threads)) if threads > 1 else self._blocks
-        run_on_team(self._task, self._record.buffer_info()[0], threads)
+        self._round(self._address)
+        run_on_team(self._task, self._address, threads)
 
 
-@torch.library.custom_op("fastweights::few_bits", mutates_args=())
-def multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """(rows, n) float32 times a packed matrix, as in `Product`: (rows, m)."""
+@cache
+def _tasks() -> tuple[Any, Any]:
+    kernels = load_kernels("few_bits")
+    return task_of(kernels.round_rows), task_of(kernels.multiply)
+
+
+def _multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     out = torch.empty(len(x), len(weight), dtype=torch.float32)
     if len(x):
         Product(x.contiguous(), weight, scales, out)()
     return out
 
 
-@multiply.register_fake
-def _(x, weight, scales):
+def _empty_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty(len(x), len(weight))
+
+
+# torch.library.custom_op would take longer than the product.
+_library = torch.library.Library("fastweights", "FRAGMENT")
+_library.define("few_bits(Tensor x, Tensor weight, Tensor scales) -> Tensor")
+_library.impl("few_bits", _multiply, "CPU")
+_library.impl("few_bits", _empty_product, "Meta")
+multiply = torch.ops.fastweights.few_bits.default
+"""multiply(x, weight, scales): rows times a packed matrix, as in `Product`, (rows, m); it has no derivatives."""

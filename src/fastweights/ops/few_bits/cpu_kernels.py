@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, float32, int32, njit, types
+from numba import carray, cfunc, float32, int32, njit, types
 from numba.core import cgutils
 
 from ..numba.runtime import sources_version
-from ..numba.vectors import LANES, integer_at, intrinsic, take
+from ..numba.vectors import LANES, integer_at, integers, intrinsic, pointer, take
 
 _GROUP = 32
 _ROWS = 4
@@ -32,34 +32,57 @@ _VECTOR = 4 * LANES
 """Its bytes."""
 
 
-@njit("void(f4[:,::1], i1[:,::1], i1[:,::1], f4[:,::1], f4[:,::1])", nogil=True, cache=True, error_model="numpy")
-def round_rows(x, high, low, steps, sums):
+@intrinsic
+def _bytes(typingctx, address):
+    """An int64 address as a pointer to int8."""
+
+    def build(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.PointerType(_BYTE))
+
+    return types.CPointer(types.int8)(types.int64), build
+
+
+@_inner
+def _places(record):
+    """Addresses of high, low, steps and sums."""
+    size = integer_at(record, 7) * integer_at(record, 8)
+    high = integer_at(record, 5)
+    steps = high + 2 * size
+    return high, high + size, steps, steps + 4 * (size // _GROUP)
+
+
+@_inner
+def _round_rows(record):
     """Rows as whole numbers, with a step for each group, and the sum of each group.
 
     A group with a number that is not finite gets a step that is not.
     """
+    numbers = integer_at(record, 7) * integer_at(record, 8)
+    groups = numbers // _GROUP
+    at_high, at_low, at_steps, at_sums = _places(record)
+    x, bits = carray(pointer(integer_at(record, 4)), (numbers,)), carray(integers(integer_at(record, 4)), (numbers,))
+    high, low = carray(_bytes(at_high), (numbers,)), carray(_bytes(at_low), (numbers,))
+    steps, sums = carray(pointer(at_steps), (groups,)), carray(pointer(at_sums), (groups,))
     largest = np.empty(1, dtype=np.int32)
     of_largest = largest.view(np.float32)
-    for b in range(x.shape[0]):
-        bits = x[b].view(np.int32)
-        for g in range(steps.shape[1]):
-            first = g * _GROUP
-            most = int32(0)
-            for i in range(_GROUP):  # as whole numbers, floats without a sign are in the same order, and NaN is last
-                most = max(most, bits[first + i] & int32(0x7FFFFFFF))
-            largest[0] = most
-            step = of_largest[0] / float32(127.0)
-            inverse = float32(1.0) / step if step > float32(1e-30) else float32(0.0)
-            total = int32(0)
-            for i in range(_GROUP):
-                value = x[b, first + i] * inverse
-                whole = np.rint(value)
-                rest = np.rint((value - whole) * _PARTS)
-                high[b, first + i] = int32(whole)
-                low[b, first + i] = int32(rest)
-                total += int32(254) * int32(whole) + int32(rest)
-            steps[b, g] = step
-            sums[b, g] = step * (float32(total) / _PARTS)
+    for g in range(groups):
+        first = g * _GROUP
+        most = int32(0)
+        for i in range(first, first + _GROUP):  # as whole numbers, floats without a sign are in the same order
+            most = max(most, bits[i] & int32(0x7FFFFFFF))  # and NaN is last
+        largest[0] = most
+        step = of_largest[0] / float32(127.0)
+        inverse = float32(1.0) / step if step > float32(1e-30) else float32(0.0)
+        total = int32(0)
+        for i in range(first, first + _GROUP):
+            value = x[i] * inverse
+            whole = np.rint(value)
+            rest = np.rint((value - whole) * _PARTS)
+            high[i] = int32(whole)
+            low[i] = int32(rest)
+            total += int32(254) * int32(whole) + int32(rest)
+        steps[g] = step
+        sums[g] = step * (float32(total) / _PARTS)
 
 
 def _constant(kind: ir.VectorType, value: float) -> ir.Constant:
@@ -181,23 +204,13 @@ def _rows_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, 
 def _multiply(record):
     """Take portions of the outputs until none are left.
 
-    record: address of int64 numbers: portions taken, blocks in one; addresses of weight, scales, high, low, steps, sums
-    and out; rows, n, m, and whether there are four bits.
+    record: address of int64 numbers: portions taken, blocks in one; addresses of weight, scales, rows, scratch and out;
+    how many rows, n, m, and whether there are four bits.
     """
     portion, weight, scales = integer_at(record, 1), integer_at(record, 2), integer_at(record, 3)
-    high, low, steps, sums = (
-        integer_at(record, 4),
-        integer_at(record, 5),
-        integer_at(record, 6),
-        integer_at(record, 7),
-    )
-    out, rows, n, m, four = (
-        integer_at(record, 8),
-        integer_at(record, 9),
-        integer_at(record, 10),
-        integer_at(record, 11),
-        integer_at(record, 12),
-    )
+    out, rows, n, m = integer_at(record, 6), integer_at(record, 7), integer_at(record, 8), integer_at(record, 9)
+    four = integer_at(record, 10)
+    high, low, steps, sums = _places(record)
     groups, blocks = n // _GROUP, m // LANES
     while True:
         first = take(record) * portion
@@ -228,11 +241,16 @@ def _multiply(record):
 def _compile(version: int) -> Any:
     # Numba's cache looks at this file alone; `version` is part of its key.
     @cfunc("void(int64)", cache=True)
+    def round_rows(record):
+        _ = version
+        _round_rows(record)
+
+    @cfunc("void(int64)", cache=True)
     def multiply(record):
         _ = version
         _multiply(record)
 
-    return multiply
+    return round_rows, multiply
 
 
-multiply = _compile(sources_version(Path(__file__).parent))
+round_rows, multiply = _compile(sources_version(Path(__file__).parent))

@@ -80,6 +80,16 @@ def pointer(typingctx, address):
 
 
 @intrinsic
+def integers(typingctx, address):
+    """An int64 address as a pointer to int32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], ir.PointerType(_int))
+
+    return types.CPointer(types.int32)(types.int64), codegen
+
+
+@intrinsic
 def shift(typingctx, x, i):
     """The pointer to x[i]."""
 
