@@ -108,7 +108,7 @@ def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
-def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " n"]] | None:
+def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " _"]] | None:
     """Token ids of each document, if the tokens are bytes: else None."""
     byte_ids = ByteIds.of(tokenizer)
     if byte_ids is None:
