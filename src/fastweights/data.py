@@ -113,9 +113,8 @@ def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> l
     byte_ids = ByteIds.of(tokenizer)
     if byte_ids is None:
         return None
-    return [
-        torch.tensor(token_ids([text], tokenizer)[0]) if (ids := byte_ids(text)) is None else ids for text in documents
-    ]
+    by_tokenizer = lambda text: torch.tensor(token_ids([text], tokenizer)[0], dtype=torch.long)  # noqa: E731
+    return [by_tokenizer(text) if (ids := byte_ids(text)) is None else ids for text in documents]
 
 
 def _check_used(config: DataConfig) -> None:
