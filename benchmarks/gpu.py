@@ -171,8 +171,8 @@ def ceilings(device: Device) -> dict[str, float]:
     target, a = torch.empty_like(source), torch.randn(side, side, device=device.name, dtype=torch.bfloat16)
     times = device.times({"copy": lambda: target.copy_(source), "multiply": lambda: a @ a})
     return {
-        "ceiling_GB/s": round(2 * size / times["copy"]["p50"] / 1e6, 1),
-        "ceiling_TFLOP/s": round(2 * side**3 / times["multiply"]["p50"] / 1e9, 3),
+        "ceiling_GB/s": float(f"{2 * size / times['copy']['p50'] / 1e6:.4g}"),
+        "ceiling_TFLOP/s": float(f"{2 * side**3 / times['multiply']['p50'] / 1e9:.4g}"),
     }
 
 

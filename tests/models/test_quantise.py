@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fastweights.errors import FastWeightsError
@@ -15,7 +16,8 @@ from fastweights.models.quantisation import WeightsConfig, check_not_quantised, 
 from fastweights.reading.memory import fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
-from tests.conftest import MAKERS, random_ids
+from tests import tolerances
+from tests.conftest import MAKERS, make_llama, random_ids
 from tests.ops.problems import error
 
 NEAR = {"bf16": 0.05, "int8": 0.08, "int4": 0.6}
@@ -221,3 +223,14 @@ def test_a_damaged_scale_is_noticed(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(FastWeightsError, match=r"up_proj\.scales .* is not finite"):
         load_model(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", LINEAR)
+def test_offloaded_numbers_are_those_that_are_saved(weights):
+    """accelerate keeps what `state_dict` gives, and puts it where packed numbers were."""
+    model, ids = quantise(make_llama(hidden_size=64, intermediate_size=128), weights), random_ids(1, 5)
+    before = model(ids).logits
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    for rows in (1, 5):
+        assert error(model(ids[:, :rows]).logits, before[:, :rows]) <= 8 * tolerances.BFLOAT16

@@ -56,9 +56,19 @@ class QuantisedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._block = 0
-        """Rows that packed numbers mix; 0 while they are as they are saved."""
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    @property
+    def _block(self) -> int:
+        """Rows that packed numbers mix; 0 while they are as they are saved.
+
+        It is the tensor's, as others may put what is saved in its place, such as accelerate's offload.
+        """
+        return getattr(self._buffers["weight"], "_rows_packed", 0)
+
+    @_block.setter
+    def _block(self, rows: int) -> None:
+        self._buffers["weight"]._rows_packed = rows  # type: ignore[union-attr]
 
     @classmethod
     @torch.no_grad()
@@ -121,7 +131,7 @@ class QuantisedLinear(nn.Module):
             return None
         if len({layer._block for layer in layers}) > 1:
             return None
-        made = cls.__new__(cls)
+        block, made = layers[0]._block, cls.__new__(cls)
         made.__dict__.update(layers[0].__dict__)
         made._buffers = dict(layers[0]._buffers)
         made.out_features = sum(layer.out_features for layer in layers)
@@ -136,6 +146,8 @@ class QuantisedLinear(nn.Module):
                     layer._buffers[name] = whole.narrow(axis, first, part.shape[axis])
                     first += part.shape[axis]
             made._buffers[name] = whole
+        for layer in (made, *layers):
+            layer._block = block
         return made
 
     _axis = 0
@@ -146,7 +158,10 @@ class QuantisedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         """Moves with `.to(...)` and is never cast."""
-        return super()._apply(lambda x: moved if (moved := fn(x)).dtype == x.dtype else x.to(moved.device), recurse)
+        block = self._block
+        super()._apply(lambda x: moved if (moved := fn(x)).dtype == x.dtype else x.to(moved.device), recurse)
+        self._block = block
+        return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """In one order on all machines; and of a part of what was joined, its own memory: files hold no views."""

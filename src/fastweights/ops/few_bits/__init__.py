@@ -101,7 +101,7 @@ class Product:
         rows, n = x.shape
         m, scales = out.shape[1], scales.contiguous()
         # What rows become: two bytes for each number, then a step and a sum for each group.
-        scratch = torch.empty(rows * n * 2 + 8 * rows * (n // GROUP), dtype=torch.int8)
+        scratch = torch.empty(rows * n * 2 + 8 * rows * (n // GROUP), dtype=torch.int8, device="cpu")
         self._kept = x, weight, scales, out, scratch
         addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
         self._record = array("q", [0, 0, *addresses, rows, n, m, int(scales.ndim == 3)])
@@ -125,7 +125,7 @@ def _tasks() -> tuple[Any, Any]:
 
 
 def _multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    out = torch.empty(len(x), len(weight), dtype=torch.float32)
+    out = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
     if len(x):
         Product(x.contiguous(), weight, scales, out)()
     return out
