@@ -113,8 +113,11 @@ def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> l
     byte_ids = ByteIds.of(tokenizer)
     if byte_ids is None:
         return None
-    by_tokenizer = lambda text: torch.tensor(token_ids([text], tokenizer)[0], dtype=torch.long)  # noqa: E731
-    return [by_tokenizer(text) if (ids := byte_ids(text)) is None else ids for text in documents]
+    found = []
+    for text in documents:
+        ids = byte_ids(text)
+        found.append(torch.tensor(token_ids([text], tokenizer)[0], dtype=torch.long) if ids is None else ids)
+    return found
 
 
 def _check_used(config: DataConfig) -> None:
