@@ -485,7 +485,7 @@ class _Attend:
     def __init__(self, kernels: Any, arrays: list[Any], flags: dict[str, bool], work: int) -> None:
         assert all(x.flags.c_contiguous and x.dtype == "float32" for x in arrays)
         self._arrays = arrays  # the record does not keep them alive
-        self._record = kernels.record_of(dict(zip(kernels.ARRAYS, arrays, strict=True)), flags)
+        self._record = kernels.record_of(arrays, flags)
         self._address = self._record.buffer_info()[0]
         self._task, self._team = task_of(kernels.attend), work >= _WORTH_A_TEAM
 

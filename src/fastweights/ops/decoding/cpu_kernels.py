@@ -274,14 +274,15 @@ def _blocks(record, i):
     return carray(pointer(integer_at(record, at)), shape)
 
 
-def record_of(arrays: dict[str, Any], flags: dict[str, bool]) -> array:
+def record_of(arrays: list[Any], flags: dict[str, bool]) -> array:
     """What `attend` is given: portions taken, tokens before this one, FLAGS, and address and shape of each of ARRAYS.
 
     Args:
-        arrays: contiguous, of float32; the record keeps none of them alive.
+        arrays: in their order, contiguous, of float32; the record keeps none of them alive.
         flags: by name.
     """
-    places = ((x.ctypes.data, *x.shape, *(4 - x.ndim) * (0,)) for x in (arrays[name] for name in ARRAYS))
+    assert len(arrays) == len(ARRAYS)
+    places = ((x.ctypes.data, *x.shape, *(4 - x.ndim) * (0,)) for x in arrays)
     return array("q", [0, 0, *(int(flags[name]) for name in FLAGS), *(number for place in places for number in place)])
 
 

@@ -104,7 +104,7 @@ class Product:
         scratch = torch.empty(rows * n * 2 + 8 * rows * (n // GROUP), dtype=torch.int8, device="cpu")
         self._kept = x, weight, scales, out, scratch
         addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
-        self._record = array("q", [0, 0, *addresses, rows, n, m, int(scales.ndim == 3)])
+        self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, int(scales.ndim == 3)))
         self._address = self._record.buffer_info()[0]
         self._round, self._task = _tasks()
         self._team = n * m >= _WORTH_A_TEAM

@@ -10,7 +10,7 @@ Notation: as in the package; a vector of L int32 has four bytes in each lane.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -18,7 +18,17 @@ from numba import carray, cfunc, float32, int32, njit, types
 from numba.core import cgutils
 
 from ..numba.runtime import sources_version
-from ..numba.vectors import LANES, integer_at, integers, intrinsic, pointer, take
+from ..numba.vectors import (
+    LANES,
+    broadcast,
+    call_on_lanes,
+    integers,
+    intrinsic,
+    pointer,
+    record_at,
+    take,
+    whole_bytes,
+)
 
 _GROUP = 32
 _ROWS = 4
@@ -26,29 +36,38 @@ _ROWS = 4
 _inner: Any = njit(nogil=True, error_model="numpy", inline="never")
 _PARTS = np.float32(254.0)
 """Of a step, in which what is left of a number is rounded."""
-_BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
 _VECTOR = 4 * LANES
 """Its bytes."""
 
 
-@intrinsic
-def _bytes(typingctx, address):
-    """An int64 address as a pointer to int8."""
+class Record(NamedTuple):
+    """What the kernels are given; weight, scales, x, scratch and out are addresses."""
 
-    def build(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.PointerType(_BYTE))
-
-    return types.CPointer(types.int8)(types.int64), build
+    taken: int
+    """Portions of the outputs."""
+    portion: int
+    """Blocks of L outputs in one."""
+    weight: int
+    scales: int
+    x: int
+    scratch: int
+    """For what rows become: high, low, steps and sums."""
+    out: int
+    rows: int
+    n: int
+    m: int
+    four: int
+    """Whether there are four bits."""
 
 
 @_inner
-def _places(record):
+def _places(r):
     """Addresses of high, low, steps and sums."""
-    size = integer_at(record, 7) * integer_at(record, 8)
-    high = integer_at(record, 5)
-    steps = high + 2 * size
-    return high, high + size, steps, steps + 4 * (size // _GROUP)
+    size = r.rows * r.n
+    steps = r.scratch + 2 * size
+    return r.scratch, r.scratch + size, steps, steps + 4 * (size // _GROUP)
 
 
 @_inner
@@ -57,11 +76,12 @@ def _round_rows(record):
 
     A group with a number that is not finite gets a step that is not.
     """
-    numbers = integer_at(record, 7) * integer_at(record, 8)
+    r = record_at(record, Record)
+    numbers = r.rows * r.n
     groups = numbers // _GROUP
-    at_high, at_low, at_steps, at_sums = _places(record)
-    x, bits = carray(pointer(integer_at(record, 4)), (numbers,)), carray(integers(integer_at(record, 4)), (numbers,))
-    high, low = carray(_bytes(at_high), (numbers,)), carray(_bytes(at_low), (numbers,))
+    at_high, at_low, at_steps, at_sums = _places(r)
+    x, bits = carray(pointer(r.x), (numbers,)), carray(integers(r.x), (numbers,))
+    high, low = carray(whole_bytes(at_high), (numbers,)), carray(whole_bytes(at_low), (numbers,))
     steps, sums = carray(pointer(at_steps), (groups,)), carray(pointer(at_sums), (groups,))
     largest = np.empty(1, dtype=np.int32)
     of_largest = largest.view(np.float32)
@@ -89,19 +109,12 @@ def _constant(kind: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(kind, [value] * LANES)
 
 
-def _splat(builder: Any, x: Any, kind: ir.VectorType) -> Any:
-    nothing = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(nothing, x, _INT(0))
-    return builder.shuffle_vector(first, nothing, _constant(_INTS, 0))
-
-
 def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int = 1) -> Any:
     return builder.load(builder.inttoptr(builder.add(address, offset), ir.PointerType(kind)), align=align)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32"), [a, b, c])
+    return call_on_lanes(builder, "llvm.fmuladd", a, b, c)
 
 
 def _dot(builder: Any, sums: Any, codes: Any, x: Any) -> Any:
@@ -130,7 +143,7 @@ def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], codes_of: An
         for half, codes in enumerate(codes_of(builder, weight, step)):
             for row, of_row in zip(rows, sums, strict=True):
                 for x, plane in zip(row, of_row, strict=True):
-                    four = _splat(builder, _load(builder, x, _LONG(8 * step + 4 * half), _INT), _INTS)
+                    four = broadcast(builder, _load(builder, x, _LONG(8 * step + 4 * half), _INT))
                     plane[half] = _dot(builder, plane[half], codes, four)
     numbers = [[builder.sitofp(builder.add(*plane), _FLOATS) for plane in row] for row in sums]
     part = _constant(_FLOATS, float(1 / _PARTS))
@@ -138,7 +151,7 @@ def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], codes_of: An
 
 
 def _block(count: int, *, four: bool) -> Any:
-    """block(weight, scales, high, low, steps, sums, out, n, m) of L outputs of so many rows; all else is addresses."""
+    """The function that makes L outputs of so many rows; n and m are numbers, all else addresses."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, scales, high, low, steps, sums, out, n, m = args
@@ -159,7 +172,7 @@ def _block(count: int, *, four: bool) -> Any:
                 offset = builder.bitcast(builder.and_(pair, _constant(_INTS, -65536)), _FLOATS)
             for row, (dot, result) in enumerate(zip(dots, results, strict=True)):
                 place = builder.mul(builder.add(builder.mul(_LONG(row), groups), g), _LONG(4))
-                step, total = (_splat(builder, _load(builder, x, place, _FLOAT, 4), _FLOATS) for x in (steps, sums))
+                step, total = (broadcast(builder, _load(builder, x, place, _FLOAT, 4)) for x in (steps, sums))
                 products = _fma(builder, dot, step, builder.fmul(total, _constant(_FLOATS, -8.0 if four else -128.0)))
                 so_far = builder.load(result)
                 if four:
@@ -177,65 +190,46 @@ def _block(count: int, *, four: bool) -> Any:
             builder.store(x, builder.inttoptr(place, ir.PointerType(_FLOATS)), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), build
+    @intrinsic
+    def block(typingctx, weight, scales, high, low, steps, sums, out, n, m):
+        return types.void(*[types.int64] * 9), build
+
+    return block
 
 
-@intrinsic
-def _one_row_of_four_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
-    return _block(1, four=True)
-
-
-@intrinsic
-def _rows_of_four_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
-    return _block(_ROWS, four=True)
-
-
-@intrinsic
-def _one_row_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
-    return _block(1, four=False)
-
-
-@intrinsic
-def _rows_of_eight_bits(typingctx, weight, scales, high, low, steps, sums, out, n, m):
-    return _block(_ROWS, four=False)
+_one_row_of_four_bits, _rows_of_four_bits = _block(1, four=True), _block(_ROWS, four=True)
+_one_row_of_eight_bits, _rows_of_eight_bits = _block(1, four=False), _block(_ROWS, four=False)
 
 
 @_inner
 def _multiply(record):
-    """Take portions of the outputs until none are left.
-
-    record: address of int64 numbers: portions taken, blocks in one; addresses of weight, scales, rows, scratch and out;
-    how many rows, n, m, and whether there are four bits.
-    """
-    portion, weight, scales = integer_at(record, 1), integer_at(record, 2), integer_at(record, 3)
-    out, rows, n, m = integer_at(record, 6), integer_at(record, 7), integer_at(record, 8), integer_at(record, 9)
-    four = integer_at(record, 10)
-    high, low, steps, sums = _places(record)
+    """Take portions of the outputs until none are left."""
+    r = record_at(record, Record)
+    n, m, four = r.n, r.m, r.four
+    high, low, steps, sums = _places(r)
     groups, blocks = n // _GROUP, m // LANES
     while True:
-        first = take(record) * portion
+        first = take(record) * r.portion
         if first >= blocks:
             break
-        for i in range(first, min(first + portion, blocks)):
-            w = weight + i * LANES * (n // 2 if four else n)
-            s = scales + i * LANES * (4 if four else 2)
+        for i in range(first, min(first + r.portion, blocks)):
+            w = r.weight + i * LANES * (n // 2 if four else n)
+            s = r.scales + i * LANES * (4 if four else 2)
             b = 0
-            while b < rows:
+            while b < r.rows:
                 row, of_groups = b * n, 4 * b * groups
                 x, rest, x_steps, x_sums = high + row, low + row, steps + of_groups, sums + of_groups
-                to = out + 4 * (b * m + i * LANES)
-                if b + _ROWS <= rows:
-                    if four:
-                        _rows_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
-                    else:
-                        _rows_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
-                    b += _ROWS
+                to = r.out + 4 * (b * m + i * LANES)
+                several = b + _ROWS <= r.rows
+                if several and four:
+                    _rows_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                elif several:
+                    _rows_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                elif four:
+                    _one_row_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
                 else:
-                    if four:
-                        _one_row_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
-                    else:
-                        _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
-                    b += 1
+                    _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+                b += _ROWS if several else 1
 
 
 def _compile(version: int) -> Any:

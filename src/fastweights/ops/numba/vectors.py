@@ -69,24 +69,22 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, _floats)
 
 
-@intrinsic
-def pointer(typingctx, address):
-    """An int64 address as a pointer to float32."""
+def _address_as(kind: Any, pointee: ir.Type) -> Any:
+    """The function that takes an int64 address for a pointer to numbers of a kind."""
 
-    def codegen(context, builder, sig, args):
-        return builder.inttoptr(args[0], ir.PointerType(_float))
+    @intrinsic
+    def cast(typingctx, address):
+        def codegen(context, builder, sig, args):
+            return builder.inttoptr(args[0], ir.PointerType(pointee))
 
-    return _pointer_type(types.int64), codegen
+        return types.CPointer(kind)(types.int64), codegen
+
+    return cast
 
 
-@intrinsic
-def integers(typingctx, address):
-    """An int64 address as a pointer to int32."""
-
-    def codegen(context, builder, sig, args):
-        return builder.inttoptr(args[0], ir.PointerType(_int))
-
-    return types.CPointer(types.int32)(types.int64), codegen
+pointer = _address_as(types.float32, _float)
+integers = _address_as(types.int32, _int)
+whole_bytes = _address_as(types.int8, ir.IntType(8))
 
 
 @intrinsic
@@ -241,7 +239,7 @@ def splat(typingctx, x, i):
     """x[i] in every lane."""
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, builder.load(_at(builder, args, _float)))
+        return broadcast(builder, builder.load(_at(builder, args, _float)))
 
     return vector(_pointer_type, types.intp), codegen
 
@@ -251,7 +249,7 @@ def fill(typingctx, x):
     """One number in every lane."""
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, args[0])
+        return broadcast(builder, args[0])
 
     return vector(types.float32), codegen
 
@@ -261,7 +259,7 @@ def fma(typingctx, a, b, c):
     """a * b + c, rounded once where the machine can."""
 
     def codegen(context, builder, sig, args):
-        return _call(builder, "llvm.fmuladd", *args)
+        return call_on_lanes(builder, "llvm.fmuladd", *args)
 
     return vector(vector, vector, vector), codegen
 
@@ -310,7 +308,7 @@ def totals(typingctx, a, b, c, d, e, f, g, h):
 @intrinsic
 def _round(typingctx, a):
     def codegen(context, builder, sig, args):
-        return _call(builder, "llvm.rint", args[0])
+        return call_on_lanes(builder, "llvm.rint", args[0])
 
     return vector(vector), codegen
 
@@ -387,12 +385,14 @@ def _mask(builder, n):
     return builder.icmp_signed("<", lanes, n)
 
 
-def _splat(builder, scalar):
-    undefined = ir.Constant(_floats, ir.Undefined)
+def broadcast(builder, scalar):
+    """In code that is made: a number in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_int, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(_ints, [0] * LANES))
 
 
-def _call(builder, name: str, *args):
+def call_on_lanes(builder, name: str, *args):
+    """In code that is made: one of LLVM's own functions of vectors of float32."""
     kind = ir.FunctionType(_floats, [_floats] * len(args))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), args)
