@@ -52,6 +52,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CONTEXTS = (1024, 4096, 16384)
 TOKENS = 32768
 """In each call of the comparison by length."""
+CHUNKED_UP_TO = 2048
+"""Tokens of a text at which the chunked form is timed, which takes a second and more at longer ones."""
 STEPS = ((64, 16, 64), (64, 16, 128))
 GATES = {"both gates": (True, True), "key gate": (True, False), "value gate": (False, True), "no gates": (False, False)}
 HOST_CYCLES = 10_000_000
@@ -140,12 +142,12 @@ def _all(device: Device, limits: dict[str, float]) -> Iterator[list[dict]]:
         yield measure_step(1, 1, 16, device=device, limits=limits, contexts=(32,))
         yield measure(1, 16, 1, 16, device=device, limits=limits, by_length=True)
         return
-    for T in LENGTHS:
-        yield measure(max(1, TOKENS // T), T, 16, 64, device=device, limits=limits, by_length=True)
-    for shape in STEPS:
-        yield measure_step(*shape, device=device, limits=limits, contexts=CONTEXTS)
     for shape in SHAPES:
         yield measure(*shape, device=device, limits=limits)
+    for shape in STEPS:
+        yield measure_step(*shape, device=device, limits=limits, contexts=CONTEXTS)
+    for T in LENGTHS:
+        yield measure(max(1, TOKENS // T), T, 16, 64, device=device, limits=limits, by_length=True)
 
 
 def check_device(device: Device) -> None:
@@ -198,8 +200,9 @@ def measure(
     if not by_length:
         contenders |= {"decay, key gate": (_decay("gpu", (True, False)), rule[:4])}
         contenders |= {"decay, no gates": (_decay("gpu", (False, False)), rule[:3])}
-        contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
         contenders |= _of_fla(q, k, v, f, z)
+        if T <= CHUNKED_UP_TO:
+            contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
     rows = []
     for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
         tasks = {name: wrap(run, tensors) for name, (run, tensors) in contenders.items()}

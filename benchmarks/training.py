@@ -5,9 +5,10 @@
 Beside the conversion stands the same step of the softmax model in full precision, trained on text alone, without a
 teacher. Random weights do: time does not depend on what they say. Each round takes all in turn.
 
-With `--device cuda` all run under bf16 autocast, on batches, and the recurrence in Triton as well as in PyTorch; the
-softmax model is trained with flash attention. `--profile` then says what a step of the hybrid with LoRA spends its time
-on, and where it waits for the GPU.
+With `--device cuda` all run under bf16 autocast, on batches, and the recurrence in Triton as well as in PyTorch, which
+takes many times as long and which `--without-chunked` leaves out; the softmax model is trained with flash attention.
+`--compile` compiles what stands around the attention, in all of them. `--profile` then says what a step of the hybrid
+with LoRA spends its time on, and where it waits for the GPU.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from fastweights.models import convert
 from fastweights.models.lora import add_lora
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.next_token import Targets, read_out_loss
+from fastweights.training.trainer import compile_around_attention
 
 HYBRID = ConversionConfig(window=128, gate_rank=16)
 PURE = ConversionConfig(gate_rank=16)
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="blocks in a step")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="on a GPU: norms and feed-forward parts, as run.compile")
+    parser.add_argument("--without-chunked", action="store_true", help="on a GPU: no recurrence in PyTorch")
     parser.add_argument("--profile", action="store_true", help="operators of a step, and where it waits for the GPU")
     arguments = parser.parse_args()
     if arguments.profile and arguments.device == "cpu":
@@ -49,7 +53,12 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = smollm2_shape().requires_grad_(False)
     ids = torch.randint(teacher.config.vocab_size, (arguments.batch_size, arguments.tokens), device=arguments.device)
-    steps = _on_gpu(teacher, ids, arguments.rank) if ids.is_cuda else _on_cpu(teacher, ids, arguments.rank)
+    if ids.is_cuda:
+        steps = _on_gpu(teacher, ids, arguments.rank, compiled=arguments.compile)
+        if arguments.without_chunked:
+            steps = {name: step for name, step in steps.items() if not name.endswith("PyTorch")}
+    else:
+        steps = _on_cpu(teacher, ids, arguments.rank)
     times = time_side_by_side(steps, arguments.repeats, seconds=300.0)
     rows = [
         {"step": name, "tokens": ids.numel(), "tokens_per_second": 1e3 * ids.numel() / ms["p50"], **ms}
@@ -79,7 +88,7 @@ def _on_cpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
+def _on_gpu(teacher, ids, rank: int, *, compiled: bool) -> dict[str, Callable[[], None]]:
     configs = {"hybrid": HYBRID, "pure": PURE, "LoRA": HYBRID, "pure, LoRA": PURE}
     models = {name: convert(teacher, config) for name, config in configs.items()}
     softmax = smollm2_shape().train().to(ids.device)
@@ -90,6 +99,8 @@ def _on_gpu(teacher, ids, rank: int) -> dict[str, Callable[[], None]]:
             add_lora(model, rank)
         else:
             model.requires_grad_(True)
+    for model in (teacher, softmax, *models.values()) if compiled else ():
+        compile_around_attention(model)
     return {
         "softmax, text alone": _step(softmax, None, ids, bf16=True),
         "hybrid, text alone": _step(models["hybrid"], None, ids, bf16=True),

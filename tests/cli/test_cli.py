@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastweights.cli import Recipe, main, make_app
 from fastweights.evaluation.parts import PARTS
@@ -409,3 +410,13 @@ def test_eval_writes_over_results_only_if_told(monkeypatch, capsys, model_folder
         assert "no space left" in err.splitlines()[-1]
     code, _, _ = run(monkeypatch, capsys, *command, "--overwrite")
     assert (code, "static" in (tmp_path / "results.json").read_text()) == (0, True)
+
+
+def test_a_gpu_that_is_full_is_one_line_with_advice(monkeypatch, capsys, model_folder, text_file):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 74.00 MiB. GPU 0 has 139 GiB")
+
+    monkeypatch.setattr("fastweights.evaluation.comparison.compare", full)
+    code, _, err = run(monkeypatch, capsys, "eval", model_folder, "--text", text_file)
+    assert code == 1
+    assert "the GPU has too little memory (CUDA out of memory): take a smaller batch_size or block_size" in err

@@ -6,7 +6,7 @@ from fastweights.layers import FastWeightAttention
 from fastweights.models import convert
 from fastweights.ops import decay_rule
 from fastweights.settings.conversion import ConversionConfig
-from tests.conftest import make_gpt2, make_llama
+from tests.conftest import make_gpt2, make_llama, random_ids
 
 
 @pytest.mark.parametrize("value_gate", [True, False])
@@ -94,3 +94,23 @@ def test_gates_ignore_autocast():
 def test_settings_name_what_is_known():
     with pytest.raises(FastWeightsError, match="rule 'forget' is unknown; known are decay"):
         ConversionConfig(rule="forget")
+
+
+@pytest.mark.parametrize("write", ["leaving", "all"])
+def test_a_window_on_its_own_is_that_of_a_factor_of_0(write):
+    """And its rule is not asked, but where a cache wants the state."""
+    model = convert(make_llama(), ConversionConfig(window=4, write=write))
+    for layer in model.fast_attentions():
+        layer.fast_scale.data.zero_()
+    ids = random_ids(2, 13)
+    expected = model(input_ids=ids).logits
+    cached = model(input_ids=ids, use_cache=True).cache
+    for layer in model.fast_attentions():
+        layer.window_only = True
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    own = model(input_ids=ids, use_cache=True).cache
+    for one, other in zip(own.layers, cached.layers, strict=True):
+        torch.testing.assert_close(one.state(), other.state())
+    for layer in model.fast_attentions():
+        layer.rule = None
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)

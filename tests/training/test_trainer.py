@@ -293,3 +293,18 @@ def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file, wh
 
 def test_configs_are_plain_data():
     assert dataclasses.asdict(RunConfig())["seed"] == 0
+
+
+def test_what_stands_around_the_attention_can_be_compiled(monkeypatch, tmp_path):
+    """Of student and teacher, and to the same training; here by a compiler that takes no time."""
+    plain = trainer(tmp_path / "plain", kl_weight=1.0)
+    plain.run(resume=False)
+    compiled, whole = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__) or whole(self, backend="eager")
+    )
+    other = trainer(tmp_path / "compiled", kl_weight=1.0, run=RunConfig(save_every=2, log_every=1, compile=True))
+    assert sorted(compiled) == sorted(["GPT2MLP", "LayerNorm", "LayerNorm"] * 3 * 2)
+    other.run(resume=False)
+    for one, (name, expected) in zip(other.model.parameters(), plain.model.named_parameters(), strict=True):
+        torch.testing.assert_close(one, expected, msg=name)

@@ -127,6 +127,8 @@ _LEFT["demo"] = "what was saved stays, and the next demo starts anew with --over
 TRACEBACK = "FASTWEIGHTS_TRACEBACK"
 """Environment variable that, set to anything, shows where in the code an error comes from that nobody had foreseen."""
 
+_OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, which not every command imports
+
 
 def main() -> None:
     """Entry point: an error is one line, without a traceback."""
@@ -153,6 +155,8 @@ def _error_line(error: Exception) -> Text:
     said = printable(" ".join(str(error).split()))
     if isinstance(error, OSError) and not isinstance(error, FastWeightsError):
         said = f"the system refused: {said}"
+    elif type(error).__name__ == _OUT_OF_MEMORY:
+        said = f"the GPU has too little memory ({said.split('. ')[0]}): take a smaller batch_size or block_size"
     elif not isinstance(error, FastWeightsError | CycloptsError):
         said = f"{type(error).__name__}: {said} (we had not foreseen this; {TRACEBACK}=1 shows where it comes from)"
     return Text("error: ", style="bold red", end="").append(said, style="not bold default")

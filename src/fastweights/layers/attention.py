@@ -128,6 +128,8 @@ class FastWeightAttention(KeepsFloat32):
 
     fast_unit: Tensor
     """Of each head's factor, (H,); set by calibration, not trained."""
+    window_only: bool = False
+    """Leave the fast weights out where no cache wants their state: for training with their factor held at 0."""
 
     def __init__(
         self,
@@ -253,6 +255,7 @@ class FastWeightAttention(KeepsFloat32):
         if self.rotary:
             q, k = rotated
         window = None
+        window_only = self.window_only and cache is None
         if self.window:
             kept = rotated[1]
             if self.writes_leaving and not self.rotary and position_embeddings is not None:
@@ -265,8 +268,10 @@ class FastWeightAttention(KeepsFloat32):
                 sinks=self.sinks,
                 bias=self.window_bias,
                 marks=marks,
-                leaving=self.writes_leaving,
+                leaving=self.writes_leaving and not window_only,
             )
+            if window_only:
+                return torch.zeros_like(window), window
             if left is not None:
                 # Before anything has left a document's window its state is empty: a token may as well be padding.
                 k, v, marks = left.k, left.v, marks._replace(real=left.any)

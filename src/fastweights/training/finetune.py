@@ -90,6 +90,7 @@ def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
                 "convert.window, or leave fast_weights on"
             )
         layer.fast_scale.requires_grad_(False).zero_()
+        layer.window_only = True
         for module in (layer.rule, layer.query_map, layer.key_map):
             module.requires_grad_(False)
 

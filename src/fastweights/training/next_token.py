@@ -20,10 +20,24 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-_ROWS = 512
-"""Tokens whose logits are there at once: enough for their product to be worth reading the unembedding for."""
-_ELEMENTS = 1 << 18
-"""Logits that are made distributions of at once: one megabyte in fp32, so that a second-level cache holds them."""
+
+class AtOnce(NamedTuple):
+    """How much is made at once."""
+
+    rows: int
+    """Tokens whose logits are there: enough for their product to be worth reading the unembedding for."""
+    elements: int
+    """Logits that are made distributions of."""
+
+
+_ON_CPU = AtOnce(rows=512, elements=1 << 18)
+"""One megabyte of distributions in fp32, so that a second-level cache holds them."""
+_ON_GPU = AtOnce(rows=4096, elements=1 << 26)
+"""A quarter of a gigabyte: a launch for every few rows would take longer than what it computes."""
+
+
+def _at_once(x: Tensor) -> AtOnce:
+    return _ON_CPU if x.is_cpu else _ON_GPU
 
 
 def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
@@ -44,7 +58,7 @@ def divergence(
     """Mean KL(teacher || student) over all positions, in nats."""
     student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
     total = student.new_zeros((), dtype=torch.float32)
-    for rows in _pieces(len(student), _ELEMENTS // student.shape[1]):
+    for rows in _pieces(len(student), _at_once(student).elements // student.shape[1]):
         q, p = (log_softmax(logits[rows].float(), -1) for logits in (student, teacher))
         total = total + (p.exp() * (p - q)).sum()
     return total / len(student)
@@ -122,7 +136,7 @@ class _ReadOut(torch.autograd.Function):
             for i, is_needed in needed
             if is_needed and differentiate
         }
-        for rows in _pieces(N, _ROWS):
+        for rows in _pieces(N, _at_once(hidden).rows):
             x = hidden[rows].detach().requires_grad_(0 in found)
             with torch.set_grad_enabled(differentiate):
                 logits = head(x)
@@ -162,7 +176,7 @@ def _differentiate(
     """
     total, derivatives = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
     labels = labels.masked_fill(labels == NO_LABEL, 0)[:, None]
-    for rows in _pieces(len(logits), _ELEMENTS // logits.shape[1]):
+    for rows in _pieces(len(logits), _at_once(logits).elements // logits.shape[1]):
         log_q, label, weight = log_softmax(logits[rows].float(), -1), labels[rows], weights[rows, None]
         # Not a product alone: of a token that cannot be, 0 times infinity.
         total -= torch.where(weight > 0, log_q.gather(1, label) * weight, 0.0).sum()

@@ -20,8 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.files import model_written_whole, said
 from fastweights.models.adapters import save_adapter
+from fastweights.models.architectures import architecture_of
 from fastweights.models.loading import not_finite
 from fastweights.models.lora import lora_rank
+from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.progress import Progress
 from fastweights.training.checkpoints import (
     CHECKPOINT,
@@ -74,6 +76,9 @@ class StageTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=default_data_collator,  # blocks need no padding
         )
+        if run.compile:
+            for each in filter(None, (model, self.teacher)):
+                compile_around_attention(each)
         self.config = config
         self.output = output
         self.rates = {} if rates is None else rates
@@ -212,6 +217,24 @@ class StageTrainer(Trainer):
             return
         with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
             self.save_model(str(folder))
+
+
+def compile_around_attention(model: PreTrainedModel) -> None:
+    """Compile norms and feed-forward parts, in place: a few large operations where there were many small ones.
+
+    Layers are alike, so that what one is compiled to serves all.
+
+    Args:
+        model: converted or not, of a known family.
+    """
+    headless: PreTrainedModel = (
+        model.model.base if isinstance(model, FastWeightsForCausalLM) else model.base_model  # type: ignore[assignment]
+    )
+    row = architecture_of(headless.config)
+    for layer in headless.get_submodule(row.layers).children():
+        for name, part in layer.named_children():
+            if name != row.attention:
+                part.compile()
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def evaluate(
         check_distances(load_tokenizer(source), recall_test)
     with Progress(unit="tokens") as progress:
         for source in held_out:
-            model = load_model(source, weights=weights)
+            model = _placed(load_model(source, weights=weights))
             if dynamic:
                 check_not_quantised(model, "dynamic evaluation")
             base = _teacher_of(model, source, teacher) if parts else None
@@ -148,7 +148,16 @@ def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None) -> Pre
 
     if not is_hybrid(model):
         raise FastWeightsError(f"{source} has no layers with both fast weights and a window: leave --parts out")
-    return load_teacher(model, teacher)
+    return load_teacher(model, teacher).to(model.device)  # type: ignore[arg-type]
+
+
+def _placed(model: PreTrainedModel) -> PreTrainedModel:
+    """On this machine's accelerator where there is one; weights in few bits are for CPUs."""
+    from fastweights.layers.quantised import LINEAR
+    from fastweights.models.quantisation import weights_of
+    from fastweights.training.runs import process_state
+
+    return model if weights_of(model) in LINEAR else model.to(process_state().device)  # type: ignore[arg-type]
 
 
 def _recall(
