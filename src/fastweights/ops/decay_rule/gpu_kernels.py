@@ -2,27 +2,50 @@
 
 Notation
     m        chunk: CHUNK tokens of one sequence, whose last one may have fewer; chunks of a sequence follow one another
-    r        sub-chunk: SUB tokens of a chunk
+    block    BLOCK tokens of a chunk
     S        a tile (BK, BV) of the state (K, V) of one key/value head; tiles make up for few heads, and for wide states
     f, z     key-side and value-side gates, in [0, 1]; log_f, log_z their logs
-    "cum"    product of the gates from the sub-chunk's start to a token, and its own
-    "after"  product of the gates after a token, to the sub-chunk's end
-    lag      how many tokens lie between a write and a read of one sub-chunk
-    A        (tokens, heads, SUB), what token t reads of the token `lag` before it, q_t . (gates in between) k; B
-             likewise of do and v
+    "cum"    sum of the logs of a gate from the chunk's start to a token, and its own
+    A        what token t of a block reads of each token i of its chunk, q_t . (gates in between) k_i; B likewise of do
+             and v
+    strong   (M, G), not 0 for a chunk in which some gate decays too much for what follows: gpu_exact.py works it out
 
-Each product of gates is e to the sum of the logs of exactly these steps, or a running product of them: never above 1,
-never a quotient, never a difference of two running sums, which would cancel; so a log gate may be -inf. Every sum of
-the gradients of gates is one over paths through a token, of which nothing is subtracted, either.
+The gates between tokens i and t are e^(cum_t - cum_start) e^(cum_start - cum_i), where `start` is the start of t's
+block: one product of matrices for a block, whose first factor is at most 1. So is the second, but for tokens i of the
+same block, in which a gate that is not strong has little time to decay. The start lies in t's past: no output depends
+on what comes after it. For the gradients of what token i writes, the same by the end of i's block.
+
+The gradient of a log gate at j is a sum over paths, each from a write before j to a read, or the last state, from j on.
+It is what all paths that end from j on bring, S dS at the chunk's end and q dq at each t, less those that start there,
+k dk at each i. A token's read of its own write is in both, and left out of them.
 
 Tokens are rows of (tokens, heads, width). SHIFT is 1 where tokens read before their own write: token t + 1 then reads
-where token t would.
+where token t would. PRECISION is how tensor cores multiply: bfloat16 factors, "bf16", or float32 ones, "tf32" and
+"tf32x3". No product here may become a WGMMA instruction, of which Triton makes wrong ones for factors that were
+computed: their left factors have fewer than 64 rows, or the kernel two warps.
 """
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if _INTERPRETED:  # which takes their bits for whole numbers
+            product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        else:
+            product = tl.dot(a, b)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
@@ -66,34 +89,31 @@ def _store_tile(S, row, keys, values, K, V, tile):
 @triton.jit
 def _store_rows(x, rows, there, columns, width, stride, tile):
     at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if _INTERPRETED and x.dtype.element_ty == tl.bfloat16:  # which cuts off where a GPU rounds to the nearest
+        bits = tile.to(tl.uint32, bitcast=True)
+        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     tl.store(at, tile, mask=there[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
-def _written_on(
-    S, k, v, log_f, log_z, rows, end, last, keys, values, K, V,
-    k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state after these rows, from the one before them."""
-    keys_left = _rows(k, rows, rows < end, keys, K, k_row, k_column)
-    keys_left *= _after(log_f, rows, end, last, keys, K, f_row, f_column, KEY_GATE)
-    values_left = _rows(v, rows, rows < end, values, V, v_row, v_column)
-    values_left *= _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
-    f = tl.exp(tl.sum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0))
-    z = tl.exp(tl.sum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0))
-    return f[:, None] * z[None, :] * S + tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION)
+def _is_strong(logs, BLOCK_LIMIT: tl.constexpr, CHUNK_LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether some channel of these logs (CHUNK, columns) decays by more than e^-limit in a block or the chunk."""
+    blocks = tl.sum(tl.reshape(logs, (logs.shape[0] // BLOCK, BLOCK, logs.shape[1])), 1)
+    return (tl.min(tl.min(blocks, 1), 0) < -BLOCK_LIMIT) | (tl.min(tl.sum(logs, 0), 0) < -CHUNK_LIMIT)
 
 
 @triton.jit
 def written(
-    k, v, log_f, log_z, starts, ends, U, F, Z,
+    k, v, log_f, log_z, starts, ends, U, F, Z, strong,
     k_row, k_head, k_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, K, V,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, BLOCK_LIMIT: tl.constexpr, CHUNK_LIMIT: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before."""
+    """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before.
+
+    `strong` is 0 before, and set where it is to be.
+    """
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(V, BV)
     key_tile, value_tile = tile // tiles, tile % tiles
@@ -107,14 +127,20 @@ def written(
     values_left = _rows(v, rows, rows < end, values, V, v_row, v_column)
     values_left *= _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
     head = m * G + g
-    added = tl.dot(tl.trans(keys_left), values_left, input_precision=PRECISION)
+    added = _dot(tl.trans(keys_left), values_left, PRECISION)
     _store_tile(U, head, keys, values, K, V, added)
     if value_tile == 0:
         logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
         tl.store(F + head.to(tl.int64) * K + keys, tl.exp(tl.sum(logs, 0)), mask=keys < K)
+        if KEY_GATE:
+            if _is_strong(logs, BLOCK_LIMIT, CHUNK_LIMIT, BLOCK):
+                tl.store(strong + head, 1)
     if key_tile == 0:
         logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
         tl.store(Z + head.to(tl.int64) * V + values, tl.exp(tl.sum(logs, 0)), mask=values < V)
+        if VALUE_GATE:
+            if _is_strong(logs, BLOCK_LIMIT, CHUNK_LIMIT, BLOCK):
+                tl.store(strong + head, 1)
 
 
 @triton.jit
@@ -122,8 +148,8 @@ def read_back(
     q, do, log_f, log_z, starts, ends, sequence_starts, dU,
     q_row, q_head, q_column, do_row, do_head, do_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dU: the gradient of the state before a chunk, from what the chunk's tokens read."""
     m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,55 +157,44 @@ def read_back(
     keys, values = (tile // tiles) * BK + tl.arange(0, BK), (tile % tiles) * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
     log_f, log_z = log_f + g * f_head, log_z + g * z_head
+    rows = start + tl.arange(0, CHUNK)
+    readers = rows + SHIFT
+    f_before = tl.exp(tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0)) * scale
+    z_before = tl.exp(tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0))
     total = tl.zeros((BK, BV), tl.float32)
-    if SHIFT:  # the first token of a sequence reads the state before it
-        rows = start + tl.arange(0, SUB)
-        first = (rows == tl.load(sequence_starts + m)) & (rows < end)
-        for i in range(R):
-            h = g * R + i
-            queries = _rows(q + h * q_head, rows, first, keys, K, q_row, q_column) * scale
-            given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
-            total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
-
-    f_before, z_before = tl.full((BK,), 1.0, tl.float32), tl.full((BV,), 1.0, tl.float32)
-    for sub in range(tl.cdiv(tl.minimum(end - start, CHUNK), SUB)):
-        rows = start + sub * SUB + tl.arange(0, SUB)
-        readers = rows + SHIFT
-        f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
-        z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
-        f_cum, z_cum = (
-            f_before[None, :] * tl.exp(tl.cumsum(f_logs, 0)),
-            z_before[None, :] * tl.exp(tl.cumsum(z_logs, 0)),
-        )
-        for i in range(R):
-            h = g * R + i
-            queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * f_cum * scale
-            given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column) * z_cum
-            total += tl.dot(tl.trans(queries), given, input_precision=PRECISION)
-        f_before *= tl.exp(tl.sum(f_logs, 0))
-        z_before *= tl.exp(tl.sum(z_logs, 0))
+    for i in range(R):
+        h = g * R + i
+        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * f_before
+        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column) * z_before
+        total += _dot(tl.trans(queries), given, PRECISION)
+        if SHIFT:  # the first token of a sequence reads the state before it
+            if start == tl.load(sequence_starts + m):
+                at = start.to(tl.int64)
+                query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
+                given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
+                total += query.to(tl.float32)[:, None] * scale * given.to(tl.float32)[None, :]
     _store_tile(dU, m * G + g, keys, values, K, V, total)
 
 
 @triton.jit
 def scan(
     states, F, Z, first_chunks, chunk_counts, before, after,
-    G, K, V, BACK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    G, K, V, BACK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk adds to the state before each, in place; or BACK, from each chunk's dU to dS after each.
 
     before, after: (N, G, K, V), the state before a sequence's first chunk and after its last; BACK reads the latter's
-    gradient, and writes the former's.
+    gradient, and writes the former's. What the next STAGES chunks add is loaded ahead.
     """
     n, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(V, BV)
     keys, values = (tile // tiles) * BK + tl.arange(0, BK), (tile % tiles) * BV + tl.arange(0, BV)
-    first, count = tl.load(first_chunks + n), tl.load(chunk_counts + n)
+    first, count = tl.load(first_chunks + n), tl.load(chunk_counts + n).to(tl.int32)
     if BACK:
         S = _load_tile(after, n * G + g, keys, values, K, V)
     else:
         S = _load_tile(before, n * G + g, keys, values, K, V)
-    for i in range(count):
+    for i in tl.range(0, count, num_stages=STAGES):
         m = first + i
         if BACK:
             m = first + count - 1 - i
@@ -196,52 +211,22 @@ def scan(
 
 
 @triton.jit
-def pairs(
-    x, y, log_gate, starts, ends, A,
-    x_row, x_head, x_column, y_row, y_head, y_column, gate_row, gate_head, gate_column,
-    H, R, D, scale,
-    GATED: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """A[t, h, lag] = scale * x_t . (gates in between) y_{t - lag}, for lags that do not leave the sub-chunk; else 0."""
-    m, h = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(starts + m), tl.load(ends + m)
-    g = h // R
-    x, y, log_gate = x + h * x_head, y + g * y_head, log_gate + g * gate_head
-    position, lags = tl.arange(0, CHUNK), tl.arange(0, SUB)
-    rows = start + position
-    readers = rows + SHIFT
-    total = tl.zeros((CHUNK, SUB), tl.float32)
-    for first in range(0, D, BD):
-        columns = first + tl.arange(0, BD)
-        reading = _rows(x, readers, readers < end, columns, D, x_row, x_column) * scale
-        for lag in range(SUB):
-            there = (position % SUB >= lag) & (rows < end)
-            if GATED:
-                passed = there & (lag > 0)
-                steps = _rows(log_gate, rows - lag + 1, passed, columns, D, gate_row, gate_column)
-                reading *= tl.exp(steps)
-            product = tl.sum(reading * _rows(y, rows - lag, there, columns, D, y_row, y_column), 1)
-            total += tl.where(lags[None, :] == lag, product[:, None], 0.0)
-    at = A + (rows.to(tl.int64)[:, None] * H + h) * SUB + lags[None, :]
-    tl.store(at, total, mask=(rows < end)[:, None])
-
-
-@triton.jit
 def outputs(
-    q, k, v, log_f, log_z, A, states, starts, ends, sequence_starts, o,
+    q, k, v, log_f, log_z, states, strong, starts, ends, sequence_starts, o,
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     f_row, f_head, f_column, z_row, z_head, z_column,
-    tokens, H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    H, G, R, K, V, scale,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o (key tiles, tokens, H, V): what each token reads; its sum over the key tiles is the output."""
-    m, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    g, tiles = h // R, tl.cdiv(V, BV)
-    key_tile, value_tile = tile // tiles, tile % tiles
-    keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
+    """o (tokens, H, V): what each token reads, in columns of a tile of values; a tile of keys holds all of K."""
+    m, h, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = h // R
+    if tl.load(strong + m * G + g) != 0:
+        return
+    keys, values = tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
-    q, o = q + h * q_head, o + (key_tile.to(tl.int64) * tokens * H + h) * V
+    q, o = q + h * q_head, o + h * V
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
     S = _load_tile(states, m * G + g, keys, values, K, V)
     if SHIFT:
@@ -250,146 +235,149 @@ def outputs(
             read = tl.sum(query[:, None] * scale * S, 0)
             tl.store(o + start.to(tl.int64) * H * V + values, read, mask=values < V)
 
-    position = tl.arange(0, SUB)
-    for sub in range(tl.cdiv(tl.minimum(end - start, CHUNK), SUB)):
-        rows = start + sub * SUB + position
-        f_cum = tl.exp(tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0))
-        z_cum = tl.exp(tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0))
-        readers = rows + SHIFT
-        queries = _rows(q, readers, readers < end, keys, K, q_row, q_column) * scale
-        read = tl.dot(queries * f_cum, S, input_precision=PRECISION) * z_cum
-        if key_tile == 0:
-            decay = tl.full((SUB, BV), 1.0, tl.float32)
-            for lag in range(SUB):
-                near = (position >= lag) & (rows < end)
-                if VALUE_GATE:
-                    decay *= tl.exp(_rows(log_z, rows - lag + 1, near & (lag > 0), values, V, z_row, z_column))
-                a = tl.load(A + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
-                read += a[:, None] * decay * _rows(v, rows - lag, near, values, V, v_row, v_column)
-        _store_rows(o, readers, readers < end, values, V, H * V, read)
-        S = _written_on(
-            S, k, v, log_f, log_z, rows, end, start + sub * SUB + SUB - 1, keys, values, K, V,
-            k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column, KEY_GATE, VALUE_GATE, PRECISION,
-        )  # fmt: skip
+    rows = start + tl.arange(0, CHUNK)
+    k_rows = _rows(k, rows, rows < end, keys, K, k_row, k_column)
+    v_rows = _rows(v, rows, rows < end, values, V, v_row, v_column)
+    f_cum = tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0)
+    z_cum = tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0)
+    f_start, z_start = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
+    for block in range(tl.cdiv(tl.minimum(end - start, CHUNK), BLOCK)):
+        first = start + block * BLOCK
+        near = first + tl.arange(0, BLOCK)
+        readers = near + SHIFT
+        f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
+        z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
+        past = (rows < first + BLOCK)[:, None]
+        queries = _rows(q, readers, readers < end, keys, K, q_row, q_column) * scale * tl.exp(tl.cumsum(f_logs, 0))
+        near_keys = k_rows * tl.exp(tl.where(past, f_start[None, :] - f_cum, float("-inf")))
+        near_values = v_rows * tl.exp(tl.where(past, z_start[None, :] - z_cum, float("-inf")))
+        A = _dot(queries, tl.trans(near_keys), PRECISION)
+        A = tl.where(near[:, None] >= rows[None, :], A, 0.0)
+        read = _dot(A, near_values, PRECISION)
+        read += _dot(queries * tl.exp(f_start)[None, :], S, PRECISION) * tl.exp(z_start)[None, :]
+        _store_rows(o, readers, readers < end, values, V, H * V, read * tl.exp(tl.cumsum(z_logs, 0)))
+        f_start += tl.sum(f_logs, 0)
+        z_start += tl.sum(z_logs, 0)
 
 
 @triton.jit
 def gradients(
-    q, k, v, log_f, log_z, do, A, B, states, dstates, starts, ends, sequence_starts, dq, dk, dv, dlog_f, dlog_z,
+    q, k, v, log_f, log_z, do, states, dstates, final_state, strong, starts, ends, sequences, sequence_starts,
+    dq, dk, dv, dlog_f, dlog_z,
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     f_row, f_head, f_column, z_row, z_head, z_column, do_row, do_head, do_column,
-    tokens, H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    H, G, R, K, V, scale,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a chunk's tokens, from its last sub-chunk to its first.
-
-    dq, dk and dlog_f are (value tiles, tokens, heads, K), dv and dlog_z (key tiles, tokens, heads, V): parts of a sum.
-    """
-    m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = tl.cdiv(V, BV)
-    key_tile, value_tile = tile // tiles, tile % tiles
-    keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
+    """All gradients of a chunk's tokens, from its last block to its first; one tile holds all of a state."""
+    m, g = tl.program_id(0), tl.program_id(1)
+    if tl.load(strong + m * G + g) != 0:
+        return
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
-    part, value_part = value_tile.to(tl.int64) * tokens, key_tile.to(tl.int64) * tokens
-    dq, dk, dlog_f = dq + part * H * K, dk + (part * G + g) * K, dlog_f + (part * G + g) * K
-    dv, dlog_z = dv + (value_part * G + g) * V, dlog_z + (value_part * G + g) * V
-    S_start = _load_tile(states, m * G + g, keys, values, K, V)
+    dk, dv, dlog_f, dlog_z = dk + g * K, dv + g * V, dlog_f + g * K, dlog_z + g * V
+    S = _load_tile(states, m * G + g, keys, values, K, V)
     dS = _load_tile(dstates, m * G + g, keys, values, K, V)
-    position = tl.arange(0, SUB)
-    before = (position[:, None] > position[None, :]).to(tl.float32)
+    # What paths from the block's end on bring to the gates, less what starts there.
+    f_later, z_later = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
+    if KEY_GATE or VALUE_GATE:
+        if start + CHUNK < end:
+            paths = dS * _load_tile(states, (m + 1) * G + g, keys, values, K, V)
+        else:
+            paths = dS * _load_tile(final_state, tl.load(sequences + m) * G + g, keys, values, K, V)
+        f_later, z_later = tl.sum(paths, 1), tl.sum(paths, 0)
 
-    subs = tl.cdiv(tl.minimum(end - start, CHUNK), SUB)
-    for back in range(subs):
-        sub = subs - 1 - back
-        S = S_start
-        for earlier in range(sub):
-            S = _written_on(
-                S, k, v, log_f, log_z, start + earlier * SUB + position, end, start + earlier * SUB + SUB - 1,
-                keys, values, K, V, k_row, k_column, v_row, v_column, f_row, f_column, z_row, z_column,
-                KEY_GATE, VALUE_GATE, PRECISION,
-            )  # fmt: skip
+    rows = start + tl.arange(0, CHUNK)
+    reading = rows + SHIFT
+    f_cum = tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0)
+    z_cum = tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0)
+    f_whole = tl.sum(tl.where((rows == start + CHUNK - 1)[:, None], f_cum, 0.0), 0)
+    z_whole = tl.sum(tl.where((rows == start + CHUNK - 1)[:, None], z_cum, 0.0), 0)
+    f_stop, z_stop = f_whole, z_whole
+    blocks = tl.cdiv(tl.minimum(end - start, CHUNK), BLOCK)
+    for back in range(blocks):
+        first = start + (blocks - 1 - back) * BLOCK
+        near = first + tl.arange(0, BLOCK)
+        readers = near + SHIFT
+        past, future = (rows < first + BLOCK)[:, None], (rows >= first)[:, None]
+        earlier, later = near[:, None] > rows[None, :], near[:, None] < rows[None, :]
+        f_start = tl.sum(tl.where((rows == first - 1)[:, None], f_cum, 0.0), 0)
+        z_start = tl.sum(tl.where((rows == first - 1)[:, None], z_cum, 0.0), 0)
+        f_near = tl.cumsum(_logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE), 0)
+        z_near = tl.cumsum(_logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE), 0)
+        from_start, values_from_start = tl.exp(f_near), tl.exp(z_near)
+        to_stop = tl.exp((f_stop - f_start)[None, :] - f_near)
+        values_to_stop = tl.exp((z_stop - z_start)[None, :] - z_near)
 
-        rows, last = start + sub * SUB + position, start + sub * SUB + SUB - 1
-        f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
-        z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
-        f_cum, f_whole = tl.exp(tl.cumsum(f_logs, 0)), tl.exp(tl.sum(f_logs, 0))
-        z_cum, z_whole = tl.exp(tl.cumsum(z_logs, 0)), tl.exp(tl.sum(z_logs, 0))
-        f_after = _after(log_f, rows, end, last, keys, K, f_row, f_column, KEY_GATE)
-        z_after = _after(log_z, rows, end, last, values, V, z_row, z_column, VALUE_GATE)
-        k_rows = _rows(k, rows, rows < end, keys, K, k_row, k_column)
-        v_rows = _rows(v, rows, rows < end, values, V, v_row, v_column)
-        readers = rows + SHIFT
-
-        # Paths from tokens of the sub-chunk to later ones, and from earlier tokens to later ones.
-        k_grads = tl.dot(v_rows * z_after, tl.trans(dS), input_precision=PRECISION) * f_after
-        v_grads = tl.dot(k_rows * f_after, dS, input_precision=PRECISION) * z_after
-        kept = f_whole[:, None] * z_whole[None, :] * dS
-        f_grads = tl.dot(before, k_rows * k_grads, input_precision=PRECISION) + tl.sum(kept * S, 1)[None, :]
-        z_grads = tl.dot(before, v_rows * v_grads, input_precision=PRECISION) + tl.sum(kept * S, 0)[None, :]
-        dS = kept
-
+        near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
+        near_values = _rows(v, near, near < end, values, V, v_row, v_column)
+        k_left, v_left = near_keys * to_stop, near_values * values_to_stop
+        dk_near = _dot(v_left * tl.exp(z_whole - z_stop)[None, :], tl.trans(dS), PRECISION)
+        dk_near *= tl.exp(f_whole - f_stop)[None, :]
+        dv_near = _dot(k_left * tl.exp(f_whole - f_stop)[None, :], dS, PRECISION)
+        dv_near *= tl.exp(z_whole - z_stop)[None, :]
+        dk_self, dv_self = tl.zeros((BLOCK, BK), tl.float32), tl.zeros((BLOCK, BV), tl.float32)
+        f_grads, z_grads = tl.zeros((BLOCK, BK), tl.float32), tl.zeros((BLOCK, BV), tl.float32)
         for i in range(R):
             h = g * R + i
-            q_rows = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
-            do_rows = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
-            # Paths from earlier tokens to reads of the sub-chunk.
-            q_grads = tl.dot(do_rows * z_cum, tl.trans(S), input_precision=PRECISION) * f_cum
-            read = tl.dot(q_rows * f_cum, S, input_precision=PRECISION) * z_cum
-            f_grads += tl.cumsum(q_rows * q_grads, 0, reverse=True)
-            z_grads += tl.cumsum(do_rows * read, 0, reverse=True)
-            dS += tl.dot(tl.trans(q_rows * f_cum), do_rows * z_cum, input_precision=PRECISION)
-            # Paths inside the sub-chunk.
-            if value_tile == 0:
-                decay = tl.full((SUB, BK), 1.0, tl.float32)
-                decay_on = tl.full((SUB, BK), 1.0, tl.float32)
-                for lag in range(SUB):
-                    near, far = (position >= lag) & (rows < end), (position + lag < SUB) & (rows + lag < end)
-                    if KEY_GATE:
-                        decay *= tl.exp(_rows(log_f, rows - lag + 1, near & (lag > 0), keys, K, f_row, f_column))
-                        decay_on *= tl.exp(_rows(log_f, rows + lag, far & (lag > 0), keys, K, f_row, f_column))
-                    b = tl.load(B + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
-                    from_key = b[:, None] * decay * _rows(k, rows - lag, near, keys, K, k_row, k_column)
-                    q_grads += from_key
-                    if KEY_GATE:
-                        over = (position[:, None] <= position[None, :]) & (position[None, :] < position[:, None] + lag)
-                        f_grads += tl.dot(over.to(tl.float32), q_rows * from_key, input_precision=PRECISION)
-                    b = tl.load(B + ((rows + lag).to(tl.int64) * H + h) * SUB + lag, mask=far, other=0.0)
-                    read_there = far & (readers + lag < end)
-                    reading = _rows(q + h * q_head, readers + lag, read_there, keys, K, q_row, q_column)
-                    k_grads += b[:, None] * decay_on * reading * scale
-            if key_tile == 0:
-                value_decay = tl.full((SUB, BV), 1.0, tl.float32)
-                value_decay_on = tl.full((SUB, BV), 1.0, tl.float32)
-                for lag in range(SUB):
-                    near, far = (position >= lag) & (rows < end), (position + lag < SUB) & (rows + lag < end)
-                    if VALUE_GATE:
-                        value_decay *= tl.exp(
-                            _rows(log_z, rows - lag + 1, near & (lag > 0), values, V, z_row, z_column)
-                        )
-                        value_decay_on *= tl.exp(_rows(log_z, rows + lag, far & (lag > 0), values, V, z_row, z_column))
-                        a = tl.load(A + (rows.to(tl.int64) * H + h) * SUB + lag, mask=near, other=0.0)
-                        read = a[:, None] * value_decay * _rows(v, rows - lag, near, values, V, v_row, v_column)
-                        over = (position[:, None] <= position[None, :]) & (position[None, :] < position[:, None] + lag)
-                        z_grads += tl.dot(over.to(tl.float32), do_rows * read, input_precision=PRECISION)
-                    a = tl.load(A + ((rows + lag).to(tl.int64) * H + h) * SUB + lag, mask=far, other=0.0)
-                    read_there = far & (readers + lag < end)
-                    given = _rows(do + h * do_head, readers + lag, read_there, values, V, do_row, do_column)
-                    v_grads += a[:, None] * value_decay_on * given
-            _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, q_grads * scale)
-            if SHIFT:
-                first = (rows == tl.load(sequence_starts + m)) & (rows < end)
-                given = _rows(do + h * do_head, rows, first, values, V, do_row, do_column)
-                first_grads = tl.dot(given, tl.trans(S), input_precision=PRECISION) * scale
-                _store_rows(dq + h * K, rows, first, keys, K, H * K, first_grads)
+            q_head_rows, do_head_rows, dq_head_rows = q + h * q_head, do + h * do_head, dq + h * K
+            queries = _rows(q_head_rows, readers, readers < end, keys, K, q_row, q_column) * scale
+            given = _rows(do_head_rows, readers, readers < end, values, V, do_row, do_column)
 
-        _store_rows(dk, rows, rows < end, keys, K, G * K, k_grads)
-        _store_rows(dv, rows, rows < end, values, V, G * V, v_grads)
+            # What the block's tokens read, of earlier ones and of the state.
+            k_there = _rows(k, rows, rows < end, keys, K, k_row, k_column)
+            k_there *= tl.exp(tl.where(past, f_start[None, :] - f_cum, float("-inf")))
+            v_there = _rows(v, rows, rows < end, values, V, v_row, v_column)
+            v_there *= tl.exp(tl.where(past, z_start[None, :] - z_cum, float("-inf")))
+            q_now, do_now = queries * from_start, given * values_from_start
+            A = tl.where(earlier, _dot(q_now, tl.trans(k_there), PRECISION), 0.0)
+            B = tl.where(earlier, _dot(do_now, tl.trans(v_there), PRECISION), 0.0)
+            dq_near = _dot(do_now * tl.exp(z_start)[None, :], tl.trans(S), PRECISION) * tl.exp(f_start)[None, :]
+            dq_near = (dq_near + _dot(B, k_there, PRECISION)) * from_start
+            f_grads += queries * dq_near
+            if VALUE_GATE:
+                read = _dot(q_now * tl.exp(f_start)[None, :], S, PRECISION) * tl.exp(z_start)[None, :]
+                z_grads += (read + _dot(A, v_there, PRECISION)) * do_now
+            A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
+            dk_self += B_self * queries
+            dv_self += A_self * given
+            _store_rows(dq_head_rows, readers, readers < end, keys, K, H * K, (dq_near + B_self * near_keys) * scale)
+
+            # What later tokens read of the block's.
+            q_there = _rows(q_head_rows, reading, reading < end, keys, K, q_row, q_column) * scale
+            q_there *= tl.exp(tl.where(future, f_cum - f_stop[None, :], float("-inf")))
+            do_there = _rows(do_head_rows, reading, reading < end, values, V, do_row, do_column)
+            do_there *= tl.exp(tl.where(future, z_cum - z_stop[None, :], float("-inf")))
+            A = tl.where(later, _dot(k_left, tl.trans(q_there), PRECISION), 0.0)
+            B = tl.where(later, _dot(v_left, tl.trans(do_there), PRECISION), 0.0)
+            dk_near += _dot(B, q_there, PRECISION)
+            dv_near += _dot(A, do_there, PRECISION)
+
+        dk_near, dv_near = dk_near * to_stop, dv_near * values_to_stop
+        _store_rows(dk, near, near < end, keys, K, G * K, dk_near + dk_self)
+        _store_rows(dv, near, near < end, values, V, G * V, dv_near + dv_self)
         if KEY_GATE:
-            _store_rows(dlog_f, rows, rows < end, keys, K, G * K, f_grads)
+            f_grads -= near_keys * dk_near
+            f_paths = tl.cumsum(f_grads, 0, reverse=True) + f_later[None, :]
+            _store_rows(dlog_f, near, near < end, keys, K, G * K, f_paths)
+            f_later += tl.sum(f_grads, 0)
         if VALUE_GATE:
-            _store_rows(dlog_z, rows, rows < end, values, V, G * V, z_grads)
+            z_grads -= near_values * dv_near
+            z_paths = tl.cumsum(z_grads, 0, reverse=True) + z_later[None, :]
+            _store_rows(dlog_z, near, near < end, values, V, G * V, z_paths)
+            z_later += tl.sum(z_grads, 0)
+        f_stop, z_stop = f_start, z_start
+
+    if SHIFT:
+        if start == tl.load(sequence_starts + m):
+            at = start.to(tl.int64)
+            for i in range(R):
+                h = g * R + i
+                given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
+                dq_first = tl.sum(S * given.to(tl.float32)[None, :], 1) * scale
+                tl.store(dq + (at * H + h) * K + keys, dq_first, mask=keys < K)
 
 
 @triton.jit
