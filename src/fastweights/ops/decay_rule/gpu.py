@@ -31,14 +31,11 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Tokens between two states that are kept while a call runs; the kernels are parallel over chunks."""
-BLOCK = 16
-"""Tokens of a chunk that are compared with the whole of it at once."""
 SUB = 16
 """Tokens that are compared pair by pair, in a chunk with strong gates."""
-BLOCK_LIMIT = 40.0
-"""A chunk's gates are strong if some channel decays by more than e^-40 within a block, ..."""
-CHUNK_LIMITS = {"bf16": 1000.0, "tf32": 1000.0, "tf32x3": 40.0}
-"""... or by more than this within the chunk, whose running sums are rounded; by the precision of products."""
+LIMITS = {"bf16": 75.0, "tf32": 75.0, "tf32x3": 30.0}
+"""A chunk's gates are strong if some channel decays by more than e to minus this in half of it; by the precision of
+products, as what one gate decays another makes up for."""
 WIDEST = 128
 """Keys and values of more channels are worked out like strong gates."""
 
@@ -61,7 +58,7 @@ LAUNCHES = {
     "read_back": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "scan": (Launch(16, 64, 2, num_stages=3), Launch(16, 64, 2, num_stages=3)),
     "outputs": (Launch(64, 64, 4, "bf16"), Launch(128, 64, 4, "bf16")),
-    "gradients": (Launch(64, 64, 4, "bf16"), Launch(128, 128, 8, "bf16")),
+    "gradients": (Launch(64, 64, 8, "bf16"), Launch(128, 128, 8, "bf16")),
     "exact": (Launch(64, 64, 2), Launch(64, 64, 2)),
     "step": (Launch(64, 32, 2), Launch(128, 32, 4)),
 }
@@ -295,11 +292,10 @@ def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> _States:
         final=p.new(p.N, G, K, V),
     )
     if M:
-        limit = CHUNK_LIMITS[p.precision("outputs")]
         _kernels().written[(M, G, prod(p.tiles("written")))](
             p.k, p.v, *p.gates, c.starts, c.ends, s.before, s.F, s.Z, s.strong,
             *_strides(p.k, p.v, *p.gates), G, K, V,
-            BLOCK=BLOCK, BLOCK_LIMIT=BLOCK_LIMIT, CHUNK_LIMIT=limit, **p.compiled_for("written"),
+            LIMIT=LIMITS[p.precision("outputs")], **p.compiled_for("written"),
         )  # fmt: skip
     _scan(p, c, s.before, s, _or_zeros(initial_state, s.final), s.final, back=False)
     return s
@@ -371,9 +367,9 @@ def _forward_op(
     M, o = len(c.starts), v.new_empty((len(p.q), H, V))
     strides = _strides(p.q, p.k, p.v, *p.gates)
     if M and p.is_narrow:
-        _kernels().outputs[(M, H, p.tiles("outputs")[1])](
+        _kernels().outputs[(M, H, 2 * p.tiles("outputs")[1])](
             p.q, p.k, p.v, *p.gates, s.before, s.strong, c.starts, c.ends, c.sequence_starts, o,
-            *strides, H, G, R, K, V, scale, SHIFT=p.shift, BLOCK=BLOCK, **p.compiled_for("outputs"),
+            *strides, H, G, R, K, V, scale, SHIFT=p.shift, **p.compiled_for("outputs"),
         )  # fmt: skip
     if M and p.may_be_strong:
         A = _pairs(p, c, s, p.q, p.k, p.log_f, scale, p.launch("exact").BK)
@@ -433,10 +429,10 @@ def _backward_op(
     dlog_f, dlog_z = _empty_gradient(log_f, dk), _empty_gradient(log_z, dv)
     inputs, strides = (p.q, p.k, p.v, *p.gates, given), _strides(p.q, p.k, p.v, *p.gates, given)
     if M and p.is_narrow:
-        _kernels().gradients[(M, G)](
-            *inputs, s.before, dstates, s.final, s.strong, c.starts, c.ends, c.sequences, c.sequence_starts,
+        _kernels().gradients[(M, G, 2)](
+            *inputs, s.before, dstates, s.final, dinitial, s.strong, c.starts, c.ends, c.sequences, c.sequence_starts,
             dq, dk, dv, dlog_f, dlog_z, *strides, H, G, R, K, V, scale,
-            SHIFT=p.shift, BLOCK=BLOCK, **p.compiled_for("gradients"),
+            SHIFT=p.shift, **p.compiled_for("gradients"),
         )  # fmt: skip
     if M and p.may_be_strong:
         chosen, (key_tiles, value_tiles) = p.launch("exact"), p.tiles("exact")

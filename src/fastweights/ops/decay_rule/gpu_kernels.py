@@ -2,22 +2,21 @@
 
 Notation
     m        chunk: CHUNK tokens of one sequence, whose last one may have fewer; chunks of a sequence follow one another
-    block    BLOCK tokens of a chunk
+    half     of a chunk: 0 or 1; "near" are its tokens, and "there" are those of the other half
     S        a tile (BK, BV) of the state (K, V) of one key/value head; tiles make up for few heads, and for wide states
     f, z     key-side and value-side gates, in [0, 1]; log_f, log_z their logs
-    "cum"    sum of the logs of a gate from the chunk's start to a token, and its own
-    A        what token t of a block reads of each token i of its chunk, q_t . (gates in between) k_i; B likewise of do
-             and v
-    strong   (M, G), not 0 for a chunk in which some gate decays too much for what follows: gpu_exact.py works it out
+    f_near   sums of the logs of f from the half's start to a token, and its own
+    A        what token t reads of each token i, q_t . (gates in between) k_i; B likewise of do and v
+    strong   (M, G), not 0 for a chunk in which a gate decays too much for what follows: gpu_exact.py works it out
 
-The gates between tokens i and t are e^(cum_t - cum_start) e^(cum_start - cum_i), where `start` is the start of t's
-block: one product of matrices for a block, whose first factor is at most 1. So is the second, but for tokens i of the
-same block, in which a gate that is not strong has little time to decay. The start lies in t's past: no output depends
-on what comes after it. For the gradients of what token i writes, the same by the end of i's block.
+The gates between tokens i and t of a half are e^f_near(t) e^-f_near(i): products of matrices, as long as no gate decays
+so much that the second factor is too large. Between the halves both factors are at most 1: from i to the end of its
+half, and from there to t. The start of a half is in its tokens' past: no output depends on what comes after it.
 
 The gradient of a log gate at j is a sum over paths, each from a write before j to a read, or the last state, from j on.
-It is what all paths that end from j on bring, S dS at the chunk's end and q dq at each t, less those that start there,
-k dk at each i. A token's read of its own write is in both, and left out of them.
+In the last half it is what all paths that end from j on bring, S dS at the chunk's end and q dq at each t, less those
+that start there, k dk at each i; in the first half, S dS at the chunk's start, and what starts before j, less what ends
+there. A token's read of its own write is in both, and left out of them.
 
 Tokens are rows of (tokens, heads, width). SHIFT is 1 where tokens read before their own write: token t + 1 then reads
 where token t would. PRECISION is how tensor cores multiply: bfloat16 factors, "bf16", or float32 ones, "tf32" and
@@ -36,13 +35,20 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def _rounded(x):
+    """To bfloat16; for the interpreter, which cuts off where a GPU rounds to the nearest, in float32."""
+    if _INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.bfloat16)
+    return x
+
+
+@triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
-        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        if _INTERPRETED:  # which takes their bits for whole numbers
-            product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-        else:
-            product = tl.dot(a, b)
+        product = tl.dot(_rounded(a), _rounded(b), out_dtype=tl.float32)
     else:
         product = tl.dot(a, b, input_precision=PRECISION)
     return product
@@ -89,17 +95,16 @@ def _store_tile(S, row, keys, values, K, V, tile):
 @triton.jit
 def _store_rows(x, rows, there, columns, width, stride, tile):
     at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if _INTERPRETED and x.dtype.element_ty == tl.bfloat16:  # which cuts off where a GPU rounds to the nearest
-        bits = tile.to(tl.uint32, bitcast=True)
-        tile = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if x.dtype.element_ty == tl.bfloat16:
+        tile = _rounded(tile)
     tl.store(at, tile, mask=there[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
-def _is_strong(logs, BLOCK_LIMIT: tl.constexpr, CHUNK_LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether some channel of these logs (CHUNK, columns) decays by more than e^-limit in a block or the chunk."""
-    blocks = tl.sum(tl.reshape(logs, (logs.shape[0] // BLOCK, BLOCK, logs.shape[1])), 1)
-    return (tl.min(tl.min(blocks, 1), 0) < -BLOCK_LIMIT) | (tl.min(tl.sum(logs, 0), 0) < -CHUNK_LIMIT)
+def _is_strong(logs, LIMIT: tl.constexpr):
+    """Whether some channel of these logs (CHUNK, columns) decays by more than e^-LIMIT within a half."""
+    halves = tl.sum(tl.reshape(logs, (2, logs.shape[0] // 2, logs.shape[1])), 1)
+    return tl.min(tl.min(halves, 1), 0) < -LIMIT
 
 
 @triton.jit
@@ -107,8 +112,8 @@ def written(
     k, v, log_f, log_z, starts, ends, U, F, Z, strong,
     k_row, k_head, k_column, v_row, v_head, v_column, f_row, f_head, f_column, z_row, z_head, z_column,
     G, K, V,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, BLOCK_LIMIT: tl.constexpr, CHUNK_LIMIT: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, LIMIT: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before.
 
@@ -133,13 +138,13 @@ def written(
         logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
         tl.store(F + head.to(tl.int64) * K + keys, tl.exp(tl.sum(logs, 0)), mask=keys < K)
         if KEY_GATE:
-            if _is_strong(logs, BLOCK_LIMIT, CHUNK_LIMIT, BLOCK):
+            if _is_strong(logs, LIMIT):
                 tl.store(strong + head, 1)
     if key_tile == 0:
         logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
         tl.store(Z + head.to(tl.int64) * V + values, tl.exp(tl.sum(logs, 0)), mask=values < V)
         if VALUE_GATE:
-            if _is_strong(logs, BLOCK_LIMIT, CHUNK_LIMIT, BLOCK):
+            if _is_strong(logs, LIMIT):
                 tl.store(strong + head, 1)
 
 
@@ -216,168 +221,179 @@ def outputs(
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     f_row, f_head, f_column, z_row, z_head, z_column,
     H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o (tokens, H, V): what each token reads, in columns of a tile of values; a tile of keys holds all of K."""
-    m, h, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """o (tokens, H, V): what the tokens of a half read, in a tile of values; a tile of keys holds all of K."""
+    HALF: tl.constexpr = CHUNK // 2
+    m, h, half, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) % 2, tl.program_id(2) // 2
     g = h // R
+    start, end = tl.load(starts + m), tl.load(ends + m)
+    near = start + half * HALF + tl.arange(0, HALF)
     if tl.load(strong + m * G + g) != 0:
         return
+    if start + half * HALF >= end:
+        return
     keys, values = tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
-    start, end = tl.load(starts + m), tl.load(ends + m)
     q, o = q + h * q_head, o + h * V
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
     S = _load_tile(states, m * G + g, keys, values, K, V)
+    f_near = tl.cumsum(_logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE), 0)
+    z_near = tl.cumsum(_logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE), 0)
+    readers = near + SHIFT
+    queries = _rows(q, readers, readers < end, keys, K, q_row, q_column) * scale * tl.exp(f_near)
+    near_keys = _rows(k, near, near < end, keys, K, k_row, k_column) * tl.exp(-f_near)
+    near_values = _rows(v, near, near < end, values, V, v_row, v_column) * tl.exp(-z_near)
+    A = _dot(queries, tl.trans(near_keys), PRECISION)
+    read = _dot(tl.where(near[:, None] >= near[None, :], A, 0.0), near_values, PRECISION)
+    if half == 0:
+        read += _dot(queries, S, PRECISION)
+    else:
+        rows = near - HALF
+        f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
+        z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
+        f_half, z_half = tl.sum(f_logs, 0)[None, :], tl.sum(z_logs, 0)[None, :]
+        first_keys = _rows(k, rows, rows < end, keys, K, k_row, k_column) * tl.exp(f_half - tl.cumsum(f_logs, 0))
+        first_values = _rows(v, rows, rows < end, values, V, v_row, v_column) * tl.exp(z_half - tl.cumsum(z_logs, 0))
+        A = _dot(queries, tl.trans(first_keys), PRECISION)
+        read += _dot(A, first_values, PRECISION)
+        read += _dot(queries * tl.exp(f_half), S, PRECISION) * tl.exp(z_half)
+    _store_rows(o, readers, readers < end, values, V, H * V, read * tl.exp(z_near))
     if SHIFT:
-        if start == tl.load(sequence_starts + m):
+        if (half == 0) & (start == tl.load(sequence_starts + m)):
             query = tl.load(q + start.to(tl.int64) * q_row + keys * q_column, mask=keys < K, other=0.0).to(tl.float32)
-            read = tl.sum(query[:, None] * scale * S, 0)
-            tl.store(o + start.to(tl.int64) * H * V + values, read, mask=values < V)
-
-    rows = start + tl.arange(0, CHUNK)
-    k_rows = _rows(k, rows, rows < end, keys, K, k_row, k_column)
-    v_rows = _rows(v, rows, rows < end, values, V, v_row, v_column)
-    f_cum = tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0)
-    z_cum = tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0)
-    f_start, z_start = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
-    for block in range(tl.cdiv(tl.minimum(end - start, CHUNK), BLOCK)):
-        first = start + block * BLOCK
-        near = first + tl.arange(0, BLOCK)
-        readers = near + SHIFT
-        f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
-        z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
-        past = (rows < first + BLOCK)[:, None]
-        queries = _rows(q, readers, readers < end, keys, K, q_row, q_column) * scale * tl.exp(tl.cumsum(f_logs, 0))
-        near_keys = k_rows * tl.exp(tl.where(past, f_start[None, :] - f_cum, float("-inf")))
-        near_values = v_rows * tl.exp(tl.where(past, z_start[None, :] - z_cum, float("-inf")))
-        A = _dot(queries, tl.trans(near_keys), PRECISION)
-        A = tl.where(near[:, None] >= rows[None, :], A, 0.0)
-        read = _dot(A, near_values, PRECISION)
-        read += _dot(queries * tl.exp(f_start)[None, :], S, PRECISION) * tl.exp(z_start)[None, :]
-        _store_rows(o, readers, readers < end, values, V, H * V, read * tl.exp(tl.cumsum(z_logs, 0)))
-        f_start += tl.sum(f_logs, 0)
-        z_start += tl.sum(z_logs, 0)
+            read_first = tl.sum(query[:, None] * scale * S, 0)
+            tl.store(o + start.to(tl.int64) * H * V + values, read_first, mask=values < V)
 
 
 @triton.jit
 def gradients(
-    q, k, v, log_f, log_z, do, states, dstates, final_state, strong, starts, ends, sequences, sequence_starts,
-    dq, dk, dv, dlog_f, dlog_z,
+    q, k, v, log_f, log_z, do, states, dstates, final_state, dinitial, strong, starts, ends, sequences,
+    sequence_starts, dq, dk, dv, dlog_f, dlog_z,
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     f_row, f_head, f_column, z_row, z_head, z_column, do_row, do_head, do_column,
     H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a chunk's tokens, from its last block to its first; one tile holds all of a state."""
-    m, g = tl.program_id(0), tl.program_id(1)
+    """All gradients of the tokens of a half; one tile holds all of a state."""
+    HALF: tl.constexpr = CHUNK // 2
+    m, g, half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, end = tl.load(starts + m), tl.load(ends + m)
+    near, rows = start + half * HALF + tl.arange(0, HALF), start + (1 - half) * HALF + tl.arange(0, HALF)
     if tl.load(strong + m * G + g) != 0:
         return
+    if start + half * HALF >= end:
+        return
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    start, end = tl.load(starts + m), tl.load(ends + m)
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
     dk, dv, dlog_f, dlog_z = dk + g * K, dv + g * V, dlog_f + g * K, dlog_z + g * V
+    readers, reading = near + SHIFT, rows + SHIFT
+    sequence = tl.load(sequences + m)
+    is_first = start == tl.load(sequence_starts + m)
     S = _load_tile(states, m * G + g, keys, values, K, V)
     dS = _load_tile(dstates, m * G + g, keys, values, K, V)
-    # What paths from the block's end on bring to the gates, less what starts there.
-    f_later, z_later = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
+
+    # All paths across the chunk's start, or its end.
+    f_paths, z_paths = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
     if KEY_GATE or VALUE_GATE:
-        if start + CHUNK < end:
+        if half == 0:
+            if is_first:
+                paths = S * _load_tile(dinitial, sequence * G + g, keys, values, K, V)
+            else:
+                paths = S * _load_tile(dstates, (m - 1) * G + g, keys, values, K, V)
+        elif start + CHUNK < end:
             paths = dS * _load_tile(states, (m + 1) * G + g, keys, values, K, V)
         else:
-            paths = dS * _load_tile(final_state, tl.load(sequences + m) * G + g, keys, values, K, V)
-        f_later, z_later = tl.sum(paths, 1), tl.sum(paths, 0)
-
-    rows = start + tl.arange(0, CHUNK)
-    reading = rows + SHIFT
-    f_cum = tl.cumsum(_logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE), 0)
-    z_cum = tl.cumsum(_logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE), 0)
-    f_whole = tl.sum(tl.where((rows == start + CHUNK - 1)[:, None], f_cum, 0.0), 0)
-    z_whole = tl.sum(tl.where((rows == start + CHUNK - 1)[:, None], z_cum, 0.0), 0)
-    f_stop, z_stop = f_whole, z_whole
-    blocks = tl.cdiv(tl.minimum(end - start, CHUNK), BLOCK)
-    for back in range(blocks):
-        first = start + (blocks - 1 - back) * BLOCK
-        near = first + tl.arange(0, BLOCK)
-        readers = near + SHIFT
-        past, future = (rows < first + BLOCK)[:, None], (rows >= first)[:, None]
-        earlier, later = near[:, None] > rows[None, :], near[:, None] < rows[None, :]
-        f_start = tl.sum(tl.where((rows == first - 1)[:, None], f_cum, 0.0), 0)
-        z_start = tl.sum(tl.where((rows == first - 1)[:, None], z_cum, 0.0), 0)
-        f_near = tl.cumsum(_logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE), 0)
-        z_near = tl.cumsum(_logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE), 0)
-        from_start, values_from_start = tl.exp(f_near), tl.exp(z_near)
-        to_stop = tl.exp((f_stop - f_start)[None, :] - f_near)
-        values_to_stop = tl.exp((z_stop - z_start)[None, :] - z_near)
-
-        near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
-        near_values = _rows(v, near, near < end, values, V, v_row, v_column)
-        k_left, v_left = near_keys * to_stop, near_values * values_to_stop
-        dk_near = _dot(v_left * tl.exp(z_whole - z_stop)[None, :], tl.trans(dS), PRECISION)
-        dk_near *= tl.exp(f_whole - f_stop)[None, :]
-        dv_near = _dot(k_left * tl.exp(f_whole - f_stop)[None, :], dS, PRECISION)
-        dv_near *= tl.exp(z_whole - z_stop)[None, :]
-        dk_self, dv_self = tl.zeros((BLOCK, BK), tl.float32), tl.zeros((BLOCK, BV), tl.float32)
-        f_grads, z_grads = tl.zeros((BLOCK, BK), tl.float32), tl.zeros((BLOCK, BV), tl.float32)
-        for i in range(R):
-            h = g * R + i
-            q_head_rows, do_head_rows, dq_head_rows = q + h * q_head, do + h * do_head, dq + h * K
-            queries = _rows(q_head_rows, readers, readers < end, keys, K, q_row, q_column) * scale
-            given = _rows(do_head_rows, readers, readers < end, values, V, do_row, do_column)
-
-            # What the block's tokens read, of earlier ones and of the state.
-            k_there = _rows(k, rows, rows < end, keys, K, k_row, k_column)
-            k_there *= tl.exp(tl.where(past, f_start[None, :] - f_cum, float("-inf")))
-            v_there = _rows(v, rows, rows < end, values, V, v_row, v_column)
-            v_there *= tl.exp(tl.where(past, z_start[None, :] - z_cum, float("-inf")))
-            q_now, do_now = queries * from_start, given * values_from_start
-            A = tl.where(earlier, _dot(q_now, tl.trans(k_there), PRECISION), 0.0)
-            B = tl.where(earlier, _dot(do_now, tl.trans(v_there), PRECISION), 0.0)
-            dq_near = _dot(do_now * tl.exp(z_start)[None, :], tl.trans(S), PRECISION) * tl.exp(f_start)[None, :]
-            dq_near = (dq_near + _dot(B, k_there, PRECISION)) * from_start
-            f_grads += queries * dq_near
-            if VALUE_GATE:
-                read = _dot(q_now * tl.exp(f_start)[None, :], S, PRECISION) * tl.exp(z_start)[None, :]
-                z_grads += (read + _dot(A, v_there, PRECISION)) * do_now
-            A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
-            dk_self += B_self * queries
-            dv_self += A_self * given
-            _store_rows(dq_head_rows, readers, readers < end, keys, K, H * K, (dq_near + B_self * near_keys) * scale)
-
-            # What later tokens read of the block's.
-            q_there = _rows(q_head_rows, reading, reading < end, keys, K, q_row, q_column) * scale
-            q_there *= tl.exp(tl.where(future, f_cum - f_stop[None, :], float("-inf")))
-            do_there = _rows(do_head_rows, reading, reading < end, values, V, do_row, do_column)
-            do_there *= tl.exp(tl.where(future, z_cum - z_stop[None, :], float("-inf")))
-            A = tl.where(later, _dot(k_left, tl.trans(q_there), PRECISION), 0.0)
-            B = tl.where(later, _dot(v_left, tl.trans(do_there), PRECISION), 0.0)
-            dk_near += _dot(B, q_there, PRECISION)
-            dv_near += _dot(A, do_there, PRECISION)
-
-        dk_near, dv_near = dk_near * to_stop, dv_near * values_to_stop
-        _store_rows(dk, near, near < end, keys, K, G * K, dk_near + dk_self)
-        _store_rows(dv, near, near < end, values, V, G * V, dv_near + dv_self)
-        if KEY_GATE:
-            f_grads -= near_keys * dk_near
-            f_paths = tl.cumsum(f_grads, 0, reverse=True) + f_later[None, :]
-            _store_rows(dlog_f, near, near < end, keys, K, G * K, f_paths)
-            f_later += tl.sum(f_grads, 0)
-        if VALUE_GATE:
-            z_grads -= near_values * dv_near
-            z_paths = tl.cumsum(z_grads, 0, reverse=True) + z_later[None, :]
-            _store_rows(dlog_z, near, near < end, values, V, G * V, z_paths)
-            z_later += tl.sum(z_grads, 0)
-        f_stop, z_stop = f_start, z_start
-
-    if SHIFT:
-        if start == tl.load(sequence_starts + m):
+            paths = dS * _load_tile(final_state, sequence * G + g, keys, values, K, V)
+        f_paths, z_paths = tl.sum(paths, 1), tl.sum(paths, 0)
+    if SHIFT:  # the first token of a sequence reads the state before it
+        if (half == 0) & is_first:
             at = start.to(tl.int64)
             for i in range(R):
                 h = g * R + i
+                query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
                 given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
-                dq_first = tl.sum(S * given.to(tl.float32)[None, :], 1) * scale
-                tl.store(dq + (at * H + h) * K + keys, dq_first, mask=keys < K)
+                query, given = query.to(tl.float32) * scale, given.to(tl.float32)
+                dq_first = tl.sum(S * given[None, :], 1)
+                tl.store(dq + (at * H + h) * K + keys, dq_first * scale, mask=keys < K)
+                f_paths -= query * dq_first
+                z_paths -= given * tl.sum(S * query[:, None], 0)
+
+    # Logs of the gates: from the half's start on; between the chunk's start and the half's, and its end and the chunk's.
+    f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
+    z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
+    f_there, z_there = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
+    f_other, z_other = tl.sum(f_logs, 0)[None, :], tl.sum(z_logs, 0)[None, :]
+    f_before, z_before = f_other, z_other
+    if half == 0:
+        f_before, z_before = f_other * 0.0, z_other * 0.0
+    f_rest, z_rest = f_other - f_before, z_other - z_before
+    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
+    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
+    f_near, z_near = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
+    to_stop, values_to_stop = tl.exp(tl.sum(f_logs, 0)[None, :] - f_near), tl.exp(tl.sum(z_logs, 0)[None, :] - z_near)
+
+    near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
+    near_values = _rows(v, near, near < end, values, V, v_row, v_column)
+    k_left, v_left = near_keys * to_stop, near_values * values_to_stop
+    dk_near = _dot(v_left * tl.exp(z_rest), tl.trans(dS), PRECISION) * tl.exp(f_rest)
+    dv_near = _dot(k_left * tl.exp(f_rest), dS, PRECISION) * tl.exp(z_rest)
+    if half == 0:
+        for i in range(R):
+            h = g * R + i
+            q_there = _rows(q + h * q_head, reading, reading < end, keys, K, q_row, q_column) * scale
+            q_there *= tl.exp(f_there)
+            do_there = _rows(do + h * do_head, reading, reading < end, values, V, do_row, do_column)
+            do_there *= tl.exp(z_there)
+            dk_near += _dot(_dot(v_left, tl.trans(do_there), PRECISION), q_there, PRECISION)
+            dv_near += _dot(_dot(k_left, tl.trans(q_there), PRECISION), do_there, PRECISION)
+    dk_near, dv_near = dk_near * to_stop, dv_near * values_to_stop
+    f_grads, z_grads = -near_keys * dk_near, -near_values * dv_near
+
+    k_back, v_back = near_keys * tl.exp(-f_near), near_values * tl.exp(-z_near)
+    earlier = near[:, None] > near[None, :]
+    for i in range(R):
+        h = g * R + i
+        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
+        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
+        q_now, do_now = queries * tl.exp(f_near), given * tl.exp(z_near)
+        A = tl.where(earlier, _dot(q_now, tl.trans(k_back), PRECISION), 0.0)
+        B = tl.where(earlier, _dot(do_now, tl.trans(v_back), PRECISION), 0.0)
+        dk_inside = _dot(tl.trans(B), q_now, PRECISION) * tl.exp(-f_near)
+        dv_inside = _dot(tl.trans(A), do_now, PRECISION) * tl.exp(-z_near)
+        dq_near = _dot(B, k_back, PRECISION)
+        dq_near += _dot(do_now * tl.exp(z_before), tl.trans(S), PRECISION) * tl.exp(f_before)
+        read = _dot(A, v_back, PRECISION)
+        read += _dot(q_now * tl.exp(f_before), S, PRECISION) * tl.exp(z_before)
+        if half == 1:
+            k_there = _rows(k, rows, rows < end, keys, K, k_row, k_column) * tl.exp(f_other - f_there)
+            v_there = _rows(v, rows, rows < end, values, V, v_row, v_column) * tl.exp(z_other - z_there)
+            dq_near += _dot(_dot(do_now, tl.trans(v_there), PRECISION), k_there, PRECISION)
+            read += _dot(_dot(q_now, tl.trans(k_there), PRECISION), v_there, PRECISION)
+        dq_near *= tl.exp(f_near)
+        f_grads += queries * dq_near - near_keys * dk_inside
+        z_grads += do_now * read - near_values * dv_inside
+        # A token's read of what it has written itself.
+        A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
+        dk_near += dk_inside + B_self * queries
+        dv_near += dv_inside + A_self * given
+        dq_near = (dq_near + B_self * near_keys) * scale
+        _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, dq_near)
+    _store_rows(dk, near, near < end, keys, K, G * K, dk_near)
+    _store_rows(dv, near, near < end, values, V, G * V, dv_near)
+    if KEY_GATE:
+        if half == 0:
+            f_grads -= tl.cumsum(f_grads, 0)
+        else:
+            f_grads = tl.cumsum(f_grads, 0, reverse=True)
+        _store_rows(dlog_f, near, near < end, keys, K, G * K, f_grads + f_paths[None, :])
+    if VALUE_GATE:
+        if half == 0:
+            z_grads -= tl.cumsum(z_grads, 0)
+        else:
+            z_grads = tl.cumsum(z_grads, 0, reverse=True)
+        _store_rows(dlog_z, near, near < end, values, V, G * V, z_grads + z_paths[None, :])
 
 
 @triton.jit
