@@ -280,7 +280,7 @@ def gradients(
     HALF: tl.constexpr = CHUNK // 2
     m, g, half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(starts + m), tl.load(ends + m)
-    near, rows = start + half * HALF + tl.arange(0, HALF), start + (1 - half) * HALF + tl.arange(0, HALF)
+    near, there = start + half * HALF + tl.arange(0, HALF), start + (1 - half) * HALF + tl.arange(0, HALF)
     if tl.load(strong + m * G + g) != 0:
         return
     if start + half * HALF >= end:
@@ -288,28 +288,107 @@ def gradients(
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
     dk, dv, dlog_f, dlog_z = dk + g * K, dv + g * V, dlog_f + g * K, dlog_z + g * V
-    readers, reading = near + SHIFT, rows + SHIFT
-    sequence = tl.load(sequences + m)
-    is_first = start == tl.load(sequence_starts + m)
-    S = _load_tile(states, m * G + g, keys, values, K, V)
-    dS = _load_tile(dstates, m * G + g, keys, values, K, V)
+    readers, readers_there = near + SHIFT, there + SHIFT
+    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
+    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
+    f_near, z_near = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
 
-    # All paths across the chunk's start, or its end.
-    f_paths, z_paths = tl.zeros((BK,), tl.float32), tl.zeros((BV,), tl.float32)
-    if KEY_GATE or VALUE_GATE:
+    # What the half's tokens read.
+    dk_near, dv_near = tl.zeros((HALF, BK), tl.float32), tl.zeros((HALF, BV), tl.float32)
+    f_grads, z_grads = tl.zeros((HALF, BK), tl.float32), tl.zeros((HALF, BV), tl.float32)
+    for i in range(R):
+        h = g * R + i
+        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
+        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
+        near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
+        near_values = _rows(v, near, near < end, values, V, v_row, v_column)
+        # Of what they have written themselves, ...
+        A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
+        dk_near += B_self * queries
+        dv_near += A_self * given
+        # ... of what earlier ones of the half have, ...
+        q_now, do_now = queries * tl.exp(f_near), given * tl.exp(z_near)
+        k_back, v_back = near_keys * tl.exp(-f_near), near_values * tl.exp(-z_near)
+        A = tl.where(near[:, None] > near[None, :], _dot(q_now, tl.trans(k_back), PRECISION), 0.0)
+        B = tl.where(near[:, None] > near[None, :], _dot(do_now, tl.trans(v_back), PRECISION), 0.0)
+        dk_near += _dot(tl.trans(B), q_now, PRECISION) * tl.exp(-f_near)
+        dv_near += _dot(tl.trans(A), do_now, PRECISION) * tl.exp(-z_near)
+        dq_near, read = _dot(B, k_back, PRECISION), _dot(A, v_back, PRECISION)
+        # ... of the state before the chunk, and what the first half has written.
+        S = _load_tile(states, m * G + g, keys, values, K, V)
         if half == 0:
-            if is_first:
-                paths = S * _load_tile(dinitial, sequence * G + g, keys, values, K, V)
-            else:
-                paths = S * _load_tile(dstates, (m - 1) * G + g, keys, values, K, V)
-        elif start + CHUNK < end:
+            dq_near += _dot(do_now, tl.trans(S), PRECISION)
+            read += _dot(q_now, S, PRECISION)
+        else:
+            f_logs = _logs(log_f, there, there < end, keys, K, f_row, f_column, KEY_GATE)
+            z_logs = _logs(log_z, there, there < end, values, V, z_row, z_column, VALUE_GATE)
+            f_half, z_half = tl.sum(f_logs, 0)[None, :], tl.sum(z_logs, 0)[None, :]
+            dq_near += _dot(do_now * tl.exp(z_half), tl.trans(S), PRECISION) * tl.exp(f_half)
+            read += _dot(q_now * tl.exp(f_half), S, PRECISION) * tl.exp(z_half)
+            k_there = _rows(k, there, there < end, keys, K, k_row, k_column) * tl.exp(f_half - tl.cumsum(f_logs, 0))
+            v_there = _rows(v, there, there < end, values, V, v_row, v_column) * tl.exp(z_half - tl.cumsum(z_logs, 0))
+            dq_near += _dot(_dot(do_now, tl.trans(v_there), PRECISION), k_there, PRECISION)
+            read += _dot(_dot(q_now, tl.trans(k_there), PRECISION), v_there, PRECISION)
+        dq_near = dq_near * tl.exp(f_near) + B_self * near_keys
+        _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, dq_near * scale)
+        f_grads += queries * dq_near
+        z_grads += given * (read * tl.exp(z_near) + A_self * near_values)
+
+    # What the state after the chunk has of the half's tokens, and what the last half reads of them.
+    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
+    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
+    to_stop, values_to_stop = tl.exp(tl.sum(f_logs, 0)[None, :] - f_near), tl.exp(tl.sum(z_logs, 0)[None, :] - z_near)
+    near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
+    near_values = _rows(v, near, near < end, values, V, v_row, v_column)
+    k_left, v_left = near_keys * to_stop, near_values * values_to_stop
+    dS = _load_tile(dstates, m * G + g, keys, values, K, V)
+    if half == 1:
+        dk_left, dv_left = _dot(v_left, tl.trans(dS), PRECISION), _dot(k_left, dS, PRECISION)
+    else:
+        f_logs = _logs(log_f, there, there < end, keys, K, f_row, f_column, KEY_GATE)
+        z_logs = _logs(log_z, there, there < end, values, V, z_row, z_column, VALUE_GATE)
+        f_half, z_half = tl.exp(tl.sum(f_logs, 0))[None, :], tl.exp(tl.sum(z_logs, 0))[None, :]
+        f_there, z_there = tl.exp(tl.cumsum(f_logs, 0)), tl.exp(tl.cumsum(z_logs, 0))
+        dk_left = _dot(v_left * z_half, tl.trans(dS), PRECISION) * f_half
+        dv_left = _dot(k_left * f_half, dS, PRECISION) * z_half
+        there_reads = readers_there < end
+        for i in range(R):
+            h = g * R + i
+            q_there = _rows(q + h * q_head, readers_there, there_reads, keys, K, q_row, q_column) * scale * f_there
+            do_there = _rows(do + h * do_head, readers_there, there_reads, values, V, do_row, do_column) * z_there
+            dk_left += _dot(_dot(v_left, tl.trans(do_there), PRECISION), q_there, PRECISION)
+            dv_left += _dot(_dot(k_left, tl.trans(q_there), PRECISION), do_there, PRECISION)
+    dk_near += dk_left * to_stop
+    dv_near += dv_left * values_to_stop
+    _store_rows(dk, near, near < end, keys, K, G * K, dk_near)
+    _store_rows(dv, near, near < end, values, V, G * V, dv_near)
+
+    f_grads -= near_keys * dk_near
+    z_grads -= near_values * dv_near
+    sequence = tl.load(sequences + m) * G + g
+    is_first = start == tl.load(sequence_starts + m)
+    if half == 0:
+        # All paths across the chunk's start.
+        S = _load_tile(states, m * G + g, keys, values, K, V)
+        if is_first:
+            paths = S * _load_tile(dinitial, sequence, keys, values, K, V)
+        else:
+            paths = S * _load_tile(dstates, (m - 1) * G + g, keys, values, K, V)
+        f_grads -= tl.cumsum(f_grads, 0)
+        z_grads -= tl.cumsum(z_grads, 0)
+    else:
+        # All paths across the chunk's end.
+        dS = _load_tile(dstates, m * G + g, keys, values, K, V)
+        if start + CHUNK < end:
             paths = dS * _load_tile(states, (m + 1) * G + g, keys, values, K, V)
         else:
-            paths = dS * _load_tile(final_state, sequence * G + g, keys, values, K, V)
-        f_paths, z_paths = tl.sum(paths, 1), tl.sum(paths, 0)
-    if SHIFT:  # the first token of a sequence reads the state before it
-        if (half == 0) & is_first:
-            at = start.to(tl.int64)
+            paths = dS * _load_tile(final_state, sequence, keys, values, K, V)
+        f_grads = tl.cumsum(f_grads, 0, reverse=True)
+        z_grads = tl.cumsum(z_grads, 0, reverse=True)
+    f_paths, z_paths = tl.sum(paths, 1), tl.sum(paths, 0)
+    if SHIFT:
+        if (half == 0) & is_first:  # whose first token reads the state before it, through no gate
+            S, at = _load_tile(states, m * G + g, keys, values, K, V), start.to(tl.int64)
             for i in range(R):
                 h = g * R + i
                 query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
@@ -319,80 +398,9 @@ def gradients(
                 tl.store(dq + (at * H + h) * K + keys, dq_first * scale, mask=keys < K)
                 f_paths -= query * dq_first
                 z_paths -= given * tl.sum(S * query[:, None], 0)
-
-    # Logs of the gates: from the half's start on; between the chunk's start and the half's, and its end and the chunk's.
-    f_logs = _logs(log_f, rows, rows < end, keys, K, f_row, f_column, KEY_GATE)
-    z_logs = _logs(log_z, rows, rows < end, values, V, z_row, z_column, VALUE_GATE)
-    f_there, z_there = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
-    f_other, z_other = tl.sum(f_logs, 0)[None, :], tl.sum(z_logs, 0)[None, :]
-    f_before, z_before = f_other, z_other
-    if half == 0:
-        f_before, z_before = f_other * 0.0, z_other * 0.0
-    f_rest, z_rest = f_other - f_before, z_other - z_before
-    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
-    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
-    f_near, z_near = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
-    to_stop, values_to_stop = tl.exp(tl.sum(f_logs, 0)[None, :] - f_near), tl.exp(tl.sum(z_logs, 0)[None, :] - z_near)
-
-    near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
-    near_values = _rows(v, near, near < end, values, V, v_row, v_column)
-    k_left, v_left = near_keys * to_stop, near_values * values_to_stop
-    dk_near = _dot(v_left * tl.exp(z_rest), tl.trans(dS), PRECISION) * tl.exp(f_rest)
-    dv_near = _dot(k_left * tl.exp(f_rest), dS, PRECISION) * tl.exp(z_rest)
-    if half == 0:
-        for i in range(R):
-            h = g * R + i
-            q_there = _rows(q + h * q_head, reading, reading < end, keys, K, q_row, q_column) * scale
-            q_there *= tl.exp(f_there)
-            do_there = _rows(do + h * do_head, reading, reading < end, values, V, do_row, do_column)
-            do_there *= tl.exp(z_there)
-            dk_near += _dot(_dot(v_left, tl.trans(do_there), PRECISION), q_there, PRECISION)
-            dv_near += _dot(_dot(k_left, tl.trans(q_there), PRECISION), do_there, PRECISION)
-    dk_near, dv_near = dk_near * to_stop, dv_near * values_to_stop
-    f_grads, z_grads = -near_keys * dk_near, -near_values * dv_near
-
-    k_back, v_back = near_keys * tl.exp(-f_near), near_values * tl.exp(-z_near)
-    earlier = near[:, None] > near[None, :]
-    for i in range(R):
-        h = g * R + i
-        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
-        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
-        q_now, do_now = queries * tl.exp(f_near), given * tl.exp(z_near)
-        A = tl.where(earlier, _dot(q_now, tl.trans(k_back), PRECISION), 0.0)
-        B = tl.where(earlier, _dot(do_now, tl.trans(v_back), PRECISION), 0.0)
-        dk_inside = _dot(tl.trans(B), q_now, PRECISION) * tl.exp(-f_near)
-        dv_inside = _dot(tl.trans(A), do_now, PRECISION) * tl.exp(-z_near)
-        dq_near = _dot(B, k_back, PRECISION)
-        dq_near += _dot(do_now * tl.exp(z_before), tl.trans(S), PRECISION) * tl.exp(f_before)
-        read = _dot(A, v_back, PRECISION)
-        read += _dot(q_now * tl.exp(f_before), S, PRECISION) * tl.exp(z_before)
-        if half == 1:
-            k_there = _rows(k, rows, rows < end, keys, K, k_row, k_column) * tl.exp(f_other - f_there)
-            v_there = _rows(v, rows, rows < end, values, V, v_row, v_column) * tl.exp(z_other - z_there)
-            dq_near += _dot(_dot(do_now, tl.trans(v_there), PRECISION), k_there, PRECISION)
-            read += _dot(_dot(q_now, tl.trans(k_there), PRECISION), v_there, PRECISION)
-        dq_near *= tl.exp(f_near)
-        f_grads += queries * dq_near - near_keys * dk_inside
-        z_grads += do_now * read - near_values * dv_inside
-        # A token's read of what it has written itself.
-        A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
-        dk_near += dk_inside + B_self * queries
-        dv_near += dv_inside + A_self * given
-        dq_near = (dq_near + B_self * near_keys) * scale
-        _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, dq_near)
-    _store_rows(dk, near, near < end, keys, K, G * K, dk_near)
-    _store_rows(dv, near, near < end, values, V, G * V, dv_near)
     if KEY_GATE:
-        if half == 0:
-            f_grads -= tl.cumsum(f_grads, 0)
-        else:
-            f_grads = tl.cumsum(f_grads, 0, reverse=True)
         _store_rows(dlog_f, near, near < end, keys, K, G * K, f_grads + f_paths[None, :])
     if VALUE_GATE:
-        if half == 0:
-            z_grads -= tl.cumsum(z_grads, 0)
-        else:
-            z_grads = tl.cumsum(z_grads, 0, reverse=True)
         _store_rows(dlog_z, near, near < end, values, V, G * V, z_grads + z_paths[None, :])
 
 
