@@ -58,11 +58,12 @@ LAUNCHES = {
     "read_back": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "scan": (Launch(16, 64, 2, num_stages=3), Launch(16, 64, 2, num_stages=3)),
     "outputs": (Launch(64, 64, 4, "bf16"), Launch(128, 64, 4, "bf16")),
-    "gradients": (Launch(64, 64, 8, "bf16"), Launch(128, 128, 8, "bf16")),
+    "gradients": (Launch(64, 64, 8, "bf16"), Launch(64, 64, 8, "bf16")),
     "exact": (Launch(64, 64, 2), Launch(64, 64, 2)),
     "step": (Launch(64, 32, 2), Launch(128, 32, 4)),
 }
-"""By kernel, for keys and values of up to 64 channels, and for wider ones. In `gradients` a tile is a whole state."""
+"""By kernel, for keys and values of up to 64 channels, and for wider ones. A program of `gradients` takes a
+tile of one side and all of the other."""
 
 
 def decay_rule_gpu(
@@ -429,10 +430,21 @@ def _backward_op(
     dlog_f, dlog_z = _empty_gradient(log_f, dk), _empty_gradient(log_z, dv)
     inputs, strides = (p.q, p.k, p.v, *p.gates, given), _strides(p.q, p.k, p.v, *p.gates, given)
     if M and p.is_narrow:
-        _kernels().gradients[(M, G, 2)](
-            *inputs, s.before, dstates, s.final, dinitial, s.strong, c.starts, c.ends, c.sequences, c.sequence_starts,
-            dq, dk, dv, dlog_f, dlog_z, *strides, H, G, R, K, V, scale,
-            SHIFT=p.shift, **p.compiled_for("gradients"),
+        of_keys, of_values = (p.q, p.k, p.gates[0]), (given, p.v, p.gates[1])
+        shared = (
+            s.before, dstates, s.final, dinitial, s.strong, c.starts, c.ends, c.sequences, c.sequence_starts,
+        )  # fmt: skip
+        options, (key_tiles, value_tiles) = p.compiled_for("gradients"), p.tiles("gradients")
+        gates, (BK, BV) = (options.pop("KEY_GATE"), options.pop("VALUE_GATE")), (options.pop("BK"), options.pop("BV"))
+        _kernels().gradients[(M, G, 2 * key_tiles)](
+            *of_keys, *of_values, *shared, dq, dk, dlog_f, *_strides(*of_keys, *of_values), H, G, R, K, V, V, 1,
+            scale, 1.0, GATED=gates[0], FAR_GATED=gates[1], READERS=True, SHIFT=p.shift,
+            BD=BK, BE=_side(V), **options,
+        )  # fmt: skip
+        _kernels().gradients[(M, G, 2 * value_tiles)](
+            *of_values, *of_keys, *shared, dv, dv, dlog_z, *_strides(*of_values, *of_keys), H, G, R, V, K, 1, V,
+            1.0, scale, GATED=gates[1], FAR_GATED=gates[0], READERS=False, SHIFT=p.shift,
+            BD=BV, BE=_side(K), **options,
         )  # fmt: skip
     if M and p.may_be_strong:
         chosen, (key_tiles, value_tiles) = p.launch("exact"), p.tiles("exact")

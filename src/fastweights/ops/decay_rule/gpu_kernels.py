@@ -87,6 +87,13 @@ def _load_tile(S, row, keys, values, K, V):
 
 
 @triton.jit
+def _load_sides(S, row, columns, far, D, E, column_stride, far_stride):
+    """A tile of a contiguous (rows, K, V), from either side."""
+    at = S + row.to(tl.int64) * D * E + columns[:, None] * column_stride + far[None, :] * far_stride
+    return tl.load(at, mask=(columns < D)[:, None] & (far < E)[None, :], other=0.0)
+
+
+@triton.jit
 def _store_tile(S, row, keys, values, K, V, tile):
     at = S + row.to(tl.int64) * K * V + keys[:, None] * V + values[None, :]
     tl.store(at, tile, mask=(keys < K)[:, None] & (values < V)[None, :])
@@ -268,140 +275,125 @@ def outputs(
 
 @triton.jit
 def gradients(
-    q, k, v, log_f, log_z, do, states, dstates, final_state, dinitial, strong, starts, ends, sequences,
-    sequence_starts, dq, dk, dv, dlog_f, dlog_z,
-    q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
-    f_row, f_head, f_column, z_row, z_head, z_column, do_row, do_head, do_column,
-    H, G, R, K, V, scale,
-    KEY_GATE: tl.constexpr, VALUE_GATE: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, log_gate, x, y, far_log_gate, states, dstates, final_state, dinitial, strong, starts, ends, sequences,
+    sequence_starts, dr, dw, dlog_gate,
+    r_row, r_head, r_column, w_row, w_head, w_column, gate_row, gate_head, gate_column,
+    x_row, x_head, x_column, y_row, y_head, y_column, far_gate_row, far_gate_head, far_gate_column,
+    H, G, R, D, E, column_stride, far_stride, scale, far_scale,
+    GATED: tl.constexpr, FAR_GATED: tl.constexpr, READERS: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the tokens of a half; one tile holds all of a state."""
+    """Gradients of one side of the tokens of a half: dr if READERS, dw, and dlog_gate if GATED.
+
+    The sides are mirror images. On this one, whose columns are in tiles, r and w are q and k, and on the far one, all
+    of which a tile holds, x and y are do and v: or r and w are do and v, and x and y are q and k. States are read by
+    the strides of both sides' columns.
+    """
     HALF: tl.constexpr = CHUNK // 2
-    m, g, half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, g, half, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2) % 2, tl.program_id(2) // 2
     start, end = tl.load(starts + m), tl.load(ends + m)
-    near, there = start + half * HALF + tl.arange(0, HALF), start + (1 - half) * HALF + tl.arange(0, HALF)
     if tl.load(strong + m * G + g) != 0:
         return
     if start + half * HALF >= end:
         return
-    keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
-    dk, dv, dlog_f, dlog_z = dk + g * K, dv + g * V, dlog_f + g * K, dlog_z + g * V
+    near, there = start + half * HALF + tl.arange(0, HALF), start + (1 - half) * HALF + tl.arange(0, HALF)
     readers, readers_there = near + SHIFT, there + SHIFT
-    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
-    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
-    f_near, z_near = tl.cumsum(f_logs, 0), tl.cumsum(z_logs, 0)
-
-    # What the half's tokens read.
-    dk_near, dv_near = tl.zeros((HALF, BK), tl.float32), tl.zeros((HALF, BV), tl.float32)
-    f_grads, z_grads = tl.zeros((HALF, BK), tl.float32), tl.zeros((HALF, BV), tl.float32)
-    for i in range(R):
-        h = g * R + i
-        queries = _rows(q + h * q_head, readers, readers < end, keys, K, q_row, q_column) * scale
-        given = _rows(do + h * do_head, readers, readers < end, values, V, do_row, do_column)
-        near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
-        near_values = _rows(v, near, near < end, values, V, v_row, v_column)
-        # Of what they have written themselves, ...
-        A_self, B_self = tl.sum(queries * near_keys, 1)[:, None], tl.sum(given * near_values, 1)[:, None]
-        dk_near += B_self * queries
-        dv_near += A_self * given
-        # ... of what earlier ones of the half have, ...
-        q_now, do_now = queries * tl.exp(f_near), given * tl.exp(z_near)
-        k_back, v_back = near_keys * tl.exp(-f_near), near_values * tl.exp(-z_near)
-        A = tl.where(near[:, None] > near[None, :], _dot(q_now, tl.trans(k_back), PRECISION), 0.0)
-        B = tl.where(near[:, None] > near[None, :], _dot(do_now, tl.trans(v_back), PRECISION), 0.0)
-        dk_near += _dot(tl.trans(B), q_now, PRECISION) * tl.exp(-f_near)
-        dv_near += _dot(tl.trans(A), do_now, PRECISION) * tl.exp(-z_near)
-        dq_near, read = _dot(B, k_back, PRECISION), _dot(A, v_back, PRECISION)
-        # ... of the state before the chunk, and what the first half has written.
-        S = _load_tile(states, m * G + g, keys, values, K, V)
-        if half == 0:
-            dq_near += _dot(do_now, tl.trans(S), PRECISION)
-            read += _dot(q_now, S, PRECISION)
-        else:
-            f_logs = _logs(log_f, there, there < end, keys, K, f_row, f_column, KEY_GATE)
-            z_logs = _logs(log_z, there, there < end, values, V, z_row, z_column, VALUE_GATE)
-            f_half, z_half = tl.sum(f_logs, 0)[None, :], tl.sum(z_logs, 0)[None, :]
-            dq_near += _dot(do_now * tl.exp(z_half), tl.trans(S), PRECISION) * tl.exp(f_half)
-            read += _dot(q_now * tl.exp(f_half), S, PRECISION) * tl.exp(z_half)
-            k_there = _rows(k, there, there < end, keys, K, k_row, k_column) * tl.exp(f_half - tl.cumsum(f_logs, 0))
-            v_there = _rows(v, there, there < end, values, V, v_row, v_column) * tl.exp(z_half - tl.cumsum(z_logs, 0))
-            dq_near += _dot(_dot(do_now, tl.trans(v_there), PRECISION), k_there, PRECISION)
-            read += _dot(_dot(q_now, tl.trans(k_there), PRECISION), v_there, PRECISION)
-        dq_near = dq_near * tl.exp(f_near) + B_self * near_keys
-        _store_rows(dq + h * K, readers, readers < end, keys, K, H * K, dq_near * scale)
-        f_grads += queries * dq_near
-        z_grads += given * (read * tl.exp(z_near) + A_self * near_values)
+    columns, far = tile * BD + tl.arange(0, BD), tl.arange(0, BE)
+    w, log_gate = w + g * w_head, log_gate + g * gate_head
+    y, far_log_gate = y + g * y_head, far_log_gate + g * far_gate_head
+    dw, dlog_gate = dw + g * D, dlog_gate + g * D
+    logs = _logs(log_gate, near, near < end, columns, D, gate_row, gate_column, GATED)
+    far_logs = _logs(far_log_gate, near, near < end, far, E, far_gate_row, far_gate_column, FAR_GATED)
+    before, far_before = tl.cumsum(logs, 0), tl.cumsum(far_logs, 0)
+    near_w = _rows(w, near, near < end, columns, D, w_row, w_column)
+    near_y = _rows(y, near, near < end, far, E, y_row, y_column)
 
     # What the state after the chunk has of the half's tokens, and what the last half reads of them.
-    f_logs = _logs(log_f, near, near < end, keys, K, f_row, f_column, KEY_GATE)
-    z_logs = _logs(log_z, near, near < end, values, V, z_row, z_column, VALUE_GATE)
-    to_stop, values_to_stop = tl.exp(tl.sum(f_logs, 0)[None, :] - f_near), tl.exp(tl.sum(z_logs, 0)[None, :] - z_near)
-    near_keys = _rows(k, near, near < end, keys, K, k_row, k_column)
-    near_values = _rows(v, near, near < end, values, V, v_row, v_column)
-    k_left, v_left = near_keys * to_stop, near_values * values_to_stop
-    dS = _load_tile(dstates, m * G + g, keys, values, K, V)
+    to_stop = tl.exp(tl.sum(logs, 0)[None, :] - before)
+    y_left = near_y * tl.exp(tl.sum(far_logs, 0)[None, :] - far_before)
+    dS = _load_sides(dstates, m * G + g, columns, far, D, E, column_stride, far_stride)
     if half == 1:
-        dk_left, dv_left = _dot(v_left, tl.trans(dS), PRECISION), _dot(k_left, dS, PRECISION)
+        dw_near = _dot(y_left, tl.trans(dS), PRECISION)
     else:
-        f_logs = _logs(log_f, there, there < end, keys, K, f_row, f_column, KEY_GATE)
-        z_logs = _logs(log_z, there, there < end, values, V, z_row, z_column, VALUE_GATE)
-        f_half, z_half = tl.exp(tl.sum(f_logs, 0))[None, :], tl.exp(tl.sum(z_logs, 0))[None, :]
-        f_there, z_there = tl.exp(tl.cumsum(f_logs, 0)), tl.exp(tl.cumsum(z_logs, 0))
-        dk_left = _dot(v_left * z_half, tl.trans(dS), PRECISION) * f_half
-        dv_left = _dot(k_left * f_half, dS, PRECISION) * z_half
-        there_reads = readers_there < end
+        logs = _logs(log_gate, there, there < end, columns, D, gate_row, gate_column, GATED)
+        far_logs = _logs(far_log_gate, there, there < end, far, E, far_gate_row, far_gate_column, FAR_GATED)
+        dw_near = _dot(y_left * tl.exp(tl.sum(far_logs, 0))[None, :], tl.trans(dS), PRECISION)
+        dw_near *= tl.exp(tl.sum(logs, 0))[None, :]
         for i in range(R):
             h = g * R + i
-            q_there = _rows(q + h * q_head, readers_there, there_reads, keys, K, q_row, q_column) * scale * f_there
-            do_there = _rows(do + h * do_head, readers_there, there_reads, values, V, do_row, do_column) * z_there
-            dk_left += _dot(_dot(v_left, tl.trans(do_there), PRECISION), q_there, PRECISION)
-            dv_left += _dot(_dot(k_left, tl.trans(q_there), PRECISION), do_there, PRECISION)
-    dk_near += dk_left * to_stop
-    dv_near += dv_left * values_to_stop
-    _store_rows(dk, near, near < end, keys, K, G * K, dk_near)
-    _store_rows(dv, near, near < end, values, V, G * V, dv_near)
+            r_there = _rows(r + h * r_head, readers_there, readers_there < end, columns, D, r_row, r_column)
+            x_there = _rows(x + h * x_head, readers_there, readers_there < end, far, E, x_row, x_column)
+            r_there *= tl.exp(tl.cumsum(logs, 0)) * scale
+            x_there *= tl.exp(tl.cumsum(far_logs, 0)) * far_scale
+            dw_near += _dot(_dot(y_left, tl.trans(x_there), PRECISION), r_there, PRECISION)
+    dw_near *= to_stop
 
-    f_grads -= near_keys * dk_near
-    z_grads -= near_values * dv_near
+    # What the half's tokens read: of what they have written themselves, of earlier ones of the half, and of the state
+    # before the chunk and the first half.
+    w_back, y_back = near_w * tl.exp(-before), near_y * tl.exp(-far_before)
+    grads = tl.zeros((HALF, BD), tl.float32)
+    for i in range(R):
+        h = g * R + i
+        near_r = _rows(r + h * r_head, readers, readers < end, columns, D, r_row, r_column) * scale
+        near_x = _rows(x + h * x_head, readers, readers < end, far, E, x_row, x_column) * far_scale
+        B_self = tl.sum(near_x * near_y, 1)[:, None]
+        x_now = near_x * tl.exp(far_before)
+        B = tl.where(near[:, None] > near[None, :], _dot(x_now, tl.trans(y_back), PRECISION), 0.0)
+        dw_near += _dot(tl.trans(B), near_r * tl.exp(before), PRECISION) * tl.exp(-before) + B_self * near_r
+        if READERS or GATED:
+            dr_near = _dot(B, w_back, PRECISION)
+            S = _load_sides(states, m * G + g, columns, far, D, E, column_stride, far_stride)
+            if half == 0:
+                dr_near += _dot(x_now, tl.trans(S), PRECISION)
+            else:
+                logs = _logs(log_gate, there, there < end, columns, D, gate_row, gate_column, GATED)
+                far_logs = _logs(far_log_gate, there, there < end, far, E, far_gate_row, far_gate_column, FAR_GATED)
+                whole, far_whole = tl.sum(logs, 0)[None, :], tl.sum(far_logs, 0)[None, :]
+                dr_near += _dot(x_now * tl.exp(far_whole), tl.trans(S), PRECISION) * tl.exp(whole)
+                w_there = _rows(w, there, there < end, columns, D, w_row, w_column)
+                w_there *= tl.exp(whole - tl.cumsum(logs, 0))
+                y_there = _rows(y, there, there < end, far, E, y_row, y_column)
+                y_there *= tl.exp(far_whole - tl.cumsum(far_logs, 0))
+                dr_near += _dot(_dot(x_now, tl.trans(y_there), PRECISION), w_there, PRECISION)
+            dr_near = dr_near * tl.exp(before) + B_self * near_w
+            grads += near_r * dr_near
+            if READERS:
+                _store_rows(dr + h * D, readers, readers < end, columns, D, H * D, dr_near * scale)
+    _store_rows(dw, near, near < end, columns, D, G * D, dw_near)
+
     sequence = tl.load(sequences + m) * G + g
     is_first = start == tl.load(sequence_starts + m)
-    if half == 0:
-        # All paths across the chunk's start.
-        S = _load_tile(states, m * G + g, keys, values, K, V)
-        if is_first:
-            paths = S * _load_tile(dinitial, sequence, keys, values, K, V)
-        else:
-            paths = S * _load_tile(dstates, (m - 1) * G + g, keys, values, K, V)
-        f_grads -= tl.cumsum(f_grads, 0)
-        z_grads -= tl.cumsum(z_grads, 0)
-    else:
-        # All paths across the chunk's end.
-        dS = _load_tile(dstates, m * G + g, keys, values, K, V)
-        if start + CHUNK < end:
-            paths = dS * _load_tile(states, (m + 1) * G + g, keys, values, K, V)
-        else:
-            paths = dS * _load_tile(final_state, sequence, keys, values, K, V)
-        f_grads = tl.cumsum(f_grads, 0, reverse=True)
-        z_grads = tl.cumsum(z_grads, 0, reverse=True)
-    f_paths, z_paths = tl.sum(paths, 1), tl.sum(paths, 0)
-    if SHIFT:
+    if GATED:
+        grads -= near_w * dw_near
+        if half == 0:  # all paths across the chunk's start
+            grads -= tl.cumsum(grads, 0)
+            paths = _load_sides(states, m * G + g, columns, far, D, E, column_stride, far_stride)
+            if is_first:
+                paths *= _load_sides(dinitial, sequence, columns, far, D, E, column_stride, far_stride)
+            else:
+                paths *= _load_sides(dstates, (m - 1) * G + g, columns, far, D, E, column_stride, far_stride)
+        else:  # and across its end
+            grads = tl.cumsum(grads, 0, reverse=True)
+            paths = _load_sides(dstates, m * G + g, columns, far, D, E, column_stride, far_stride)
+            if start + CHUNK < end:
+                paths *= _load_sides(states, (m + 1) * G + g, columns, far, D, E, column_stride, far_stride)
+            else:
+                paths *= _load_sides(final_state, sequence, columns, far, D, E, column_stride, far_stride)
+        grads += tl.sum(paths, 1)[None, :]
+    if SHIFT and (READERS or GATED):
         if (half == 0) & is_first:  # whose first token reads the state before it, through no gate
-            S, at = _load_tile(states, m * G + g, keys, values, K, V), start.to(tl.int64)
+            S = _load_sides(states, m * G + g, columns, far, D, E, column_stride, far_stride)
+            at = start.to(tl.int64)
             for i in range(R):
                 h = g * R + i
-                query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
-                given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
-                query, given = query.to(tl.float32) * scale, given.to(tl.float32)
-                dq_first = tl.sum(S * given[None, :], 1)
-                tl.store(dq + (at * H + h) * K + keys, dq_first * scale, mask=keys < K)
-                f_paths -= query * dq_first
-                z_paths -= given * tl.sum(S * query[:, None], 0)
-    if KEY_GATE:
-        _store_rows(dlog_f, near, near < end, keys, K, G * K, f_grads + f_paths[None, :])
-    if VALUE_GATE:
-        _store_rows(dlog_z, near, near < end, values, V, G * V, z_grads + z_paths[None, :])
+                first_r = tl.load(r + h * r_head + at * r_row + columns * r_column, mask=columns < D, other=0.0)
+                first_x = tl.load(x + h * x_head + at * x_row + far * x_column, mask=far < E, other=0.0)
+                dr_first = tl.sum(S * (first_x.to(tl.float32) * far_scale)[None, :], 1)
+                grads -= (first_r.to(tl.float32) * scale * dr_first)[None, :]
+                if READERS:
+                    tl.store(dr + (at * H + h) * D + columns, dr_first * scale, mask=columns < D)
+    if GATED:
+        _store_rows(dlog_gate, near, near < end, columns, D, G * D, grads)
 
 
 @triton.jit
