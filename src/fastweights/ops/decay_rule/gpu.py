@@ -57,9 +57,9 @@ LAUNCHES = {
     "written": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "read_back": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "scan": (Launch(16, 64, 2, num_stages=3), Launch(16, 64, 2, num_stages=3)),
-    "outputs": (Launch(64, 64, 4, "bf16"), Launch(128, 64, 4, "bf16")),
+    "outputs": (Launch(64, 64, 4, "bf16"), Launch(128, 64, 8, "bf16")),
     "gradients": (Launch(64, 64, 8, "bf16"), Launch(64, 64, 8, "bf16")),
-    "exact": (Launch(64, 64, 2), Launch(64, 64, 2)),
+    "exact": (Launch(32, 64, 4), Launch(32, 64, 4)),
     "step": (Launch(64, 32, 2), Launch(128, 32, 4)),
 }
 """By kernel, for keys and values of up to 64 channels, and for wider ones. A program of `gradients` takes a

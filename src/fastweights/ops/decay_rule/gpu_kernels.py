@@ -182,9 +182,9 @@ def read_back(
         if SHIFT:  # the first token of a sequence reads the state before it
             if start == tl.load(sequence_starts + m):
                 at = start.to(tl.int64)
-                query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
-                given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
-                total += query.to(tl.float32)[:, None] * scale * given.to(tl.float32)[None, :]
+                first_query = tl.load(q + h * q_head + at * q_row + keys * q_column, mask=keys < K, other=0.0)
+                first_given = tl.load(do + h * do_head + at * do_row + values * do_column, mask=values < V, other=0.0)
+                total += first_query.to(tl.float32)[:, None] * scale * first_given.to(tl.float32)[None, :]
     _store_tile(dU, m * G + g, keys, values, K, V, total)
 
 
