@@ -105,8 +105,8 @@ class Hour:
         environment = {**os.environ, **(variables or {}), "HF_HUB_OFFLINE": "1"}
         if self.is_rehearsal:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        elif self.triton:
-            environment["FASTWEIGHTS_TRITON"] = "1"
+        elif not self.triton:
+            environment["FASTWEIGHTS_TRITON"] = "0"
         with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:

@@ -12,7 +12,7 @@ import torch
 from .checks import are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
-from .decay_rule.gpu import decay_rule_gpu
+from .decay_rule.gpu import decay_rule_gpu, suits_this_machine
 from .decay_rule.reference import decay_rule_reference
 from .delta_rule.chunked import delta_rule_chunked
 from .delta_rule.cpu import delta_rule_cpu
@@ -91,9 +91,10 @@ def decay_rule(
         cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
         backend: "reference", "chunked", "cpu" or "gpu" (Triton); "auto" takes "cpu" for tensors on a CPU, except
-            float64 ones and those of a large state without vector gates that need gradients, and "chunked" for all
-            others; "gpu" on a GPU where FASTWEIGHTS_TRITON=1 is in the environment,
-            until these kernels have been seen to run there. Only "reference" and "chunked" can be differentiated twice.
+            float64 ones and those of a large state without vector gates that need gradients; "gpu" on an NVIDIA GPU of
+            the Ampere generation or later, except for float64 and a large state without vector gates, unless
+            FASTWEIGHTS_TRITON=0 is in the environment; and "chunked" for all else. Only "reference" and "chunked" can
+            be differentiated twice.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
@@ -107,11 +108,11 @@ def decay_rule(
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_gate("key_log_decay", key_log_decay, k, "k")
     check_gate("value_log_decay", value_log_decay, v, "v")
-    # Plain products are the faster ones on a CPU, too, for gradients of a state that fills its caches.
+    # Plain products are the faster ones for a large state that decays as a whole: on a GPU, and for gradients on a CPU.
     products = (
         k.shape[3] * v.shape[3] >= _LARGE
         and are_scalar(key_log_decay, value_log_decay)
-        and needs_gradients(q, k, v, key_log_decay, value_log_decay, initial_state)
+        and (not q.is_cpu or needs_gradients(q, k, v, key_log_decay, value_log_decay, initial_state))
     )
     rule = _backend(_DECAY_RULE, backend, q.device.type, compute_dtype(q, k, v), products=products)
     o, final_state = rule(q, k, v, key_log_decay, value_log_decay, initial_state, cu_seqlens, scale, inclusive)
@@ -201,8 +202,9 @@ def _backend(
 
 def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, products: bool = False) -> str:
     backend = "cpu" if device == "cpu" and dtype == torch.float32 and not products else "chunked"
-    # Not by itself, until the kernels have been seen to be right on a GPU, and not in an interpreter alone.
-    if device == "cuda" and dtype == torch.float32 and "gpu" in rules and os.environ.get("FASTWEIGHTS_TRITON") == "1":
+    wanted = "gpu" in rules and dtype == torch.float32 and not products and os.environ.get("FASTWEIGHTS_TRITON") != "0"
+    # Whoever compiles for a GPU has Triton.
+    if device == "cuda" and wanted and (torch.compiler.is_compiling() or suits_this_machine()):
         backend = "gpu"
     if not torch.compiler.is_compiling():
         _log_choice(device, dtype, backend)

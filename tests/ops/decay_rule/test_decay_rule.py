@@ -296,15 +296,19 @@ def test_auto_takes_chunked_for_float64():
     assert torch.equal(decay_rule(**tensors)[0], decay_rule(**tensors, backend="chunked")[0])
 
 
-def test_auto_takes_the_kernels_for_gpus_only_when_told_to(monkeypatch):
+def test_auto_takes_the_kernels_on_gpus_that_have_them(monkeypatch):
     from fastweights import ops
 
-    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "chunked"
-    monkeypatch.setenv("FASTWEIGHTS_TRITON", "1")
-    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "gpu"
+    monkeypatch.delenv("FASTWEIGHTS_TRITON", raising=False)
+    for suits, expected in ((False, "chunked"), (True, "gpu")):
+        monkeypatch.setattr(ops, "suits_this_machine", lambda suits=suits: suits)
+        assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == expected
     assert ops._choose(ops._DECAY_RULE, "cuda", torch.float64) == "chunked"
+    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32, products=True) == "chunked"
     assert ops._choose(ops._DELTA_RULE, "cuda", torch.float32) == "chunked"
     assert ops._choose(ops._DECAY_RULE, "cpu", torch.float32) == "cpu"
+    monkeypatch.setenv("FASTWEIGHTS_TRITON", "0")
+    assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "chunked"
 
 
 def test_the_state_comes_only_when_asked_for():

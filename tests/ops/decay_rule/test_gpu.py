@@ -36,8 +36,6 @@ SMALL = [
     Problem(9, 16, 16, 1, 1, 1, "none", "none", inclusive=False),
     Problem(70, 16, 16, 1, 1, 1, inclusive=False),
     Problem(20, 80, 130, 1, 1, 1, strongest=200.0),
-    Problem(100, 16, 16, 1, 2, 1, "vector", "scalar", 2.0, inclusive=False),
-    Problem(5, 80, 16, 1, 1, 1, strongest=50.0, inclusive=False),
     Problem(24, 16, 16, H=1, G=1, strongest=5.0, inclusive=False, cu_seqlens=(0, 0, 1, 17, 17, 24)),
     Problem(24, 16, 16, H=1, G=1, strongest=5.0, cu_seqlens=(0, 0, 24)),
 ]
@@ -47,7 +45,6 @@ LARGE = [
     *(Problem(300, K, V, 2, 2, 1, inclusive=i) for K, V in ((256, 256), (577, 256), (1, 300)) for i in (True, False)),
     *(Problem(90, 16, 32, H=4, inclusive=i, cu_seqlens=(0, 0, 1, 64, 64, 90)) for i in (True, False)),
     Problem(5000, 64, 64, 2, 6, 3, strongest=20.0),
-    *(Problem(200, K, V, 2, 4, 2, inclusive=i) for K, V in ((64, 64), (128, 128), (128, 32)) for i in (True, False)),
 ]
 
 
@@ -70,9 +67,7 @@ def test_agrees_with_the_reference(problem):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.bfloat16, tolerances.BFLOAT16_FACTORS), (torch.float16, tolerances.FLOAT16)],
-    ids=str,
+    ("dtype", "tolerance"), [(torch.bfloat16, tolerances.BFLOAT16), (torch.float16, tolerances.FLOAT16)], ids=str
 )
 def test_low_precision_inputs_have_a_float32_state(dtype, tolerance):
     problem = Problem(20, 16, 16, 1, 2, 1, seed=2)
@@ -91,17 +86,6 @@ def test_a_gate_of_zero_forgets_all_and_makes_no_nan(inclusive):
     results = run_there(tensors, problem)
     expected = run({n: x.double() for n, x in tensors.items()}, "reference", **options(problem))
     assert all(x.isfinite().all() for x in results.values())
-    assert_close(results, expected, tolerances.FLOAT32)
-
-
-@pytest.mark.parametrize("inclusive", [True, False])
-def test_chunks_with_mild_and_with_strong_gates_in_one_sequence(inclusive):
-    problem = Problem(140, 16, 16, 1, 1, 1, inclusive=inclusive, seed=8)
-    tensors = inputs(problem, torch.float32)
-    tensors["key_log_decay"][:, 70:80] = -30.0
-    tensors["value_log_decay"][:, 100, 0] = -torch.inf
-    results = run_there(tensors, problem)
-    expected = run({n: x.double() for n, x in tensors.items()}, "reference", **options(problem))
     assert_close(results, expected, tolerances.FLOAT32)
 
 
@@ -208,52 +192,42 @@ def test_what_does_not_fit_is_one_line(monkeypatch):
 
 COMPILE = """
 import time
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastweights.ops.decay_rule import gpu, gpu_exact, gpu_kernels
+from fastweights.ops.decay_rule import gpu_kernels as kernels
 
-HALVES = {"q", "k", "v", "o", "do", "x", "y", "r", "w", "dr", "dw", "dlog_gate", "whole"}
-WHOLE = {"starts", "ends", "sequences", "sequence_starts", "first_chunks", "chunk_counts"}
-NUMBERS = {"tokens", "count", "H", "G", "R", "K", "V", "D", "E", "column_stride", "far_stride"}
-CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, GATED=True, FAR_GATED=True, SHIFT=1, BACK=True, CHUNK=64, SUB=16,
-                 READERS=4, LIMIT=75.0, STAGES=3, PRECISION="tf32x3")
-for name in ("written", "read_back", "scan", "outputs", "gradients", "step", "pairs", "exact_outputs",
-             "exact_gradients", "join"):
-    kernel = getattr(gpu_kernels, name, None) or getattr(gpu_exact, name)
-    launch = gpu.LAUNCHES.get(name, gpu.LAUNCHES["exact"])[0]
-    sides = {"BK": launch.BK, "BV": launch.BV, "BD": launch.BK, "BE": launch.BV}
+POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "o": "bf16", "do": "bf16", "x": "bf16", "y": "bf16"}
+WHOLE = {"starts", "ends", "sequence_starts", "first_chunks", "chunk_counts"}
+NUMBERS = {"tokens", "H", "G", "R", "K", "V", "D"}
+CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, GATED=True, SHIFT=1, BACK=True, CHUNK=64, SUB=16, READERS=4, BK=64,
+                 BV=64, BD=64, PRECISION="tf32x3")
+for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step"):
+    kernel = getattr(kernels, name)
     signature, constants = {}, {}
     for parameter in kernel.params:
         if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = (CONSTANTS | sides)[parameter.name]
+            signature[parameter.name], constants[parameter.name] = "constexpr", CONSTANTS[parameter.name]
         elif parameter.name.endswith(("_row", "_head", "_column")) or parameter.name in NUMBERS:
             signature[parameter.name] = "i32"
-        elif parameter.name.endswith("scale"):
+        elif parameter.name == "scale":
             signature[parameter.name] = "fp32"
-        elif parameter.name in WHOLE | {"strong"}:
-            signature[parameter.name] = "*i32" if parameter.name == "strong" else "*i64"
         else:
-            signature[parameter.name] = "*bf16" if parameter.name in HALVES else "*fp32"
-    for precision in (launch.precision, "tf32x3") if "PRECISION" in constants else ("",):
-        start = time.perf_counter()
-        source = ASTSource(kernel, signature, {n: precision if n == "PRECISION" else x for n, x in constants.items()})
-        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": launch.num_warps})
-        print(name + precision, round(time.perf_counter() - start, 1), "wgmma" in compiled.asm["ptx"])
+            kind = "i64" if parameter.name in WHOLE else POINTERS.get(parameter.name, "fp32")
+            signature[parameter.name] = "*" + kind
+    start = time.perf_counter()
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    print(name, round(time.perf_counter() - start, 1))
 """
 
 
 def test_all_kernels_compile_for_a_gpu(tmp_path):
-    """By the compiler itself, to machine code of an H100, which needs none, and in seconds.
-
-    None has a WGMMA instruction, of which Triton 3.4 to 3.6 makes wrong ones for factors that a kernel computes.
-    """
+    """By the compiler itself, to machine code of an H100, which needs none, and in seconds."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
-    print(found)
-    assert len(found) == 16
-    assert all(float(took) < 60 for _, took, _ in found), found
-    assert all(has_wgmma == "False" for *_, has_wgmma in found), found
+    seconds = dict(line.split() for line in done.stdout.splitlines())
+    print(seconds)
+    assert len(seconds) == 7
+    assert all(float(took) < 60 for took in seconds.values()), seconds
