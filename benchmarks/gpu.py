@@ -15,6 +15,9 @@ Bytes are those of inputs and outputs, each moved once, and operations those of 
 causal half of softmax): what must be done, of which a kernel may do more. Both stand beside what the card was measured
 to reach, copying and multiplying. With `--device cpu` and TRITON_INTERPRET=1 the same script runs in Triton's
 interpreter on tiny shapes: a rehearsal, whose times mean nothing.
+
+With `--tune`, only how long the decay rule takes when its kernels are launched in other ways than `ops.decay_rule.gpu`
+has in its table, one kernel at a time.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from benchmarks.kernels import check, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.errors import FastWeightsError
 from fastweights.ops import decay_rule
+from fastweights.ops.decay_rule import gpu
 
 SHAPES = ((4, 2048, 16, 64), (4, 2048, 16, 128), (1, 16384, 16, 128), (8, 1024, 12, 64))
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -53,6 +57,15 @@ CONTEXTS = (1024, 4096, 16384)
 TOKENS = 32768
 """In each call of the comparison by length."""
 STEPS = ((64, 16, 64), (64, 16, 128))
+VARIANTS: dict[str, list[dict]] = {
+    "written": [{"num_warps": 2}, {"BV": 32}, {"precision": "bf16"}],
+    "read_back": [{"num_warps": 2}, {"BV": 32}, {"precision": "bf16"}],
+    "scan": [{"num_stages": 1}, {"num_stages": 5}, {"BK": 8}, {"BK": 32}, {"num_warps": 1}, {"num_warps": 4}],
+    "outputs": [{"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8}, {"BV": 32}, {"precision": "tf32"}],
+    "gradients": [{"num_warps": 4}, {"num_warps": 8}, {"BK": 32, "BV": 32}, {"precision": "tf32"}],
+    "step": [{"num_warps": 1}, {"num_warps": 4}, {"num_warps": 8}, {"BK": 32}, {"BV": 16}, {"BV": 64}, {"BV": 128}],
+}
+"""What is tried of each kernel in place of what it is launched with."""
 GATES = {"both gates": (True, True), "key gate": (True, False), "value gate": (False, True), "no gates": (False, False)}
 HOST_CYCLES = 10_000_000
 """Of the card's clock, some milliseconds: longer than the host takes to launch anything here."""
@@ -105,12 +118,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.csv"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
     device = Device(arguments.device, arguments.repeats)
     try:
         check_device(device)
     except FastWeightsError as error:
         sys.exit(f"benchmarks.gpu: {error}")
+    if arguments.tune:
+        tune(device)
+        return
     T, H, D = (257, 2, 64) if device.is_gpu else (20, 1, 16)
     for dtype, tolerance in TOLERANCES.items():
         q, k, v, *logs = inputs(1, T, H, D, device.name, dtype)
@@ -132,6 +149,36 @@ def main() -> None:
     show(rows)
     plot(rows, arguments.output.with_suffix(".png"))
     console.print(f"written to {arguments.output}, and drawn in {arguments.output.with_suffix('.png')}")
+
+
+def tune(device: Device) -> None:
+    """Print how long calls take with each variant of each kernel's launch."""
+    for wide, D in enumerate((64, 128)):
+        shape = (4, 2048, 16) if device.is_gpu else (1, 20, 1)
+        calls = {"step": _step_task(64 if device.is_gpu else 1, 16, D, device)}
+        long = inputs(*shape, D, device.name, torch.bfloat16)
+        calls |= {"other": forward_and_backward(_decay("gpu", (True, True)), long)}
+        for name, call in calls.items():
+            console.print(f"D = {D}, {name}, as it is: {device.times({name: call})[name]['p50']:.4f} ms")
+        for kernel, variants in VARIANTS.items():
+            name = "step" if kernel == "step" else "other"
+            usual = gpu.LAUNCHES[kernel]
+            for variant in variants:
+                gpu.LAUNCHES[kernel] = tuple(x._replace(**variant) if i == wide else x for i, x in enumerate(usual))
+                try:
+                    found = f"{device.times({name: calls[name]})[name]['p50']:.4f} ms"
+                except Exception as error:  # a launch that does not fit, of which Triton has several kinds
+                    found = str(error).splitlines()[0]
+                console.print(f"D = {D}, {kernel}, {variant}: {found}")
+            gpu.LAUNCHES[kernel] = usual
+
+
+def _step_task(B: int, H: int, D: int, device: Device) -> Task:
+    """One decoding step with a state."""
+    tensors, state = inputs(B, 1, H, D, device.name, torch.bfloat16), torch.randn(B, H, D, D, device=device.name)
+    return forward(
+        lambda *rule: decay_rule(*rule, initial_state=state, output_final_state=True, backend="gpu")[0], tensors
+    )
 
 
 def _all(device: Device, limits: dict[str, float]) -> Iterator[list[dict]]:

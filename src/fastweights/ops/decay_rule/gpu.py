@@ -53,7 +53,7 @@ class Launch(NamedTuple):
     num_stages: int = 1
 
 
-LAUNCHES = {
+LAUNCHES: dict[str, tuple[Launch, ...]] = {
     "written": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "read_back": (Launch(32, 64, 4), Launch(32, 128, 4)),
     "scan": (Launch(16, 64, 2, num_stages=3), Launch(16, 64, 2, num_stages=3)),
