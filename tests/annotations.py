@@ -57,7 +57,16 @@ def begin_test() -> None:
 
 def _modules() -> list[ModuleType]:
     # kernels compiles when imported, __main__ runs; Triton and lm-eval need not be installed.
-    left_out = ("__main__", ".cpu_kernels", ".cpu_forward", ".cpu_backward", ".staging", ".vectors", ".gpu_kernels")
+    left_out = (
+        "__main__",
+        ".cpu_kernels",
+        ".cpu_forward",
+        ".cpu_backward",
+        ".staging",
+        ".vectors",
+        ".gpu_kernels",
+        ".gpu_exact",
+    )
     left_out += (".evaluation.lm_eval",)
     names = [info.name for info in pkgutil.walk_packages(fastweights.__path__, "fastweights.")]
     return [importlib.import_module(name) for name in names if not name.endswith(left_out)]

@@ -92,7 +92,7 @@ def exact_outputs(
     q, o = q + h * q_head, o + (key_tile.to(tl.int64) * tokens * H + h) * V
     k, v, log_f, log_z = k + g * k_head, v + g * v_head, log_f + g * f_head, log_z + g * z_head
     S = _load_tile(states, m * G + g, keys, values, K, V)
-    if SHIFT:  # noqa: SIM102
+    if SHIFT:
         if start == tl.load(sequence_starts + m):
             query = tl.load(q + start.to(tl.int64) * q_row + keys * q_column, mask=keys < K, other=0.0).to(tl.float32)
             read = tl.sum(query[:, None] * scale * S, 0)

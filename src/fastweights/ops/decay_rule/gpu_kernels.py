@@ -16,7 +16,7 @@ half, and from there to t. The start of a half is in its tokens' past: no output
 The gradient of a log gate at j is a sum over paths, each from a write before j to a read, or the last state, from j on.
 In the last half it is what all paths that end from j on bring, S dS at the chunk's end and q dq at each t, less those
 that start there, k dk at each i; in the first half, S dS at the chunk's start, and what starts before j, less what ends
-there. A token's read of its own write is in both, and left out of them.
+there. A token's read of its own write is in both.
 
 Tokens are rows of (tokens, heads, width). SHIFT is 1 where tokens read before their own write: token t + 1 then reads
 where token t would. PRECISION is how tensor cores multiply: bfloat16 factors, "bf16", or float32 ones, "tf32" and
