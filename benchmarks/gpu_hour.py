@@ -4,9 +4,12 @@
 
 1. The tests of the Triton kernels. Only if they pass do the trainings use these kernels.
 2. The benchmark of the kernels (benchmarks/gpu.py).
-3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial:
-   SmolLM2 as recipes/smollm2.toml has it; stories15M in the paper's pure form, on text sampled from itself; the
-   embedded model's pretraining; a Fast Weight Layer on SmolLM2.
+3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
+   several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
+   window of 128 in all layers, with fast weights and without; stories15M in the paper's pure form, on text sampled from
+   itself, and SmolLM2 with a window of 64, with and without; the embedded model's pretraining, and a Fast Weight Layer
+   on SmolLM2.
+4. Of each SmolLM2 that was trained, what its parts are worth on WikiText-2's test split, at three lengths of text.
 
 Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
 on with what is not done (gpu.json in the output folder). A part whose model or text is missing says so and is left out.
@@ -26,9 +29,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -39,8 +44,10 @@ from rich.console import Console
 from fastweights.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-_SAMPLES = "samples.jsonl"
+_SAMPLES, _TEXTS = "samples.jsonl", "texts"
 TRIAL_STEPS, TRIAL_LOG = 12, 4
+LENGTHS = (1024, 4096, 16384)
+"""Of the blocks in which trained models read the text that they are tested on."""
 KEPT = 0.85
 """Part of a training's time that its steps are to take; the rest is for evaluation and saving."""
 GRACE = 30
@@ -57,13 +64,15 @@ class Training:
     command: list[str]
     """Of fastweights, with a recipe where it has one."""
     options: dict[str, str]
-    """What is not as the recipe or the defaults say, but for output, steps and resume."""
+    """What is not as the recipe or the defaults say, but for output, steps and resume; a switch has no value."""
     stages: tuple[str, ...]
     """Stages whose steps are set: with several, each gets the same share of the time."""
     share: float
-    """Of the time that is left when it is its turn."""
+    """Of the time that is left when it is its turn, or that of those beside which it is trained."""
     text: str = ""
     """Name of the text that is made for it first, if one is."""
+    control_of: str = ""
+    """Name of a training beside it that has as many steps."""
 
 
 @dataclass
@@ -77,6 +86,8 @@ class Hour:
     start: float = field(default_factory=time.monotonic)
     done: dict[str, dict] = field(default_factory=dict)
     triton: bool = False
+    running: set[subprocess.Popen] = field(default_factory=set)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def file(self) -> Path:
@@ -92,8 +103,9 @@ class Hour:
 
     def note(self, name: str, **what: object) -> None:
         """Keep on disk what is known of a part."""
-        self.done[name] = {**self.done.get(name, {}), **what}
-        write_text(self.file, json.dumps(self.done, indent=2) + "\n")
+        with self._writing:
+            self.done[name] = {**self.done.get(name, {}), **what}
+            write_text(self.file, json.dumps(self.done, indent=2) + "\n")
 
     def run(self, name: str, command: list[str], seconds: float, variables: Mapping[str, str] | None = None) -> bool:
         """Run a command for so long at most; its output goes to NAME.log. Whether it came to its end."""
@@ -109,17 +121,25 @@ class Hour:
             environment["FASTWEIGHTS_TRITON"] = "0"
         with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.running.add(process)
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
                 _stop(process)
+                self.running.discard(process)
         if code is None:
             console.print(f"{name}: its time is over; the same command goes on with it")
         elif code:
             console.print(f"{name}: failed with exit code {code}; see {self.output / name}.log")
         return code == 0
+
+    def stop(self, *_: object) -> None:
+        """What a kill is to do: it reaches the parts that run, which then keep what they have."""
+        for process in tuple(self.running):
+            process.send_signal(signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def main() -> None:
@@ -133,8 +153,7 @@ def main() -> None:
     if not arguments.minutes > 0:
         parser.error(f"--minutes is {arguments.minutes}; it must be above 0")
     hour = Hour(arguments.minutes, arguments.device, arguments.data.resolve(), arguments.output.resolve())
-    # A kill reaches the part that runs, which then keeps what it has.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, hour.stop)
     _check_device(hour)
     missing = _missing()
     hour.output.mkdir(parents=True, exist_ok=True)
@@ -144,8 +163,9 @@ def main() -> None:
     _benchmark(hour)
     if missing:
         console.print(f"trainings: left out, as they need {', '.join(missing)}")
-    for training in [] if missing else _trainings(hour):
-        _train(hour, training)
+    for trainings in [] if missing else _trainings(hour):
+        _train(hour, trainings)
+        _evaluate(hour, trainings)
     _report(hour)
 
 
@@ -197,26 +217,44 @@ def _benchmark(hour: Hour) -> None:
     hour.note("benchmark", done=hour.run("benchmark", command, max(240, 60 * hour.minutes / 6)))
 
 
-def _trainings(hour: Hour) -> list[Training]:
+def _trainings(hour: Hour) -> list[list[Training]]:
+    """In the order in which they are trained; those of a list side by side."""
     smollm2, stories, small = _smollm2(hour), _stories(hour), hour.is_rehearsal
-    texts, samples = str(hour.output / "texts"), str(hour.output / _SAMPLES)
-    run = {"run.save-every": "5"} if small else {"run.precision": "bf16", "run.save-every": "200"}
+    texts, samples = str(hour.output / _TEXTS), str(hour.output / _SAMPLES)
+    run = (
+        {"run.save-every": "5"} if small else {"run.precision": "bf16", "run.compile": "true", "run.save-every": "200"}
+    )
     run |= {"run.save-minutes": "2", "run.log-every": str(TRIAL_LOG)}
     tiny = {"data.block-size": "64", "evaluation.max-tokens": "256"} if small else {}
-    found = []
+    beside: list[list[Training]] = [[], [], []]
     if smollm2:
         options = {"model": smollm2, "stage": "finetune", "data.text": texts, **run, **tiny}
         if small:
             options |= {"convert.window": "16", "finetune.lora-rank": "4", "evaluation.parts-tokens": "128"}
         else:
-            options |= {"finetune.batch-size": "8"}
-        head = ["train"] if small else ["--config", "recipes/smollm2.toml", "train"]
-        found.append(Training("smollm2", head, options, ("finetune",), 0.5, "texts"))
+            # Larger batches than a CPU's, and so higher rates; LoRA's rank is what 10 MB hold.
+            options |= {"finetune.batch-size": "4", "finetune.lora-rank": "32"}
+            options |= {"finetune.learning-rate": "7e-4", "finetune.new-learning-rate": "7e-3"}
+
+        def hybrid(name: str, recipe: str, control_of: str = "", **more: str) -> Training:
+            head = ["train"] if small else ["--config", f"recipes/{recipe}.toml", "train"]
+            return Training(name, head, options | more, ("finetune",), 0.5, _TEXTS, control_of)
+
+        alone = {"finetune.no-fast-weights": ""}
+        beside[0].append(hybrid("smollm2", "smollm2"))
+        if small:  # one control is rehearsal enough
+            beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
+        else:
+            beside[0].append(hybrid("windows-128", "smollm2-windows"))
+            beside[0].append(hybrid("windows-128-alone", "smollm2-windows", "windows-128", **alone))
+            window = {"convert.window": "64"}
+            beside[1].append(hybrid("windows-64", "smollm2-windows", **window))
+            beside[1].append(hybrid("windows-64-alone", "smollm2-windows", "windows-64", **window, **alone))
     if stories:
         options = {"model": stories, "data.text": samples, **run, **tiny}
         if not small:
             options |= {"data.block-size": "256", "transfer.batch-size": "32", "finetune.batch-size": "32"}
-        found.append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))
+        beside[1].append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))
     options = {**run, "short.warmup-steps": "10", "long.warmup-steps": "10"}
     if not small:
         options |= {"short.batch-size": "64", "long.batch-size": "16"}
@@ -224,11 +262,11 @@ def _trainings(hour: Hour) -> list[Training]:
         options |= {"data.text": texts, "data.block-size": "64", "short-block-size": "32", "short.batch-size": "2"}
         options |= {"shape.hidden-size": "32", "shape.heads": "2", "shape.layers": "1"}
     head = ["--config", "recipes/pretrain-embedded.toml", "pretrain"]
-    found.append(Training("embedded", head, options, ("short", "long"), 0.5, "texts" if small else ""))
+    beside[2].append(Training("embedded", head, options, ("short", "long"), 1.0, _TEXTS if small else ""))
     if smollm2:
         options = {"model": smollm2, "stage": "meta", "data.text": texts, **run, **tiny}
-        found.append(Training("layer", ["train"], options, ("meta",), 1.0, "texts"))
-    return found
+        beside[2].append(Training("layer", ["train"], options, ("meta",), 1.0, _TEXTS))
+    return [trainings for trainings in beside if trainings]
 
 
 def _smollm2(hour: Hour) -> str | None:
@@ -263,7 +301,10 @@ def _stories(hour: Hour) -> str | None:
 
 
 def _texts(hour: Hour, folder: Path) -> bool:
-    """The kinds of text of recipes/smollm2.toml, as far as they are there; Python's own sources always are."""
+    """The kinds of text of recipes/smollm2.toml, as far as they are there; Python's own sources always are.
+
+    To be tested on, WikiText-2, or some more of these.
+    """
     if (folder / "b.validation.txt").exists():
         return True
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,6 +326,9 @@ def _texts(hour: Hour, folder: Path) -> bool:
         texts = {name: text[:20_000] for name, text in texts.items()}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    test = hour.data / "wikitext-2-raw" / "wiki.test.raw.gz"
+    with gzip.open(test, "rt", encoding="utf-8") if test.exists() else (library / "inspect.py").open() as text:
+        (folder / "c.test.txt").write_text(text.read(), encoding="utf-8")
     (folder / "b.validation.txt").write_text((library / "dataclasses.py").read_text("utf-8")[:14_000], encoding="utf-8")
     return True
 
@@ -301,34 +345,65 @@ def _samples(hour: Hour, file: Path) -> bool:
 
 
 _FASTWEIGHTS = [sys.executable, "-m", "fastweights"]
-_MAKE = {"texts": _texts, _SAMPLES: _samples}
+_MAKE: dict[str, Callable[[Hour, Path], bool]] = {_TEXTS: _texts, _SAMPLES: _samples}
 
 
-def _train(hour: Hour, training: Training) -> None:
-    name, known = training.name, hour.done.get(training.name, {})
-    if known.get("done"):
-        return
-    if training.text and not _MAKE[training.text](hour, hour.output / training.text):
-        return
-    seconds = training.share * hour.seconds_left
-    steps = known.get("steps")
-    if steps is None and hour.is_rehearsal and name != "smollm2":  # one trial is rehearsal enough
-        steps = dict.fromkeys(training.stages, TRIAL_STEPS)
-    steps = steps or _steps(hour, training, seconds)
-    if steps is None:
-        return
-    hour.note(name, steps=steps)
-    command = [*_command(training, hour.output / name, steps), "--resume"]
-    hour.note(name, done=hour.run(name, command, seconds if name in ("smollm2", "stories15m") else hour.seconds_left))
+def _train(hour: Hour, trainings: Sequence[Training]) -> None:
+    """Those that are not done, side by side, each with as many steps as fit."""
+    seconds = max(training.share for training in trainings) * hour.seconds_left
+    left = [training for training in trainings if not hour.done.get(training.name, {}).get("done")]
+    made = {text: _MAKE[text](hour, hour.output / text) for text in dict.fromkeys(t.text for t in left if t.text)}
+    left = [training for training in left if made.get(training.text, True)]
+    steps = {training.name: hour.done.get(training.name, {}).get("steps") for training in left}
+    start = time.monotonic()
+    with ThreadPoolExecutor(max(1, len(left))) as pool:
+        trials = [training for training in left if steps[training.name] is None and not training.control_of]
+        found = pool.map(lambda training: _steps(hour, training, seconds), trials)
+        steps |= dict(zip((training.name for training in trials), found, strict=True))
+        for training in left:
+            # A control is compared with what it is the control of after as many steps.
+            if steps[training.name] is None and training.control_of:
+                steps[training.name] = hour.done.get(training.control_of, {}).get("steps", steps[training.control_of])
+        seconds -= time.monotonic() - start
+        left = [training for training in left if steps[training.name] is not None]
+        list(pool.map(lambda training: _train_one(hour, training, steps[training.name], seconds), left))
+
+
+def _train_one(hour: Hour, training: Training, steps: dict[str, int], seconds: float) -> None:
+    hour.note(training.name, steps=steps)
+    command = [*_command(training, hour.output / training.name, steps), "--resume"]
+    hour.note(
+        training.name, done=hour.run(training.name, command, seconds if training.share < 1 else hour.seconds_left)
+    )
+
+
+def _evaluate(hour: Hour, trainings: Sequence[Training]) -> None:
+    """What the parts of hybrids are worth, by the length of the text."""
+    for training in trainings:
+        folder, lengths = hour.output / training.name, (64,) if hour.is_rehearsal else LENGTHS
+        if training.stages != ("finetune",) or not hour.done.get(training.name, {}).get("done"):
+            continue
+        for length in lengths if training.name == "smollm2" or not hour.is_rehearsal else ():
+            name = f"{training.name}-{length}"
+            if hour.done.get(name, {}).get("done"):
+                continue
+            options = ["--text", str(hour.output / _TEXTS), "--block-size", str(length), "--parts"]
+            options += ["--evaluation.max-tokens", "256" if hour.is_rehearsal else "32768"]
+            options += ["--evaluation.batch-size", str(max(1, LENGTHS[-1] // length))] if not hour.is_rehearsal else []
+            command = [*_FASTWEIGHTS, "eval", str(folder), *options, "--output", str(hour.output / name), "--overwrite"]
+            hour.note(name, done=hour.run(name, command, hour.seconds_left))
 
 
 def _command(training: Training, output: Path, steps: Mapping[str, int]) -> list[str]:
     options = {**training.options, "output": str(output), **{f"{stage}.steps": str(n) for stage, n in steps.items()}}
-    return [*_FASTWEIGHTS, *training.command, *(part for name, x in options.items() for part in (f"--{name}", x))]
+    given = [part for name, x in options.items() for part in (f"--{name}", x) if part]
+    return [*_FASTWEIGHTS, *training.command, *given]
 
 
 def _steps(hour: Hour, training: Training, seconds: float) -> dict[str, int] | None:
     """How many steps of each stage fit into so many seconds, by a trial of a few; None if the trial failed."""
+    if hour.is_rehearsal and training.name != "smollm2":  # one trial is rehearsal enough
+        return dict.fromkeys(training.stages, TRIAL_STEPS)
     folder = hour.output / f"{training.name}-trial"
     command = [*_command(training, folder, dict.fromkeys(training.stages, TRIAL_STEPS)), "--overwrite"]
     start = time.monotonic()

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,13 +30,19 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
     done = run(tmp_path, "--minutes", "10")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())
-    for name in ("benchmark", "smollm2", "stories15m", "embedded", "layer", "samples"):
+    trained = ("smollm2", "windows-128-alone", "stories15m", "embedded", "layer")
+    for name in ("benchmark", "samples", *trained, "smollm2-64"):
         assert parts[name]["done"], done.stdout + (tmp_path / f"{name}.log").read_text()[-2000:]
     assert parts["kernels"]["passed"]
     assert {path.name for path in (tmp_path / "smollm2").glob("adapter*")} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    run_of = json.loads((tmp_path / "windows-128-alone" / "run.json").read_text())
+    assert run_of["config"]["finetune"]["fast_weights"] is False
+    assert parts["windows-128-alone"]["steps"] == parts["smollm2"]["steps"]
+    judged = json.loads((tmp_path / "smollm2-64" / "results.json").read_text())
+    assert len(judged["models"][str(tmp_path / "smollm2")]) == 5
     assert (tmp_path / "kernels.csv").stat().st_size
     assert (tmp_path / "kernels.png").stat().st_size
 
@@ -83,7 +91,11 @@ def test_a_missing_model_is_left_out_with_a_line(tmp_path, capsys):
 
 def test_texts_are_those_that_are_there(tmp_path):
     gpu_hour._texts(hour(tmp_path), tmp_path / "texts")
-    assert {path.name for path in (tmp_path / "texts").iterdir()} == {"python.train.txt", "b.validation.txt"}
+    assert {path.name for path in (tmp_path / "texts").iterdir()} == {
+        "python.train.txt",
+        "b.validation.txt",
+        "c.test.txt",
+    }
 
 
 def test_no_gpu_is_one_line(tmp_path):
@@ -97,3 +109,18 @@ def test_no_gpu_is_one_line(tmp_path):
     assert done.stderr == (
         "benchmarks.gpu_hour: there is no GPU here that torch can use; --device cpu rehearses in small\n"
     )
+
+
+def test_a_kill_reaches_all_that_runs(tmp_path):
+    """Each part may write its checkpoint, and none goes on."""
+    kept = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); time.sleep(60)"
+    there = hour(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(there.run, name, [sys.executable, "-c", kept], 50) for name in ("one", "other")]
+        while len(there.running) < 2:
+            time.sleep(0.1)
+        time.sleep(0.5)  # until they listen
+        with pytest.raises(SystemExit):
+            there.stop()
+    assert [part.result() for part in parts] == [False, False]
+    assert not there.running

@@ -27,7 +27,7 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
     from fastweights.cli.demo import PROMPT, run_demo
 
     start = time.perf_counter()
-    result = run_demo(config, say=lambda line: say(line, "bold"))
+    result = run_demo(config, say=lambda line: say(f"{_since(start)}  {line}", "bold"))
     print_stages(result.stages, "quality on modules that no model has seen; retention = teacher / model perplexity")
     print_parts(result.stages)
     for name, text in result.samples.items():
@@ -41,6 +41,12 @@ def demo(config: Annotated[DemoConfig, Parameter(name="*")] = DemoConfig()) -> N
     say(f"done in {time.perf_counter() - start:.0f} s; results and pictures:")
     for file in result.files:
         say(f"  {file}")
+
+
+def _since(start: float) -> str:
+    """Minutes and seconds."""
+    minutes, seconds = divmod(int(time.perf_counter() - start), 60)
+    return f"{minutes}:{seconds:02d}"
 
 
 def print_real(result: RealResult) -> None:
