@@ -137,8 +137,11 @@ class Hour:
 
     def stop(self, *_: object) -> None:
         """What a kill is to do: it reaches the parts that run, which then keep what they have."""
-        for process in tuple(self.running):
+        running = tuple(self.running)
+        for process in running:
             process.send_signal(signal.SIGTERM)
+        for process in running:
+            _stop(process)
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -221,9 +224,7 @@ def _trainings(hour: Hour) -> list[list[Training]]:
     """In the order in which they are trained; those of a list side by side."""
     smollm2, stories, small = _smollm2(hour), _stories(hour), hour.is_rehearsal
     texts, samples = str(hour.output / _TEXTS), str(hour.output / _SAMPLES)
-    run = (
-        {"run.save-every": "5"} if small else {"run.precision": "bf16", "run.compile": "true", "run.save-every": "200"}
-    )
+    run = {"run.save-every": "5"} if small else {"run.precision": "bf16", "run.compile": "", "run.save-every": "200"}
     run |= {"run.save-minutes": "2", "run.log-every": str(TRIAL_LOG)}
     tiny = {"data.block-size": "64", "evaluation.max-tokens": "256"} if small else {}
     beside: list[list[Training]] = [[], [], []]
@@ -357,13 +358,13 @@ def _train(hour: Hour, trainings: Sequence[Training]) -> None:
     steps = {training.name: hour.done.get(training.name, {}).get("steps") for training in left}
     start = time.monotonic()
     with ThreadPoolExecutor(max(1, len(left))) as pool:
-        trials = [training for training in left if steps[training.name] is None and not training.control_of]
+        # Controls as well, since all share the card, though each then has as many steps as what it is the control of.
+        trials = [training for training in left if steps[training.name] is None]
         found = pool.map(lambda training: _steps(hour, training, seconds), trials)
         steps |= dict(zip((training.name for training in trials), found, strict=True))
-        for training in left:
-            # A control is compared with what it is the control of after as many steps.
-            if steps[training.name] is None and training.control_of:
-                steps[training.name] = hour.done.get(training.control_of, {}).get("steps", steps[training.control_of])
+        for training in trials:
+            if (of := training.control_of) and (known := hour.done.get(of, {}).get("steps", steps.get(of))):
+                steps[training.name] = known
         seconds -= time.monotonic() - start
         left = [training for training in left if steps[training.name] is not None]
         list(pool.map(lambda training: _train_one(hour, training, steps[training.name], seconds), left))
@@ -372,9 +373,8 @@ def _train(hour: Hour, trainings: Sequence[Training]) -> None:
 def _train_one(hour: Hour, training: Training, steps: dict[str, int], seconds: float) -> None:
     hour.note(training.name, steps=steps)
     command = [*_command(training, hour.output / training.name, steps), "--resume"]
-    hour.note(
-        training.name, done=hour.run(training.name, command, seconds if training.share < 1 else hour.seconds_left)
-    )
+    seconds = seconds if training.share < 1 else hour.seconds_left
+    hour.note(training.name, done=hour.run(training.name, command, seconds))
 
 
 def _evaluate(hour: Hour, trainings: Sequence[Training]) -> None:

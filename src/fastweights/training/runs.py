@@ -138,14 +138,8 @@ def _check_contents(folder: Path, contents: dict[str, str]) -> None:
 
 # What may change when a run goes on.
 _FREE = ("config.resume", "config.overwrite", "config.output", "config.run.save_every", "config.run.save_minutes")
-_FREE += (
-    "config.run.log_every",
-    "config.run.report_to",
-    "config.run.compile",
-    "config.evaluation.",
-    "versions.",
-    "contents.",
-)
+_FREE += ("config.run.log_every", "config.run.report_to", "config.run.compile", "config.evaluation.")
+_FREE += ("versions.", "contents.")
 # A grid may grow: its cells have configs of their own.
 _FREE += ("config.rules", "config.feature_maps", "config.windows", "config.seeds")
 
