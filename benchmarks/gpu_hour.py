@@ -360,14 +360,14 @@ def _train(hour: Hour, trainings: Sequence[Training]) -> None:
     with ThreadPoolExecutor(max(1, len(left))) as pool:
         # Controls as well, since all share the card, though each then has as many steps as what it is the control of.
         trials = [training for training in left if steps[training.name] is None]
-        found = pool.map(lambda training: _steps(hour, training, seconds), trials)
-        steps |= dict(zip((training.name for training in trials), found, strict=True))
+        fitting = pool.map(lambda training: _steps(hour, training, seconds), trials)
+        steps |= dict(zip((training.name for training in trials), fitting, strict=True))
         for training in trials:
             if (of := training.control_of) and (known := hour.done.get(of, {}).get("steps", steps.get(of))):
                 steps[training.name] = known
         seconds -= time.monotonic() - start
-        left = [training for training in left if steps[training.name] is not None]
-        list(pool.map(lambda training: _train_one(hour, training, steps[training.name], seconds), left))
+        ready = [(training, found) for training in left if (found := steps[training.name]) is not None]
+        list(pool.map(lambda each: _train_one(hour, *each, seconds), ready))
 
 
 def _train_one(hour: Hour, training: Training, steps: dict[str, int], seconds: float) -> None:
