@@ -367,7 +367,7 @@ def _train(hour: Hour, trainings: Sequence[Training]) -> None:
                 steps[training.name] = known
         seconds -= time.monotonic() - start
         ready = [(training, found) for training in left if (found := steps[training.name]) is not None]
-        list(pool.map(lambda each: _train_one(hour, *each, seconds), ready))
+        list(pool.map(lambda each: _train_one(hour, each[0], each[1], seconds), ready))
 
 
 def _train_one(hour: Hour, training: Training, steps: dict[str, int], seconds: float) -> None:
