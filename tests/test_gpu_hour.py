@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from benchmarks import gpu_hour
 
+from fastweights.cli import Recipe, make_app
+
 ROOT = Path(__file__).parents[1]
 TRITON = ROOT / ".venv" / "triton"
 
@@ -30,7 +32,7 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
     done = run(tmp_path, "--minutes", "10")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())
-    trained = ("smollm2", "windows-128-alone", "stories15m", "embedded", "layer")
+    trained = ("smollm2", "windows-128-alone", "stories15m")
     for name in ("benchmark", "samples", *trained, "smollm2-64"):
         assert parts[name]["done"], done.stdout + (tmp_path / f"{name}.log").read_text()[-2000:]
     assert parts["kernels"]["passed"]
@@ -53,6 +55,32 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
 
 def hour(tmp_path, minutes=1.0) -> gpu_hour.Hour:
     return gpu_hour.Hour(minutes, "cpu", tmp_path / "data", tmp_path)
+
+
+def test_each_training_on_a_gpu_is_a_command_that_there_is(tmp_path):
+    stories = tmp_path / "data" / "stories15M"
+    stories.mkdir(parents=True)
+    (stories / "config.json").touch()
+    (tmp_path / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    there = gpu_hour.Hour(1, "cuda", tmp_path / "data", tmp_path)
+    trainings = [training for beside in gpu_hour._trainings(there) for training in beside]
+    names = ["smollm2", "windows-128", "windows-128-alone", "windows-64", "windows-64-alone", "stories15m", "embedded"]
+    assert [training.name for training in trainings] == [*names, "layer"]
+    for training in trainings:
+        tokens = gpu_hour._command(training, tmp_path / training.name, dict.fromkeys(training.stages, 100))[3:]
+        app = make_app()
+        app.config = ()
+        if tokens[0] == "--config":
+            app.config = (Recipe(ROOT / tokens[1]),)
+            tokens = tokens[2:]
+        _, bound, _ = app.parse_args(tokens, print_error=False, exit_on_error=False)
+        config = bound.arguments["config"]
+        assert config.output == tmp_path / training.name
+        assert config.run.compile
+        for stage in training.stages:
+            assert getattr(config, stage).steps == 100
+        if training.stages == ("finetune",):
+            assert config.finetune.fast_weights is not training.name.endswith("-alone")
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_may_write_its_checkpoint(tmp_path):
