@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from benchmarks import gpu_hour
 
-from fastweights.cli import Recipe, make_app
+from tests.cli.test_cli import parsed
 
 ROOT = Path(__file__).parents[1]
 TRITON = ROOT / ".venv" / "triton"
@@ -68,13 +68,10 @@ def test_each_training_on_a_gpu_is_a_command_that_there_is(tmp_path):
     assert [training.name for training in trainings] == [*names, "layer"]
     for training in trainings:
         tokens = gpu_hour._command(training, tmp_path / training.name, dict.fromkeys(training.stages, 100))[3:]
-        app = make_app()
-        app.config = ()
+        recipe = None
         if tokens[0] == "--config":
-            app.config = (Recipe(ROOT / tokens[1]),)
-            tokens = tokens[2:]
-        _, bound, _ = app.parse_args(tokens, print_error=False, exit_on_error=False)
-        config = bound.arguments["config"]
+            recipe, tokens = ROOT / tokens[1], tokens[2:]
+        config = parsed(*tokens, recipe=recipe)["config"]
         assert config.output == tmp_path / training.name
         assert config.run.compile
         for stage in training.stages:

@@ -202,9 +202,14 @@ def _backend(
 
 def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, products: bool = False) -> str:
     backend = "cpu" if device == "cpu" and dtype == torch.float32 and not products else "chunked"
-    wanted = "gpu" in rules and dtype == torch.float32 and not products and os.environ.get("FASTWEIGHTS_TRITON") != "0"
-    # Whoever compiles for a GPU has Triton.
-    if device == "cuda" and wanted and (torch.compiler.is_compiling() or suits_this_machine()):
+    if (
+        device == "cuda"
+        and dtype == torch.float32
+        and "gpu" in rules
+        and not products
+        and os.environ.get("FASTWEIGHTS_TRITON") != "0"
+        and (torch.compiler.is_compiling() or suits_this_machine())  # whoever compiles for a GPU has Triton
+    ):
         backend = "gpu"
     if not torch.compiler.is_compiling():
         _log_choice(device, dtype, backend)

@@ -17,12 +17,15 @@ import transformers
 
 from fastweights.errors import FastWeightsError, check_folder, reason_of
 from fastweights.files import check_output_folder, only_run, said, things_in, write_text
+from fastweights.layers.quantised import LINEAR
+from fastweights.models.quantisation import weights_of
 from fastweights.training.checkpoints import clear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from accelerate import PartialState
+    from transformers import PreTrainedModel
 
     from fastweights.settings.grid import GridConfig
     from fastweights.settings.training import PretrainConfig, RunConfig, StageConfig, TrainConfig
@@ -39,6 +42,11 @@ def process_state() -> PartialState:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """On this process's device; but weights in few bits are for CPUs, and stay where they are."""
+    return model if weights_of(model) in LINEAR else model.to(process_state().device)  # type: ignore[arg-type]
 
 
 def check_stage(config: StageConfig, run: RunConfig, blocks: TokenBlocks) -> None:

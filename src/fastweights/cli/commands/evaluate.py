@@ -72,6 +72,7 @@ def evaluate(
     from fastweights.models.loading import load_model, load_tokenizer
     from fastweights.models.quantisation import check_not_quantised
     from fastweights.progress import Progress
+    from fastweights.training.runs import placed
 
     if not models:
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
@@ -100,7 +101,7 @@ def evaluate(
         check_distances(load_tokenizer(source), recall_test)
     with Progress(unit="tokens") as progress:
         for source in held_out:
-            model = _placed(load_model(source, weights=weights))
+            model = placed(load_model(source, weights=weights))
             if dynamic:
                 check_not_quantised(model, "dynamic evaluation")
             base = _teacher_of(model, source, teacher) if parts else None
@@ -149,15 +150,6 @@ def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None) -> Pre
     if not is_hybrid(model):
         raise FastWeightsError(f"{source} has no layers with both fast weights and a window: leave --parts out")
     return load_teacher(model, teacher).to(model.device)  # type: ignore[arg-type]
-
-
-def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """On this machine's accelerator where there is one; weights in few bits are for CPUs."""
-    from fastweights.layers.quantised import LINEAR
-    from fastweights.models.quantisation import weights_of
-    from fastweights.training.runs import process_state
-
-    return model if weights_of(model) in LINEAR else model.to(process_state().device)  # type: ignore[arg-type]
 
 
 def _recall(

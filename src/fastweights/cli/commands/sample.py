@@ -108,11 +108,11 @@ def _load(model: str, config: SamplingConfig) -> tuple[PreTrainedModel, PreTrain
     import torch
 
     from fastweights.models.loading import load_model, load_tokenizer
-    from fastweights.training.runs import process_state
+    from fastweights.training.runs import placed
 
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    return loaded.to(process_state().device), tokenizer  # type: ignore[arg-type]
+    return placed(loaded), tokenizer
 
 
 def _prompts(files: tuple[Path, ...]) -> list[str]:
