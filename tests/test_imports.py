@@ -6,6 +6,8 @@ from statistics import median
 
 import pytest
 
+from tests.forks import Forks
+
 HEAVY = ("cyclopts", "datasets", "fastweights.training.trainer", "matplotlib", "numba", "peft", "transformers.trainer")
 VERY_HEAVY = ("numpy", "torch", "transformers")
 
@@ -63,6 +65,13 @@ def test_help_takes_less_than_a_second(arguments):
     assert median(seconds) < 1.0  # 0.3 on a machine at rest, 5 with torch
 
 
+@pytest.fixture(scope="module")
+def with_torch():
+    """Where processes begin that have what is heavy of others, and nothing of transformers or ours."""
+    with Forks("import torch.distributed.tensor, torch._dynamo") as forks:
+        yield forks
+
+
 @pytest.mark.parametrize(
     "first",
     [
@@ -76,10 +85,11 @@ def test_help_takes_less_than_a_second(arguments):
         "from fastweights import train",
     ],
 )
-def test_auto_classes_know_our_models_whatever_is_imported_first(first):
+def test_auto_classes_know_our_models_whatever_is_imported_first(with_torch, first):
     code = f"{first}\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
     code += "config = AutoConfig.for_model('fastweights')\n"
-    assert run(f"{code}print(AutoModelForCausalLM._model_mapping[type(config)].__name__)") == "FastWeightsForCausalLM"
+    done = with_torch.run(code=f"{code}print(AutoModelForCausalLM._model_mapping[type(config)].__name__)")
+    assert (done.returncode, done.stdout) == (0, "FastWeightsForCausalLM\n"), done.stderr
 
 
 def test_all_public_names_are_there():

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fastweights.cli.console import use_utf8
+from tests.forks import Forks
 
 PROMPT = "Grüße, 漢字"
 LOCALES = {
@@ -19,12 +20,22 @@ LOCALES = {
 }
 
 
-def run(locale: str, *arguments: str, given: str = "") -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "fastweights", *arguments]
-    done = subprocess.run(
-        command, input=given.encode(), capture_output=True, timeout=300, env=os.environ | LOCALES[locale]
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+@pytest.fixture(scope="module", params=LOCALES)
+def run(request):
+    """Runs the command in that locale."""
+    locale = LOCALES[request.param]
+    if request.param != "C":
+        with Forks(**locale) as forks:
+            yield forks.run
+        return
+
+    def from_the_start(*arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
+        """There it starts itself anew, which no fork can."""
+        command = [sys.executable, "-m", "fastweights", *map(str, arguments)]
+        environment = os.environ | locale
+        return subprocess.run(command, input=given, capture_output=True, encoding="utf-8", timeout=300, env=environment)
+
+    yield from_the_start
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +43,27 @@ def folder(tmp_path_factory, model_folder) -> str:
     return str(shutil.copytree(model_folder, tmp_path_factory.mktemp("модели") / "modèle"))
 
 
-@pytest.mark.parametrize("locale", LOCALES)
 @pytest.mark.parametrize("way", ["argument", "standard input"])
-def test_prompts_are_utf8(folder, locale, way):
+def test_prompts_are_utf8(folder, run, way):
     prompt, given = (PROMPT, "") if way == "argument" else ("-", PROMPT)
-    code, out, err = run(locale, "generate", folder, "--prompt", prompt, "--max-new-tokens", "3", given=given)
-    assert (code, out[: len(PROMPT)]) == (0, PROMPT), err
+    done = run("generate", folder, "--prompt", prompt, "--max-new-tokens", "3", given=given)
+    assert (done.returncode, done.stdout[: len(PROMPT)]) == (0, PROMPT), done.stderr
 
 
-@pytest.mark.parametrize("locale", LOCALES)
-def test_texts_and_recipes_are_utf8(folder, locale, tmp_path):
+def test_texts_and_recipes_are_utf8(folder, run, tmp_path):
     (tmp_path / "tëxt.txt").write_text("Grüße, 漢字. " * 50, encoding="utf-8")
     (tmp_path / "récipe.toml").write_text('# ä comment\n"block-size" = 32\n', encoding="utf-8")
     recipe = ("--config", str(tmp_path / "récipe.toml"))
-    code, out, err = run(locale, *recipe, "eval", folder, "--text", str(tmp_path / "tëxt.txt"))
-    assert code == 0, err
-    assert "blocks of 32 tokens" in " ".join(out.split())
+    done = run(*recipe, "eval", folder, "--text", tmp_path / "tëxt.txt")
+    assert done.returncode == 0, done.stderr
+    assert "blocks of 32 tokens" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("locale", LOCALES)
-def test_errors_are_utf8(locale):
-    code, _, err = run(locale, "generate", "./niñgún")
-    assert code == 1
-    assert "does not exist" in err
-    assert "Traceback" not in err
+def test_errors_are_utf8(run):
+    done = run("generate", "./niñgún")
+    assert done.returncode == 1
+    assert "./niñgún does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_no_encoding_has_is_spelt_out(monkeypatch):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import huggingface_hub
@@ -19,6 +16,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.models import convert, load_model
 from fastweights.models.loading import check_apart, load_tokenizer
 from tests.conftest import make_gpt2
+from tests.forks import Forks
 
 _OURS = """
 from pathlib import Path
@@ -42,18 +40,21 @@ def change(file, **changes) -> None:
     file.write_text(json.dumps({name: value for name, value in settings.items() if value is not ...}), encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def trusting():
+    """Where processes begin whose user trusts code from anywhere."""
+    with Forks(FASTWEIGHTS_TRUST_REMOTE_CODE="1", HF_TRUST_REMOTE_CODE="1", TRUST_REMOTE_CODE="1") as forks:
+        yield forks
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known family", "unknown family"])
 @pytest.mark.parametrize("file", sorted(_MAPS))
-def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, file, known):
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path, trusting, file, known):
     mark = tmp_path / "ran"
     (folder / "code.py").write_text(_OURS.format(mark=str(mark)), encoding="utf-8")
     unknown = {"model_type": "stranger"} if file == "config.json" else {"tokenizer_class": "StrangerTokenizer"}
     change(folder / file, auto_map=_MAPS[file], **({} if known else unknown))
-    command = [sys.executable, "-m", "fastweights", "generate", str(folder), "--prompt", "a", "--max-new-tokens", "2"]
-    trusting = {"FASTWEIGHTS_TRUST_REMOTE_CODE": "1", "HF_TRUST_REMOTE_CODE": "1", "TRUST_REMOTE_CODE": "1"}
-    done = subprocess.run(
-        command, input="y\n" * 9, capture_output=True, text=True, timeout=300, env=os.environ | trusting
-    )
+    done = trusting.run("generate", folder, "--prompt", "a", "--max-new-tokens", 2, given="y\n" * 9)
     assert not mark.exists()
     assert "Traceback" not in done.stderr
     if done.returncode:

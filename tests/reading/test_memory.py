@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,6 +21,7 @@ from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_
 from fastweights.reading.text import token_pieces
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.forks import Forks
 
 KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]
 
@@ -388,10 +388,13 @@ while True:
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
     file = tmp_path / "x.memory"
     model = make("hybrid + layer")
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", _SAVES, str(file)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline().strip() == "saved"
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert load_memory(model, file).tokens == 50
+    with Forks() as forks:
+        for _ in range(2):
+            process = forks.start(file, code=_SAVES)
+            while "saved" not in process.out.read_text():
+                os.kill(process.pid, 0)  # it runs
+                time.sleep(0.01)
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            assert process.wait().returncode == -signal.SIGKILL
+            assert load_memory(model, file).tokens == 50

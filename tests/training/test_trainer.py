@@ -30,6 +30,7 @@ from fastweights.training.next_token import divergence, next_token_loss
 from fastweights.training.runs import seconds_trained
 from fastweights.training.transfer import TransferTrainer
 from tests.conftest import make_gpt2, random_ids
+from tests.forks import Forks
 
 
 def trainer(folder, steps=4, run=None, kl_weight=0.0, **settings):
@@ -159,9 +160,9 @@ def test_bad_settings(make, expected):
 
 
 def command(folder, model_folder, text_file, *options, batch_size=2):
-    """A finetune run of 24 steps as a process of its own."""
+    """A finetune run of 24 steps, for a process of its own."""
     return [
-        *(sys.executable, "-m", "fastweights", "train", "--stage", "all", "--model", str(model_folder)),
+        *("train", "--stage", "all", "--model", str(model_folder)),
         *("--output", str(folder), "--data.text", str(text_file), "--data.block-size", "32"),
         *("--transfer.steps", "2", "--transfer.batch-size", str(batch_size), "--transfer.warmup-steps", "0"),
         *("--finetune.steps", "24", "--finetune.batch-size", str(batch_size), "--finetune.warmup-steps", "0"),
@@ -176,32 +177,37 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, model_folder, text_file):
+def forks():
+    """Where processes begin."""
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder, text_file, forks):
     """That run, not disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(folder, model_folder, text_file), check=True, capture_output=True)
+    forks.run(*command(folder, model_folder, text_file)).check_returncode()
     return folder
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, model_folder, text_file, whole, how):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, model_folder, text_file, forks, whole, how):
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, model_folder, text_file), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = forks.start(*command(killed, model_folder, text_file))
     deadline = time.monotonic() + 120
     while not (killed / "finetune" / "checkpoint-8" / "manifest.json").exists():
-        assert process.poll() is None
+        os.kill(process.pid, 0)  # it runs
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(how)
-    _, err = process.communicate()
+    os.kill(process.pid, how)
+    done = process.wait()
     assert not (killed / "finetune" / "finished").exists()
     if how == signal.SIGTERM:
-        assert process.returncode == 143
-        assert "stopped by SIGTERM" in err.splitlines()[-1]
-        assert "--resume goes on" in err.splitlines()[-1]
-    subprocess.run(command(killed, model_folder, text_file, "--resume"), check=True, capture_output=True)
+        assert done.returncode == 143
+        assert "stopped by SIGTERM" in done.stderr.splitlines()[-1]
+        assert "--resume goes on" in done.stderr.splitlines()[-1]
+    forks.run(*command(killed, model_folder, text_file, "--resume")).check_returncode()
     assert losses(killed) == losses(whole)
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -279,7 +285,7 @@ def test_threads_leave_signals_alone(tmp_path):
 
 def test_two_processes_train_what_one_does(tmp_path, model_folder, text_file, whole):
     two = tmp_path / "two"
-    half = command(two, model_folder, text_file, batch_size=1)[3:]
+    half = command(two, model_folder, text_file, batch_size=1)
     # On a machine without GPUs --multi_gpu is accelerate's word for several processes, which then use gloo.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
