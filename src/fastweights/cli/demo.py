@@ -1,9 +1,9 @@
 """The demo: the embedded transformer becomes a recurrent model twice, in minutes, and shows what that gives.
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
-a state of constant size. Then the hybrid model gets a Fast Weight Layer, and a real model answers (`demo_smollm2.py`).
-At the same time, in a process beside, the pure model is trained, the real one reads a long text, and unseen text is
-read static, with dynamic evaluation and with the layer. What a token costs is measured at the end, when nothing else
+a state of constant size. Then the hybrid model gets a Fast Weight Layer, and unseen text is read static, with dynamic
+evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and a real one reads
+a long text, is judged and answers (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else
 runs.
 """
 
@@ -18,7 +18,7 @@ import torch
 from transformers import set_seed
 
 from fastweights.cli.beside import beside
-from fastweights.cli.demo_smollm2 import WEIGHTS, Judged, Reading, RealResult, judge, read_long_text, time_smollm2
+from fastweights.cli.demo_smollm2 import Judged, Reading, RealResult, judge, read_long_text, time_smollm2
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -104,17 +104,15 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     with beside(config.output / "beside.log") as other:
         say("pure: fast weights alone, from the embedded transformer, trained in a process beside this one")
         pure = other.do(train, train_config("pure", config))
-        reading = other.do(read_long_text, config) if config.real else None
+        reading, judging = (other.do(read_long_text, config), other.do(judge, config)) if config.real else (None, None)
         say(f"hybrid: fast weights and an exact window of {config.window}, from the embedded transformer")
         hybrid = train(train_config("hybrid", config))
         say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
         train(layer_config(config))
-        say("unseen modules are read static, with dynamic evaluation and with the layer, in the process beside")
-        comparing = other.do(comparison, config)
-        judged = None if reading is None else _judged(config, say)
+        say("unseen modules are read static, with dynamic evaluation and with the layer")
+        compared = comparison(config)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
-        real = None if judged is None or reading is None else _real(judged, other, reading, say)
-        compared = _compared(other, comparing, config, say)
+        real = None if reading is None or judging is None else _real(other, reading, judging, say)
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -138,36 +136,22 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     return result
 
 
-def _judged(config: DemoConfig, say: Callable[[str], None]) -> Judged | None:
-    """What the real model says; without it, all else is worth showing."""
-    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package")
+def _real(
+    other: Beside, reading: Future[Reading], judging: Future[Judged], say: Callable[[str], None]
+) -> RealResult | None:
+    """What came of the real model in the process beside; all else is worth showing without it, or its long text."""
+    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package, in the process beside")
     try:
-        return judge(config, say)
+        judged = other.result(judging, "its parts and answers")
     except FastWeightsError as error:
         say(f"it is left out: {error}")
         return None
-
-
-def _real(judged: Judged, other: Beside, reading: Future[Reading], say: Callable[[str], None]) -> RealResult:
-    """With what came of the long text that it reads in the process beside; without it, what it said is shown."""
-    say(f"the same model reads a long text of Python's manual, in {WEIGHTS}, in the process beside")
     try:
         found = other.result(reading, "the long text")
     except FastWeightsError as error:
         say(f"the long text is left out: {error}")
         return RealResult(judged)
     return RealResult(judged, found, files=[found.memory])
-
-
-def _compared(
-    other: Beside, comparing: Future[list[MethodResult]], config: DemoConfig, say: Callable[[str], None]
-) -> list[MethodResult]:
-    """What came of the comparison, made here if the process beside is no more."""
-    try:
-        return other.result(comparing, "the comparison")
-    except FastWeightsError as error:
-        say(f"the comparison is made in this process: {error}")
-        return comparison(config)
 
 
 def _write(result: DemoResult, file: Path) -> None:

@@ -132,22 +132,20 @@ def read_long_text(config: DemoConfig) -> Reading:
     return Reading(tokens, seconds, conversation.size(), answer, memory)
 
 
-def judge(config: DemoConfig, say: Callable[[str], None]) -> Judged:
+def judge(config: DemoConfig) -> Judged:
     """The real model's quality with each of its parts, and its answer to a letter, beside those of its base.
 
     Args:
         config: says how much of Python's manual is read.
-        say: called with a line about each part before it begins.
 
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
     model, base, tokenizer, text = _real_model()
-    say(f"it reads {config.real_held_out_tokens:,} tokens of Python's manual, with all and each of its parts")
     settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
     with Progress("Python's manual", unit="tokens", quick=True) as progress:
         parts = evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
-    say("and a letter with a question, as do the base model, and its window untrained")
+    print("and a letter with a question, as do the base model, and its window untrained")
     with untrained_window(model, base) as window:
         models = {SMOLLM2_BASE: base, "untrained window": window, SMOLLM2: model}
         return Judged(parts, {name: _answer(each, tokenizer) for name, each in models.items()})
