@@ -74,7 +74,7 @@ test-others:
 
 # Kernels for GPUs in an interpreter, and a quantiser that would be in others' way.
 test-gpu:
-	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/decay_rule/test_gpu.py
+	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/*/test_gpu.py
 
 test-bitsandbytes:
 	PYTHONPATH=$(VENV)/bitsandbytes $(BIN)/python -m pytest tests/models/test_quantisation.py -k bitsandbytes

@@ -118,8 +118,8 @@ class Hour:
         environment = {**os.environ, **(variables or {}), "HF_HUB_OFFLINE": "1"}
         if self.is_rehearsal:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        elif not self.triton:
-            environment["FASTWEIGHTS_TRITON"] = "0"
+        else:
+            environment["FASTWEIGHTS_TRITON"] = str(int(self.triton))
         with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             self.running.add(process)
@@ -200,7 +200,8 @@ def _missing() -> list[str]:
 def _kernels(hour: Hour) -> None:
     if not hour.done.get("kernels", {}).get("passed"):
         # These tests need nothing of what the others share, nor what that imports.
-        command = [sys.executable, "-m", "pytest", "--noconftest", "tests/ops/decay_rule/test_gpu.py"]
+        command = [sys.executable, "-m", "pytest", "--noconftest"]
+        command += ["tests/ops/decay_rule/test_gpu.py", "tests/ops/delta_rule/test_gpu.py"]
         if find_spec("xdist") is not None and not hour.is_rehearsal:
             command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling and the reference take longest
         if hour.is_rehearsal:

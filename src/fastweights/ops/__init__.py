@@ -12,11 +12,13 @@ import torch
 from .checks import are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
-from .decay_rule.gpu import decay_rule_gpu, suits_this_machine
+from .decay_rule.gpu import decay_rule_gpu
 from .decay_rule.reference import decay_rule_reference
 from .delta_rule.chunked import delta_rule_chunked
 from .delta_rule.cpu import delta_rule_cpu
+from .delta_rule.gpu import WIDEST, delta_rule_gpu
 from .delta_rule.reference import delta_rule_reference
+from .triton.calls import suits_this_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,7 @@ _DELTA_RULE = {
     "reference": delta_rule_reference,
     "chunked": delta_rule_chunked,
     "cpu": delta_rule_cpu,
+    "gpu": delta_rule_gpu,
 }
 
 _LARGE = 2**19
@@ -168,25 +171,33 @@ def delta_rule(
         inclusive: whether token t reads the state after its own decay and write, or before both.
         cu_seqlens: [0, n_1, n_1 + n_2, ...], int32 or int64, (N + 1,): N sequences of n_1, n_2, ... tokens, possibly
             none, packed into one row (B = 1). None for B sequences of T tokens, N = B.
-        backend: "reference", "chunked" or "cpu"; "auto" takes "cpu" for tensors on a CPU, except float64 ones, and
-            "chunked" for all others. Only "reference" and "chunked" can be differentiated twice.
+        backend: "reference", "chunked", "cpu" or "gpu" (Triton, keys of up to 256 channels); "auto" takes "cpu" for
+            tensors on a CPU, except float64 ones, and "chunked" for all others, but for "gpu" on an NVIDIA GPU of the
+            Ampere generation or later with FASTWEIGHTS_TRITON=1 in the environment: no GPU has run it yet. Only
+            "reference" and "chunked" can be differentiated twice.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the state (N, G, K, V) after the last token, or None.
 
     Raises:
-        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu".
-        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or it is "cpu"
-            for tensors elsewhere.
-        ImportError: the backend is "cpu", and Numba is not installed.
+        TypeError: an argument is no tensor or of a dtype that does not fit, such as float64 for "cpu" and "gpu".
+        ValueError: shapes, devices or the bounds in `cu_seqlens` do not fit, the backend is not known, or tensors are
+            not where it computes, or too wide for it. ("gpu" does not look at the bounds, which are on the GPU.)
+        ImportError: the backend is "cpu", and Numba is not installed, or "gpu", and Triton is not.
     """
     check_inputs(q, k, v, initial_state, cu_seqlens)
     check_per_head("beta", beta, k)
     if log_decay is not None:
         check_per_head("log_decay", log_decay, k)
-    rule = _backend(_DELTA_RULE, backend, q.device.type, compute_dtype(q, k, v))
+    products = not q.is_cpu and not _asks_for_delta_kernels(k.shape[3])
+    rule = _backend(_DELTA_RULE, backend, q.device.type, compute_dtype(q, k, v), products=products)
     o, final_state = rule(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, inclusive)
     return o, final_state if output_final_state else None
+
+
+def _asks_for_delta_kernels(key_width: int) -> bool:
+    """Whether "auto" may take those for GPUs: only if it is said, as none has run them yet."""
+    return key_width <= WIDEST and os.environ.get("FASTWEIGHTS_TRITON") == "1"
 
 
 def _backend(
@@ -205,7 +216,6 @@ def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, prod
     if (
         device == "cuda"
         and dtype == torch.float32
-        and "gpu" in rules
         and not products
         and os.environ.get("FASTWEIGHTS_TRITON") != "0"
         and (torch.compiler.is_compiling() or suits_this_machine())  # whoever compiles for a GPU has Triton

@@ -305,7 +305,6 @@ def test_auto_takes_the_kernels_on_gpus_that_have_them(monkeypatch):
         assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == expected
     assert ops._choose(ops._DECAY_RULE, "cuda", torch.float64) == "chunked"
     assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32, products=True) == "chunked"
-    assert ops._choose(ops._DELTA_RULE, "cuda", torch.float32) == "chunked"
     assert ops._choose(ops._DECAY_RULE, "cpu", torch.float32) == "cpu"
     monkeypatch.setenv("FASTWEIGHTS_TRITON", "0")
     assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "chunked"

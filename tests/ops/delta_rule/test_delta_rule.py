@@ -247,3 +247,17 @@ def test_the_state_comes_only_when_asked_for():
     tensors = inputs(Problem(3, 8, 8))
     assert delta_rule(**tensors)[1] is None
     assert delta_rule(**tensors, output_final_state=True)[1].shape == (1, 2, 8, 8)
+
+
+def test_auto_takes_the_kernels_for_gpus_if_it_is_said(monkeypatch):
+    from fastweights import ops
+
+    for said, expected in ((None, False), ("0", False), ("1", True)):
+        monkeypatch.delenv("FASTWEIGHTS_TRITON", raising=False)
+        if said is not None:
+            monkeypatch.setenv("FASTWEIGHTS_TRITON", said)
+        assert ops._asks_for_delta_kernels(256) is expected
+        assert not ops._asks_for_delta_kernels(257)
+    monkeypatch.setattr(ops, "suits_this_machine", lambda: True)
+    assert ops._choose(ops._DELTA_RULE, "cuda", torch.float32) == "gpu"
+    assert ops._choose(ops._DELTA_RULE, "cuda", torch.float32, products=True) == "chunked"

@@ -12,9 +12,6 @@ Notation
 
 from __future__ import annotations
 
-import os
-from functools import cache, lru_cache
-from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
+from ..triton.calls import Chunks, check_gpu, chunks_of, empty_outputs, or_zeros
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,49 +47,6 @@ def decay_rule_gpu(
     check_gpu(q, compute_dtype(q, k, v))
     tensors = (q, k, v, key_log_decay, value_log_decay, initial_state)
     return _forward_op(*tensors, cu_seqlens, float(scale), inclusive)
-
-
-def check_gpu(q: Tensor, dtype: torch.dtype) -> None:
-    """Whether these kernels can run.
-
-    Raises:
-        TypeError: the state would be float64.
-        ValueError: the tensors are not on a GPU.
-        ImportError: Triton is not installed.
-    """
-    if dtype == torch.float64:
-        raise TypeError("backend='gpu' computes in float32, but q, k or v is float64; use backend='chunked'")
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError(f"backend='gpu' needs tensors on a GPU, but q is on {q.device}; use backend='auto'")
-    if not torch.compiler.is_compiling() and not is_available():
-        raise ImportError("backend='gpu' needs Triton, which is not installed: pip install triton")
-
-
-@cache
-def is_available() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
-
-
-@cache
-def suits_this_machine() -> bool:
-    """Whether `backend="auto"` may take these kernels: Triton is here, and a GPU that can multiply TF32."""
-    return is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-
-
-class _Chunks(NamedTuple):
-    """Where chunks and sequences start and end in rows of tokens; nothing of it is known outside of the GPU."""
-
-    starts: Int[Tensor, " M"]
-    """First token of each chunk; chunks that are not needed start, and end, at 0."""
-    ends: Int[Tensor, " M"]
-    """End of the sequence of each chunk."""
-    sequence_starts: Int[Tensor, " M"]
-    """Start of it; -1 for a chunk that is not needed."""
-    first: Int[Tensor, " N"]
-    """First chunk of each sequence."""
-    counts: Int[Tensor, " N"]
-    """Chunks of each sequence."""
 
 
 class _Problem(NamedTuple):
@@ -179,49 +134,15 @@ def _rows_of_gate(gate: Tensor | None, width: int) -> Tensor | None:
     return None if gate is None else gate.flatten(0, 1).expand(-1, -1, width)
 
 
-def _chunks(q: Tensor, cu_seqlens: Tensor | None) -> _Chunks:
-    B, T = q.shape[:2]
-    if cu_seqlens is None:
-        return _even_chunks(B, T, q.device)
-    # So many at most: how many there are is known on the GPU alone.
-    return _cut(cu_seqlens.long(), T // CHUNK + len(cu_seqlens) - 1)
-
-
-@lru_cache(maxsize=64)
-def _even_chunks(B: int, T: int, device: torch.device) -> _Chunks:
-    return _cut(torch.arange(B + 1, device=device) * T, B * -(-T // CHUNK))
-
-
-def _cut(bounds: Tensor, M: int) -> _Chunks:
-    counts = (bounds.diff() + CHUNK - 1) // CHUNK
-    ends = counts.cumsum(0)
-    chunks = torch.arange(M, device=bounds.device)
-    sequence = torch.searchsorted(ends, chunks, right=True)
-    needed = sequence < len(counts)
-    sequence = sequence.clamp(max=len(counts) - 1)
-    start = bounds[sequence] + (chunks - (ends - counts)[sequence]) * CHUNK
-    return _Chunks(
-        starts=torch.where(needed, start, 0),
-        ends=torch.where(needed, bounds[1:][sequence], 0),
-        sequence_starts=torch.where(needed, bounds[sequence], -1),
-        first=ends - counts,
-        counts=counts,
-    )
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [size for x in tensors for size in x.stride()]
 
 
-def _or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if state is None else state.contiguous()
-
-
-def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _states(p: _Problem, c: Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state before each chunk (M, G, K, V), what of it is left after it (M, G, K) and (M, G, V), the last state."""
     (_, G, _, K, V), M = p.sizes, len(c.starts)
     states, F, Z, final_state = p.new(M, G, K, V), p.new(M, G, K), p.new(M, G, V), p.new(p.N, G, K, V)
-    initial_state = _or_zeros(initial_state, final_state)
+    initial_state = or_zeros(initial_state, final_state)
     if M:
         _kernels().written[(M, G, prod(p.tiles))](
             p.k, p.v, *p.gates, c.starts, c.ends, states, F, Z,
@@ -232,7 +153,7 @@ def _states(p: _Problem, c: _Chunks, initial_state: Tensor | None) -> tuple[Tens
 
 
 def _scan(
-    p: _Problem, c: _Chunks, states: Tensor, F: Tensor, Z: Tensor, before: Tensor, after: Tensor, back: bool
+    p: _Problem, c: Chunks, states: Tensor, F: Tensor, Z: Tensor, before: Tensor, after: Tensor, back: bool
 ) -> None:
     _, G, _, K, V = p.sizes
     BK, BV = p.sides
@@ -242,7 +163,7 @@ def _scan(
         )
 
 
-def _pairs(p: _Problem, c: _Chunks, x: Tensor, y: Tensor, log_gate: Tensor | None, scale: float, side: int) -> Tensor:
+def _pairs(p: _Problem, c: Chunks, x: Tensor, y: Tensor, log_gate: Tensor | None, scale: float, side: int) -> Tensor:
     """What x reads of y within each sub-chunk: (tokens, H, SUB)."""
     H, _, R = p.sizes[:3]
     A, gate = p.new(len(x), H, SUB), p.q if log_gate is None else log_gate
@@ -251,12 +172,6 @@ def _pairs(p: _Problem, c: _Chunks, x: Tensor, y: Tensor, log_gate: Tensor | Non
         GATED=log_gate is not None, SHIFT=p.shift, CHUNK=CHUNK, SUB=SUB, BD=side,
     )  # fmt: skip
     return A
-
-
-def _empty_outputs(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = v.new_empty((N, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return v.new_empty((*q.shape[:3], v.shape[3])), final_state
 
 
 @torch.library.custom_op("fastweights::decay_rule_gpu", mutates_args=())
@@ -274,8 +189,8 @@ def _forward_op(
     """(o, final state)."""
     p = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive)
     if q.shape[1] == 1 and cu_seqlens is None and len(q):
-        return _step(p, initial_state, *_empty_outputs(q, v, None))
-    c = _chunks(q, cu_seqlens)
+        return _step(p, initial_state, *empty_outputs(q, v, None))
+    c = chunks_of(q, cu_seqlens, CHUNK)
     states, _, _, final_state = _states(p, c, initial_state)
     H, G, R, K, V = p.sizes
     M, parts = len(c.starts), p.tiles[0]
@@ -292,13 +207,13 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
-    return _empty_outputs(q, v, cu_seqlens)
+    return empty_outputs(q, v, cu_seqlens)
 
 
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
     H, G, R, K, V = p.sizes
     BK, BV = p.sides
-    before = _or_zeros(initial_state, final_state)
+    before = or_zeros(initial_state, final_state)
     _kernels().step[(p.N, G, p.tiles[1])](
         p.q, p.k, p.v, *p.gates, before, o, final_state, *_strides(p.q, p.k, p.v, *p.gates), H, G, R, K, V, p.scale,
         KEY_GATE=p.log_f is not None, VALUE_GATE=p.log_z is not None, SHIFT=p.shift,
@@ -322,12 +237,12 @@ def _backward_op(
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
-    p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), _chunks(q, cu_seqlens)
+    p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), chunks_of(q, cu_seqlens, CHUNK)
     states, F, Z, final_state = _states(p, c, initial_state)
     (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
     M, tokens = len(c.starts), len(p.q)
     given = p.new(1, 1, 1).zero_().expand(tokens, H, V) if do is None else do.flatten(0, 1)
-    dfinal = _or_zeros(dfinal, final_state)
+    dfinal = or_zeros(dfinal, final_state)
     dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
     grid = (M, G, prod(p.tiles))
     if M:
@@ -366,7 +281,7 @@ def _(do, dfinal, q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclu
     gradients = [
         q.new_empty((0,), dtype=torch.float32) if x is None else torch.empty_like(x) for x in (q, k, v, log_f, log_z)
     ]
-    return *gradients, _empty_outputs(q, v, cu_seqlens)[1]
+    return *gradients, empty_outputs(q, v, cu_seqlens)[1]
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -25,7 +25,7 @@ running sums, which would cancel, and right for a log of -inf.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,45 @@ def _run(
     if T == 0:
         return v.new_zeros(B, 0, G * R, v.shape[3]), S
     L = min(CHUNK, T)
-    q = _chunks(q, L).unflatten(1, (G, R))  # (B, G, R, n, L, K)
-    k, v, b = (_chunks(x, L) for x in (k, v, b))  # (B, G, n, L, .)
-    log_a = torch.zeros_like(b) if log_a is None else _chunks(log_a, L)
+    q = in_chunks(q, L).unflatten(1, (G, R))  # (B, G, R, n, L, K)
+    k, v, b = (in_chunks(x, L) for x in (k, v, b))  # (B, G, n, L, .)
+    log_a = torch.zeros_like(b) if log_a is None else in_chunks(log_a, L)
 
+    c = inside_chunks(q, k, v, b, log_a, inclusive)
+    outputs = []
+    for j in range(k.shape[2]):
+        u = c.u_own[:, :, j] - c.k_erased[:, :, j] @ S
+        outputs.append(c.weights[:, :, :, j] @ u[:, :, None] + c.q_start[:, :, :, j] @ S[:, :, None])
+        S = c.kept[:, :, j] * S + c.k_end[:, :, j].transpose(-1, -2) @ u
+    o = torch.cat(outputs, dim=-2)[..., :T, :]  # (B, G, R, T, V)
+    return o.permute(0, 3, 1, 2, 4).flatten(2, 3), S
+
+
+class Inside(NamedTuple):
+    """What chunks do by themselves, whatever the state before them is.
+
+    With that state S, u = u_own - k_erased S is what their tokens write, weights u + q_start S what they read, and
+    kept S + k_end^T u the state after them.
+    """
+
+    u_own: Float[Tensor, "B G n L V"]
+    k_erased: Float[Tensor, "B G n L K"]
+    k_end: Float[Tensor, "B G n L K"]
+    kept: Float[Tensor, "B G n 1 1"]
+    weights: Float[Tensor, "B G R n L L"]
+    q_start: Float[Tensor, "B G R n L K"]
+
+
+def inside_chunks(
+    q: Float[Tensor, "B G R n L K"],
+    k: Float[Tensor, "B G n L K"],
+    v: Float[Tensor, "B G n L V"],
+    b: Float[Tensor, "B G n L 1"],
+    log_a: Float[Tensor, "B G n L 1"],
+    inclusive: bool,
+) -> Inside:
+    """All of it, for all chunks at once; a token with k, b and log_a of 0 is as if it were not there."""
+    L = k.shape[-2]
     D, c = between_pairs(log_a)[..., 0], log_a.cumsum(-2).exp()  # (B, G, n, t, i), (B, G, n, L, 1)
     u_own, k_erased = _written(k, v, b, D, c)
     k_end, kept = k * D[..., -1, :, None], c[..., -1:, :]
@@ -76,17 +111,10 @@ def _run(
         D, c = F.pad(D[..., :-1, :], (0, 0, 1, 0)), F.pad(c[..., :-1, :], (0, 0, 1, 0), value=1.0)
     unseen = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1 if inclusive else 0)  # (t, i)
     weights = (q @ k[:, :, None].transpose(-1, -2) * D[:, :, None]).masked_fill(unseen, 0.0)
-    q_start = q * c[:, :, None]
-    outputs = []
-    for j in range(k.shape[2]):
-        u = u_own[:, :, j] - k_erased[:, :, j] @ S
-        outputs.append(weights[:, :, :, j] @ u[:, :, None] + q_start[:, :, :, j] @ S[:, :, None])
-        S = kept[:, :, j] * S + k_end[:, :, j].transpose(-1, -2) @ u
-    o = torch.cat(outputs, dim=-2)[..., :T, :]  # (B, G, R, T, V)
-    return o.permute(0, 3, 1, 2, 4).flatten(2, 3), S
+    return Inside(u_own, k_erased, k_end, kept, weights, q * c[:, :, None])
 
 
-def _chunks(x: Float[Tensor, "B T H D"], L: int) -> Float[Tensor, "B H n L D"]:
+def in_chunks(x: Float[Tensor, "B T H D"], L: int) -> Float[Tensor, "B H n L D"]:
     """Cut into chunks; the last is filled up with zeros, which leave the state as it is."""
     x = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % L))
     return x.unflatten(2, (-1, L))

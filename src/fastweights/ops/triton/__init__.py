@@ -1,0 +1,1 @@
+"""Of kernels on GPUs: what those of any rule need."""
