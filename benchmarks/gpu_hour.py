@@ -86,7 +86,8 @@ class Hour:
     output: Path
     start: float = field(default_factory=time.monotonic)
     done: dict[str, dict] = field(default_factory=dict)
-    triton: bool = False
+    triton: str | None = "0"
+    """FASTWEIGHTS_TRITON, as the kernels' tests have left it; None for what `auto` takes without it."""
     running: set[subprocess.Popen] = field(default_factory=set)
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -118,8 +119,8 @@ class Hour:
         environment = {**os.environ, **(variables or {}), "HF_HUB_OFFLINE": "1"}
         if self.is_rehearsal:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        else:
-            environment["FASTWEIGHTS_TRITON"] = str(int(self.triton))
+        elif self.triton is not None:
+            environment.setdefault("FASTWEIGHTS_TRITON", self.triton)
         with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             self.running.add(process)
@@ -198,18 +199,22 @@ def _missing() -> list[str]:
 
 
 def _kernels(hour: Hour) -> None:
-    if not hour.done.get("kernels", {}).get("passed"):
-        # These tests need nothing of what the others share, nor what that imports.
-        command = [sys.executable, "-m", "pytest", "--noconftest"]
-        command += ["tests/ops/decay_rule/test_gpu.py", "tests/ops/delta_rule/test_gpu.py"]
-        if find_spec("xdist") is not None and not hour.is_rehearsal:
-            command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling and the reference take longest
-        if hour.is_rehearsal:
-            command += ["-k", "strided or left_alone or one_line"]
-        hour.note("kernels", passed=hour.run("kernels", command, max(150, 60 * hour.minutes / 6)))
-    hour.triton = bool(hour.done["kernels"]["passed"])
-    what = "are right here" if hour.triton else "did not pass: trainings run as plain PyTorch"
-    console.print(f"kernels: {what}")
+    # Those of the delta rule have a run of their own: no GPU has seen them, and the others do not hang on them.
+    for name, rule, share in (("kernels", "decay_rule", 6), ("delta-kernels", "delta_rule", 10)):
+        if not hour.done.get(name, {}).get("passed"):
+            # These tests need nothing of what the others share, nor what that imports.
+            command = [sys.executable, "-m", "pytest", "--noconftest", f"tests/ops/{rule}/test_gpu.py"]
+            if find_spec("xdist") is not None and not hour.is_rehearsal:
+                command += ["-n", str(min(12, os.cpu_count() or 1))]  # compiling and the reference take longest
+            if hour.is_rehearsal:
+                command += ["-k", "strided or left_alone or one_line"]
+            hour.note(name, passed=hour.run(name, command, max(150, 60 * hour.minutes / share)))
+        passed = bool(hour.done[name]["passed"])
+        console.print(f"{name}: {'are right here' if passed else 'did not pass: trainings run as plain PyTorch'}")
+    if not hour.done["kernels"]["passed"]:
+        hour.triton = "0"
+    else:
+        hour.triton = "1" if hour.done["delta-kernels"]["passed"] else None
 
 
 def _benchmark(hour: Hour) -> None:
@@ -248,15 +253,18 @@ def _trainings(hour: Hour) -> list[list[Training]]:
         if small:  # one control is rehearsal enough
             beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
         else:
-            beside[0].append(hybrid("windows-128", "smollm2-windows"))
-            beside[0].append(hybrid("windows-128-alone", "smollm2-windows", "windows-128", **alone))
-            window = {"convert.window": "64"}
-            beside[1].append(hybrid("windows-64", "smollm2-windows", **window))
+            # The rule that earns most beside a window (docs/log.md), the recipe's averages, and neither.
+            delta, first, window = {"convert.rule": "gated_delta"}, "windows-128", {"convert.window": "64"}
+            beside[0].append(hybrid(first, "smollm2-windows", **delta))
+            beside[0].append(hybrid("windows-128-averages", "smollm2-windows", first))
+            beside[0].append(hybrid("windows-128-alone", "smollm2-windows", first, **alone))
+            beside[1].append(hybrid("windows-64", "smollm2-windows", **window, **delta))
             beside[1].append(hybrid("windows-64-alone", "smollm2-windows", "windows-64", **window, **alone))
     if stories:
         options = {"model": stories, "data.text": samples, **run, **tiny}
         if not small:
             options |= {"data.block-size": "256", "transfer.batch-size": "32", "finetune.batch-size": "32"}
+            options |= {"convert.rule": "gated_delta"}
         beside[1].append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))
     if not small:
         options = {**run, "short.warmup-steps": "10", "long.warmup-steps": "10"}

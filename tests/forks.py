@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,12 +16,17 @@ MODELS = "import fastweights.evaluation.comparison, fastweights.training.pipelin
 """What most commands import, which takes five seconds."""
 
 _PARENT = """
-import json, os, runpy, sys
+import ctypes, json, os, runpy, signal, sys
 {preload}
+def dies_with_its_parent():
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+dies_with_its_parent()
 for line in os.fdopen({requests}):
     job = json.loads(line)
     fork = os.fork()
     if not fork:
+        dies_with_its_parent()
         for number, name in enumerate(job["streams"]):
             file = os.open(name, os.O_RDWR)
             os.dup2(file, number)
@@ -31,8 +37,8 @@ for line in os.fdopen({requests}):
         else:
             exec(job["code"], {{"__name__": "__main__"}})
         break
-    os.write({replies}, b"%d\\n" % fork)
-    os.write({replies}, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+    os.write({replies}, b"began %d\\n" % fork)
+    os.write({replies}, b"ended %d\\n" % os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
 """
 
 
@@ -46,15 +52,20 @@ class Fork:
 
     def __init__(self, pid: int, replies: int, streams: list[Path]) -> None:
         self.pid, self.out = pid, streams[1]
-        self._replies, self._streams = replies, streams
+        self._replies, self._streams, self._code = replies, streams, None
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """What came of it once it has ended."""
-        code = _line(self._replies)
-        if not code:
-            raise RuntimeError("the process that was to fork this one is gone")
+        self._code = _reply(self._replies, "ended") if self._code is None else self._code
         out, err = (stream.read_text(encoding="utf-8") for stream in self._streams[1:])
-        return subprocess.CompletedProcess([], int(code), out, err)
+        return subprocess.CompletedProcess([], self._code, out, err)
+
+    def end(self) -> None:
+        """Kill it, if it has not been waited for."""
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.wait()
 
 
 class Forks:
@@ -74,6 +85,7 @@ class Forks:
         self._parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **settings)
         os.close(theirs)
         os.close(answers)
+        self._last: Fork | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -86,27 +98,33 @@ class Forks:
         self._folder.cleanup()
 
     def start(self, *arguments: object, code: str | None = None, given: str = "") -> Fork:
-        """Begin one; wait for it before the next.
+        """Begin one; the one before it is killed if it has not been waited for.
 
         Args:
             arguments: of the command `fastweights`, or of `code`.
             code: Python to run instead.
             given: its standard input.
         """
+        if self._last is not None:
+            self._last.end()
         streams = [Path(self._folder.name) / name for name in ("in", "out", "err")]
         for stream, content in zip(streams, (given, "", ""), strict=True):
             stream.write_text(content, encoding="utf-8")
         job = {"arguments": [str(one) for one in arguments], "code": code, "streams": [str(one) for one in streams]}
         os.write(self._requests, json.dumps(job).encode() + b"\n")
-        return Fork(int(_line(self._replies)), self._replies, streams)
+        self._last = Fork(_reply(self._replies, "began"), self._replies, streams)
+        return self._last
 
     def run(self, *arguments: object, code: str | None = None, given: str = "") -> subprocess.CompletedProcess[str]:
         """What comes of one, as of `start`."""
         return self.start(*arguments, code=code, given=given).wait()
 
 
-def _line(file: int) -> bytes:
+def _reply(file: int, what: str) -> int:
     line = b""
     while (byte := os.read(file, 1)) not in (b"", b"\n"):
         line += byte
-    return line
+    word, _, number = line.decode().partition(" ")
+    if word != what:
+        raise RuntimeError(f"the process that forks said {line!r}, where {what!r} and a number were to come")
+    return int(number)

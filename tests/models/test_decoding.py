@@ -27,7 +27,7 @@ from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
 from tests.ops.problems import error
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-RULES = ("decay", "add", "gated", "average")
+RULES = ("decay", "add", "gated", "average", "delta", "gated_delta")
 FORMS = {
     "pure": {},
     "pure, no rotary": {"rotary": False},
@@ -127,7 +127,10 @@ def test_rows(rows):
     check(make(window=8), rows)
 
 
-@pytest.mark.parametrize("settings", [{"gate_rank": 4}, {"value_gate": False}, {"gate_rank": 4, "window": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"gate_rank": 4}, {"value_gate": False}, {"gate_rank": 4, "window": 8}, {"rule": "gated_delta", "gate_rank": 4}],
+)
 def test_gates(settings):
     check(make(**settings))
 
@@ -266,7 +269,7 @@ def test_what_is_no_case_for_it():
     dropout(dropping)
     for model, reason in (
         (make("gpt_neox"), "family gpt_neox"),
-        (make("llama", "delta"), "rule is DeltaRule"),
+        (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),
         (convert(make_gpt2(activation_function="relu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is relu"),

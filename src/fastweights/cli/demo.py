@@ -2,8 +2,8 @@
 
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
 a state of constant size. Then the hybrid model gets a Fast Weight Layer, and unseen text is read static, with dynamic
-evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and a real one reads
-a long text, is judged and answers (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else
+evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and a real one is
+judged, answers, and reads a long text (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else
 runs.
 """
 
@@ -104,7 +104,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     with beside(config.output / "beside.log") as other:
         say("pure: fast weights alone, from the embedded transformer, trained in a process beside this one")
         pure = other.do(train, train_config("pure", config))
-        reading, judging = (other.do(read_long_text, config), other.do(judge, config)) if config.real else (None, None)
+        judging, reading = (other.do(judge, config), other.do(read_long_text, config)) if config.real else (None, None)
         say(f"hybrid: fast weights and an exact window of {config.window}, from the embedded transformer")
         hybrid = train(train_config("hybrid", config))
         say("the hybrid model gets a Fast Weight Layer, which learns to learn from what it reads")
@@ -112,7 +112,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         say("unseen modules are read static, with dynamic evaluation and with the layer")
         compared = comparison(config)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
-        real = None if reading is None or judging is None else _real(other, reading, judging, say)
+        real = None if judging is None or reading is None else _real(other, judging, reading, say)
 
     source = resolve_model(TrainConfig().model)
     models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
@@ -137,7 +137,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
 
 
 def _real(
-    other: Beside, reading: Future[Reading], judging: Future[Judged], say: Callable[[str], None]
+    other: Beside, judging: Future[Judged], reading: Future[Reading], say: Callable[[str], None]
 ) -> RealResult | None:
     """What came of the real model in the process beside; all else is worth showing without it, or its long text."""
     say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package, in the process beside")

@@ -55,7 +55,7 @@ def decode_costs(
 ) -> dict[str, list[DecodeCost]]:
     """Time about `tokens` single-token steps of each model at each of the growing `contexts`, side by side.
 
-    Three steps are enough where they take seconds.
+    Three steps in a row are enough where they take seconds.
 
     All take turns, so that what else the machine does falls on all alike. A model with fast weights really reads random
     tokens up to there. A softmax model gets keys and values of that length at random, and positions held at its last

@@ -25,7 +25,7 @@ from fastweights.layers.feature_maps import FeatureMap
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
-from fastweights.layers.rules import AddRule, AverageRule, DecayRule, GatedRule, LowRank
+from fastweights.layers.rules import AddRule, AverageRule, DecayRule, DeltaRule, GatedDeltaRule, GatedRule, LowRank
 from fastweights.models.architectures import FusedProjections, GroupedProjections, SplitProjections
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
@@ -82,7 +82,7 @@ _FAMILIES = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
 }
-_RULES = (AddRule, DecayRule, AverageRule, GatedRule)
+_RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
 _PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _ROOMS = 4
@@ -232,11 +232,21 @@ def _drops_out(module: nn.Module) -> bool:
 def _multiplied(attention: FastWeightAttention) -> list[nn.Module]:
     """All that multiplies by a matrix, or is to be such a layer."""
     names: Any = attention.projections
-    gates = [getattr(attention.rule, name, None) for name in ("key_gate", "value_gate")]
-    parts = [part for gate in gates for part in ((gate.down, gate.up) if isinstance(gate, LowRank) else (gate,))]
+    parts = [
+        part
+        for gate in _gates(attention.rule)
+        for part in ((gate.down, gate.up) if isinstance(gate, LowRank) else (gate,))
+    ]
     return [attention.get_submodule(name) for name in (*_inner(names), names.out)] + [
         part for part in parts if part is not None
     ]
+
+
+def _gates(rule: Any) -> tuple[Any, Any]:
+    """Those of the key side and of the value side, where the delta rules have their strength; None for one it lacks."""
+    if isinstance(rule, DeltaRule):
+        return (rule.decay.key_gate if isinstance(rule, GatedDeltaRule) else None), rule.write_gate
+    return getattr(rule, "key_gate", None), getattr(rule, "value_gate", None)
 
 
 def _inner(projections: Any) -> tuple[str, ...]:
@@ -420,7 +430,7 @@ class LayerStep:
         norms = [attention.get_submodule(name) for name in given if name is not None]
         self.head_norms = [norm.weight.detach().numpy() for norm in norms] or [_EMPTY[1], _EMPTY[1]]  # type: ignore[union-attr]
         self.epsilon = norms[0].variance_epsilon if norms else 0.0
-        self.gates = [_Gate(getattr(rule, name, None), room.normed) for name in ("key_gate", "value_gate")]
+        self.gates = [_Gate(gate, room.normed) for gate in _gates(rule)]
         self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
         contract = layer.mlp.get_submodule(family.contract)
         width, _ = _sizes(contract)
@@ -468,6 +478,7 @@ class LayerStep:
             "leaving": attention.writes_leaving,
             "averages": isinstance(attention.rule, AverageRule),
             "normed": self.head_norms[0].size > 0,
+            "delta": isinstance(attention.rule, DeltaRule),
         }
         return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
 

@@ -187,6 +187,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastweights.ops.delta_rule import gpu_kernels as kernels
+from fastweights.ops.delta_rule.gpu import _LAUNCH as LAUNCH
 
 POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "beta": "bf16", "o": "bf16", "first_chunks": "i64",
             "chunk_counts": "i64"}
@@ -207,14 +208,14 @@ for L, BK in SIZES:
                 signature[parameter.name] = "*" + POINTERS.get(parameter.name, "fp32")
         start = time.perf_counter()
         source = ASTSource(kernel, signature, constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=LAUNCH)
         assert "wgmma" not in made.asm["ptx"], name
         print(name, BK, made.metadata.shared, round(time.perf_counter() - start, 1))
 """
 
 
 def test_all_kernels_compile_for_a_gpu(tmp_path):
-    """To machine code of an H100, without the instructions that Triton compiles wrongly, and into its shared memory.
+    """To machine code of an H100, without the instructions that Triton compiles wrongly, and into any card's shared memory.
 
     Wide keys take the compiler half a minute, so only where a GPU is.
     """
@@ -227,4 +228,4 @@ def test_all_kernels_compile_for_a_gpu(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()]
     print(*rows, sep="\n")
     assert len(rows) == 3 * len(sizes)
-    assert all(int(shared) < 227 * 1024 and float(seconds) < 60 for _, _, shared, seconds in rows)
+    assert all(int(shared) <= 99 * 1024 and float(seconds) < 60 for _, _, shared, seconds in rows)

@@ -25,6 +25,8 @@ from ..numba.vectors import integer_at, pointer, take
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 """Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SHORTEST = np.float32(1e-12)
+"""As torch.nn.functional.normalize has it."""
 _GELU = np.float32(2 * math.sqrt(2 / math.pi))
 _EXP = tuple(np.float32(1 / math.factorial(n)) for n in (6, 5, 4, 3, 2))
 
@@ -129,6 +131,24 @@ def _write(state, f, z, k, v):
             keep *= z[0]
             for j in range(state.shape[1]):
                 state[i, j] = state[i, j] * keep + key * v[j]
+
+
+@_inner
+def _write_by_delta(state, keep, strength, k, v, error):
+    """state = keep * state + strength k (v - keep * state^T k)^T, with k at length 1, or 0."""
+    length = max(math.sqrt(_dot(k, k)), _SHORTEST)
+    for i in range(k.shape[0]):
+        k[i] /= length
+    for j in range(error.shape[0]):
+        error[j] = float32(0.0)
+    for i in range(state.shape[0]):
+        for j in range(error.shape[0]):
+            error[j] += k[i] * state[i, j]
+    for j in range(error.shape[0]):
+        error[j] = strength * (v[j] - keep * error[j])
+    for i in range(state.shape[0]):
+        for j in range(state.shape[1]):
+            state[i, j] = state[i, j] * keep + k[i] * error[j]
 
 
 @_inner
@@ -238,7 +258,7 @@ ARRAYS = [
     "out",
 ]
 """That `attend` reads and writes, in the order of its record."""
-FLAGS = "rotated_fast", "leaving", "averages", "normed"
+FLAGS = "rotated_fast", "leaving", "averages", "normed", "delta"
 _AT = 2 + len(FLAGS)
 """Place in the record of the first array's address and shape."""
 
@@ -304,6 +324,7 @@ def _compile(version: int) -> Any:
         leaving: whether they are written what leaves the window, and read before that.
         averages: whether they are written under k * (1 - gate).
         normed: whether queries and keys are normalised.
+        delta: whether they are written by the delta rule; what are the value gate's here are its strength's, then.
         """
         _ = version
         _attend(record)
@@ -315,7 +336,7 @@ def _compile(version: int) -> Any:
 def _attend(record):
     count = integer_at(record, 1)
     rotated_fast, leaving = integer_at(record, 2) > 0, integer_at(record, 3) > 0
-    averages, normed = integer_at(record, 4) > 0, integer_at(record, 5) > 0
+    averages, normed, delta = integer_at(record, 4) > 0, integer_at(record, 5) > 0, integer_at(record, 6) > 0
     q, k, v = _block(record, 0), _block(record, 1), _block(record, 2)
     x, rotary, sink_rotary = _plane(record, 3), _plane(record, 4), _plane(record, 5)
     q_norm, k_norm = _line(record, 6), _line(record, 7)
@@ -417,7 +438,11 @@ def _attend(record):
                 else:
                     key = rotated_k[i] if rotated_fast else k[b, g, i]
                 written[i] = key * f_rest[i if f.shape[0] > 1 else 0] if averages else key
-            _write(state, f, z, written, ring_v[b, g, left] if leaving else v[b, g])
+            value = ring_v[b, g, left] if leaving else v[b, g]
+            if delta:
+                _write_by_delta(state, f[0], z[0], written, value, read)
+            else:
+                _write(state, f, z, written, value)
         if not leaving:
             _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
 

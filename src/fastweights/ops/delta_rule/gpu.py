@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 WIDEST = 256
 """Width of the keys up to which a state's columns stay in registers."""
-_WARPS = 2
+_MOST_READERS = 16
+"""Query heads to a key/value head up to which the kernel for one token is taken."""
+_LAUNCH = {"num_warps": 2, "num_stages": 1}
+"""Two warps: gpu_kernels.py. One stage: wide keys would not find room in shared memory but on the largest cards."""
 
 
 def delta_rule_gpu(
@@ -57,7 +60,7 @@ def delta_rule_gpu(
         )
     tensors = (q, k, v, beta, log_decay, initial_state)
     recompute = needs_gradients(*tensors)
-    if q.shape[1] == 1 and cu_seqlens is None and not recompute:
+    if q.shape[1] == 1 and cu_seqlens is None and not recompute and q.shape[2] <= _MOST_READERS * k.shape[2]:
         return _step_op(*tensors, float(scale), inclusive)
     if not recompute:
         return _run(*tensors, cu_seqlens, float(scale), inclusive)
@@ -119,16 +122,16 @@ def _run(
     T, L = q.shape[1], 64 if q.shape[3] <= 128 else 32
     with torch.autocast(q.device.type, enabled=False):
         if cu_seqlens is None:
-            table = chunks_of(q, None, L)
-            cut = [in_chunks(x.float(), L) for x in (q, k, v, beta, log_decay)]
+            cut, n = [in_chunks(x.float(), L) for x in (q, k, v, beta, log_decay)], -(-T // L)
+            first, counts = torch.arange(len(q), device=q.device) * n, torch.full((len(q),), n, device=q.device)
         else:
             places = _places(q, cu_seqlens, L)
-            table, cut = places.chunks, [_gather(x, places) for x in (q, k, v, beta, log_decay)]
+            cut, first, counts = [_gather(x, places) for x in (q, k, v, beta, log_decay)], *places.chunks[3:]
         queries, keys, values, strengths, decays = cut
         queries = queries.unflatten(1, (k.shape[2], -1)) * scale
         c = inside_chunks(queries, keys, values, strengths, decays, inclusive)
         tensors = (c.u_own, c.k_erased, c.k_end, c.kept)
-        u, states, after = _scan_op(*tensors, before, table.first, table.counts)
+        u, states, after = _scan_op(*tensors, before, first, counts)
         read = (c.weights @ u[:, :, None] + c.q_start @ states[:, :, None]).flatten(1, 2)  # (B, H, n, L, V)
         if cu_seqlens is None:
             return read.flatten(2, 3)[:, :, :T].transpose(1, 2).to(o.dtype), after
@@ -149,16 +152,17 @@ def _scan_op(
 
     Shapes are those of `Inside`; before (N, G, K, V), and `first` and `counts` of `Chunks`.
     """
-    u_own, W, E, c = (x.contiguous() for x in (u_own, W, E, c))
+    u_own, W, E, c, before = (x.contiguous() for x in (u_own, W, E, c, before))
     (B, G, n, L, K), V = W.shape, u_own.shape[-1]
     # What no sequence needs stays 0.
     u, states, after = torch.zeros_like(u_own), W.new_zeros(B, G, n, K, V), torch.empty_like(before)
     if before.numel():
         BV = _side(V, 32)
-        _kernels().write[(len(before), G, -(-V // BV))](
-            u_own, W, E, c, first, counts, before.contiguous(), u, states, after, G, *_layout(W, len(before)), K, V,
-            L=L, BK=_side(K, WIDEST), BV=BV, num_warps=_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(W):  # Triton launches on the current GPU
+            _kernels().write[(len(before), G, -(-V // BV))](
+                u_own, W, E, c, first, counts, before, u, states, after, G, *_layout(W, len(before)), K, V,
+                L=L, BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+            )  # fmt: skip
     return u, states, after
 
 
@@ -185,10 +189,11 @@ def _scan_back_op(
     du, dS_after, dbefore = torch.zeros_like(du_read), torch.zeros_like(dstates_read), torch.empty_like(dafter)
     if dafter.numel():
         BV = _side(V, 32)
-        _kernels().write_back[(len(dafter), G, -(-V // BV))](
-            W, E, c, first, counts, dafter, du_read, dstates_read, du, dS_after, dbefore,
-            G, *_layout(W, len(dafter)), K, V, L=L, BK=_side(K, WIDEST), BV=BV, num_warps=_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(W):  # Triton launches on the current GPU
+            _kernels().write_back[(len(dafter), G, -(-V // BV))](
+                W, E, c, first, counts, dafter, du_read, dstates_read, du, dS_after, dbefore,
+                G, *_layout(W, len(dafter)), K, V, L=L, BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+            )  # fmt: skip
     return du, dS_after, dbefore
 
 
@@ -229,11 +234,12 @@ def _step_op(
     decay, R, BV = beta if log_decay is None else log_decay, H // G, _side(V, 32)
     strides = [x.stride(i) for x in (q, k, v) for i in (0, 2, 3)] + [x.stride(i) for x in (beta, decay) for i in (0, 2)]
     if after.numel():
-        _kernels().step[(N, G, -(-V // BV))](
-            q, k, v, beta, decay, or_zeros(initial_state, after), o, after, *strides, H, G, R, K, V, scale,
-            DECAY=log_decay is not None, INCLUSIVE=inclusive, READERS=1 << (R - 1).bit_length(),
-            BK=_side(K, WIDEST), BV=BV, num_warps=_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _kernels().step[(N, G, -(-V // BV))](
+                q, k, v, beta, decay, or_zeros(initial_state, after), o, after, *strides, H, G, R, K, V, scale,
+                DECAY=log_decay is not None, INCLUSIVE=inclusive, READERS=1 << (R - 1).bit_length(),
+                BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+            )  # fmt: skip
     return o, after
 
 

@@ -33,7 +33,7 @@ def _store(x, block, rows, columns, height, width, tile):
     tl.store(at, tile, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "SEQUENCE", "HEAD"])
 def write(
     u_own, W, E, c, first_chunks, chunk_counts, before, u, states, after,
     G, SEQUENCE, HEAD, K, V, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -54,7 +54,7 @@ def write(
     _store(after, n * G + g, keys, values, K, V, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "SEQUENCE", "HEAD"])
 def write_back(
     W, E, c, first_chunks, chunk_counts, dafter, du_read, dstates_read, du, dS_after, dbefore,
     G, SEQUENCE, HEAD, K, V, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

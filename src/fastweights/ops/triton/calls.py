@@ -74,11 +74,9 @@ def chunks_of(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        # A compiler would warn of the cache.
-        even = _even_chunks.__wrapped__ if torch.compiler.is_compiling() else _even_chunks
-        return even(B, T, size, q.device)
+        return _even_chunks(B, T, size, q.device)
     # So many at most: how many there are is known on the GPU alone.
-    return _cut(cu_seqlens.long(), T // size + len(cu_seqlens) - 1, size)
+    return _cut(cu_seqlens.to(q.device, torch.int64, non_blocking=True), T // size + len(cu_seqlens) - 1, size)
 
 
 @lru_cache(maxsize=64)
