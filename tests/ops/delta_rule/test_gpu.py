@@ -215,7 +215,7 @@ for L, BK in SIZES:
 
 
 def test_all_kernels_compile_for_a_gpu(tmp_path):
-    """To machine code of an H100, without the instructions that Triton compiles wrongly, and into any card's shared memory.
+    """To an H100's machine code, without the instructions that Triton compiles wrongly, into any card's shared memory.
 
     Wide keys take the compiler half a minute, so only where a GPU is.
     """
