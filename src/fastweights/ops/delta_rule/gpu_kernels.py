@@ -10,8 +10,8 @@ Notation
     c        what a chunk leaves of the state before it
 
 Tensors are contiguous, blocks of (L, width), or (K, V) for states; chunk i of sequence n and head g is block
-first[n] * SEQUENCE + g * HEAD + i. Whoever launches them takes two
-warps: products of 64 rows by four may become instructions that Triton 3.4 to 3.6 compiles wrongly for Hopper cards.
+first[n] * SEQUENCE + g * HEAD + i. Whoever launches them takes two warps: products of 64 rows by four may become
+instructions that Triton 3.4 to 3.6 compiles wrongly for Hopper cards.
 """
 
 from __future__ import annotations
