@@ -5,26 +5,14 @@ PYTHONPATH=.venv/triton TRITON_INTERPRET=1 python -m pytest tests/ops/decay_rule
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fastweights.ops import decay_rule
 from tests import tolerances
 from tests.ops.decay_rule import test_decay_rule as common
+from tests.ops.on_gpu import CUDA, DEVICE, compiled, there
 from tests.ops.problems import Problem, assert_close, error, inputs, options, run, truth
-
-pytest.importorskip("triton", reason="Triton is not installed: make test puts it into .venv/triton")
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
-# The reference goes step by step: threads of several tests at once would wait for each other at every step. No conftest
-# says so where these tests run without one.
-torch.set_num_threads(1)
 
 SMALL = [
     Problem(1, 16, 16, H=1, G=1, inclusive=False),
@@ -46,10 +34,6 @@ LARGE = [
     *(Problem(90, 16, 32, H=4, inclusive=i, cu_seqlens=(0, 0, 1, 64, 64, 90)) for i in (True, False)),
     Problem(5000, 64, 64, 2, 6, 3, strongest=20.0),
 ]
-
-
-def there(tensors: dict) -> dict:
-    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
 
 
 def run_there(tensors: dict, problem: Problem) -> dict[str, torch.Tensor]:
@@ -190,44 +174,11 @@ def test_what_does_not_fit_is_one_line(monkeypatch):
         decay_rule(**inputs(Problem(3, 8, 8), torch.float32), backend="gpu")
 
 
-COMPILE = """
-import time
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastweights.ops.decay_rule import gpu_kernels as kernels
-
-POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "o": "bf16", "do": "bf16", "x": "bf16", "y": "bf16"}
-WHOLE = {"starts", "ends", "sequence_starts", "first_chunks", "chunk_counts"}
-NUMBERS = {"tokens", "H", "G", "R", "K", "V", "D"}
-CONSTANTS = dict(KEY_GATE=True, VALUE_GATE=True, GATED=True, SHIFT=1, BACK=True, CHUNK=64, SUB=16, READERS=4, BK=64,
-                 BV=64, BD=64, PRECISION="tf32x3")
-for name in ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step"):
-    kernel = getattr(kernels, name)
-    signature, constants = {}, {}
-    for parameter in kernel.params:
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[parameter.name] = "constexpr", CONSTANTS[parameter.name]
-        elif parameter.name.endswith(("_row", "_head", "_column")) or parameter.name in NUMBERS:
-            signature[parameter.name] = "i32"
-        elif parameter.name == "scale":
-            signature[parameter.name] = "fp32"
-        else:
-            kind = "i64" if parameter.name in WHOLE else POINTERS.get(parameter.name, "fp32")
-            signature[parameter.name] = "*" + kind
-    start = time.perf_counter()
-    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    print(name, round(time.perf_counter() - start, 1))
-"""
-
-
 def test_all_kernels_compile_for_a_gpu(tmp_path):
-    """By the compiler itself, to machine code of an H100, which needs none, and in seconds."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seconds = dict(line.split() for line in done.stdout.splitlines())
-    print(seconds)
-    assert len(seconds) == 7
-    assert all(float(took) < 60 for took in seconds.values()), seconds
+    """To machine code of an H100, in seconds."""
+    names = ("written", "read_back", "scan", "pairs", "outputs", "gradients", "step")
+    constants = dict.fromkeys(("KEY_GATE", "VALUE_GATE", "GATED", "BACK"), True) | dict.fromkeys(("BK", "BV", "BD"), 64)
+    constants |= {"SHIFT": 1, "CHUNK": 64, "SUB": 16, "READERS": 4, "PRECISION": "tf32x3"}
+    found = compiled("fastweights.ops.decay_rule.gpu_kernels", names, constants, tmp_path)
+    assert len(found) == 7
+    assert all(kernel.seconds < 60 for kernel in found)

@@ -5,10 +5,6 @@ PYTHONPATH=.venv/triton TRITON_INTERPRET=1 python -m pytest tests/ops/delta_rule
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -16,14 +12,8 @@ from fastweights.ops import delta_rule
 from tests import tolerances
 from tests.ops.delta_rule import test_delta_rule as common
 from tests.ops.delta_rule.problems import Problem, inputs, run, truth
+from tests.ops.on_gpu import CUDA, DEVICE, compiled, there
 from tests.ops.problems import assert_close, error, options
-
-pytest.importorskip("triton", reason="Triton is not installed: make test puts it into .venv/triton")
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
-torch.set_num_threads(1)  # as in the decay rule's tests
 
 SMALL = [
     Problem(1, 16, 16, H=1, G=1, inclusive=False),
@@ -41,10 +31,6 @@ LARGE = [
     *(Problem(90, 16, 32, H=4, inclusive=i, cu_seqlens=(0, 0, 1, 64, 64, 90)) for i in (True, False)),
     Problem(5000, 64, 64, 2, 6, 3, strongest=20.0),
 ]
-
-
-def there(tensors: dict) -> dict:
-    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
 
 
 def run_there(tensors: dict, problem: Problem) -> dict[str, torch.Tensor]:
@@ -181,51 +167,17 @@ def test_what_does_not_fit_is_one_line(monkeypatch):
         delta_rule(**inputs(Problem(3, 8, 8), torch.float32), backend="gpu")
 
 
-COMPILE = """
-import time
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastweights.ops.delta_rule import gpu_kernels as kernels
-from fastweights.ops.delta_rule.gpu import _LAUNCH as LAUNCH
-
-POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "beta": "bf16", "o": "bf16", "first_chunks": "i64",
-            "chunk_counts": "i64"}
-NUMBERS = {"H", "G", "R", "K", "V", "SEQUENCE", "HEAD"}
-for L, BK in SIZES:
-    constants_ = dict(DECAY=True, INCLUSIVE=True, READERS=4, L=L, BK=BK, BV=32)
-    for name in ("write", "write_back", "step"):
-        kernel = getattr(kernels, name)
-        signature, constants = {}, {}
-        for parameter in kernel.params:
-            if parameter.is_constexpr:
-                signature[parameter.name], constants[parameter.name] = "constexpr", constants_[parameter.name]
-            elif parameter.name.endswith(("_row", "_head", "_column")) or parameter.name in NUMBERS:
-                signature[parameter.name] = "i32"
-            elif parameter.name == "scale":
-                signature[parameter.name] = "fp32"
-            else:
-                signature[parameter.name] = "*" + POINTERS.get(parameter.name, "fp32")
-        start = time.perf_counter()
-        source = ASTSource(kernel, signature, constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=LAUNCH)
-        assert "wgmma" not in made.asm["ptx"], name
-        print(name, BK, made.metadata.shared, round(time.perf_counter() - start, 1))
-"""
-
-
 def test_all_kernels_compile_for_a_gpu(tmp_path):
     """To an H100's machine code, without the instructions that Triton compiles wrongly, into any card's shared memory.
 
     Wide keys take the compiler half a minute, so only where a GPU is.
     """
-    sizes = ((64, 64), (64, 128), (32, 256)) if CUDA else ((64, 64),)
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", f"SIZES = {sizes}{COMPILE}"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
-    print(*rows, sep="\n")
-    assert len(rows) == 3 * len(sizes)
-    assert all(int(shared) <= 99 * 1024 and float(seconds) < 60 for _, _, shared, seconds in rows)
+    from fastweights.ops.delta_rule.gpu import _LAUNCH
+
+    names, module = ("write", "write_back", "step"), "fastweights.ops.delta_rule.gpu_kernels"
+    for L, BK in ((64, 64), (64, 128), (32, 256)) if CUDA else ((64, 64),):
+        constants = {"DECAY": True, "INCLUSIVE": True, "READERS": 4, "L": L, "BK": BK, "BV": 32}
+        found = compiled(module, names, constants, tmp_path, _LAUNCH)
+        assert len(found) == 3
+        assert all(kernel.shared <= 99 * 1024 and kernel.seconds < 60 for kernel in found)
+        assert not any(kernel.has_wgmma for kernel in found)

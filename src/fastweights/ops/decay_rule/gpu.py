@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..triton.calls import Chunks, check_gpu, chunks_of, empty_outputs, or_zeros
+from ..triton.calls import Chunks, check_gpu, chunks_of, empty_outputs, or_zeros, side
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -71,7 +71,7 @@ class _Problem(NamedTuple):
     @property
     def sides(self) -> tuple[int, int]:
         """Of a tile of the state."""
-        return _side(self.k.shape[2]), _side(self.v.shape[2])
+        return side(self.k.shape[2], TILE), side(self.v.shape[2], TILE)
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -108,10 +108,6 @@ def _kernels() -> Any:
     from . import gpu_kernels
 
     return gpu_kernels
-
-
-def _side(width: int) -> int:
-    return min(TILE, max(16, 1 << (width - 1).bit_length()))
 
 
 def _problem(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import compute_dtype, needs_gradients
-from ..triton.calls import Chunks, check_gpu, chunks_of, empty_outputs, or_zeros
+from ..triton.calls import Chunks, check_gpu, chunks_of, empty_outputs, or_zeros, side
 from .chunked import in_chunks, inside_chunks
 
 if TYPE_CHECKING:
@@ -73,10 +73,6 @@ def _kernels() -> Any:
     from . import gpu_kernels
 
     return gpu_kernels
-
-
-def _side(width: int, longest: int) -> int:
-    return min(longest, max(16, 1 << (width - 1).bit_length()))
 
 
 def _gather(x: Float[Tensor, "1 T H D"], places: _Places) -> Float[Tensor, "1 H M L D"]:
@@ -157,11 +153,11 @@ def _scan_op(
     # What no sequence needs stays 0.
     u, states, after = torch.zeros_like(u_own), W.new_zeros(B, G, n, K, V), torch.empty_like(before)
     if before.numel():
-        BV = _side(V, 32)
+        BV = side(V, 32)
         with torch.cuda.device_of(W):  # Triton launches on the current GPU
             _kernels().write[(len(before), G, -(-V // BV))](
                 u_own, W, E, c, first, counts, before, u, states, after, G, *_layout(W, len(before)), K, V,
-                L=L, BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+                L=L, BK=side(K, WIDEST), BV=BV, **_LAUNCH,
             )  # fmt: skip
     return u, states, after
 
@@ -188,11 +184,11 @@ def _scan_back_op(
     (_, G, _, L, K), V = W.shape, du_read.shape[-1]
     du, dS_after, dbefore = torch.zeros_like(du_read), torch.zeros_like(dstates_read), torch.empty_like(dafter)
     if dafter.numel():
-        BV = _side(V, 32)
+        BV = side(V, 32)
         with torch.cuda.device_of(W):  # Triton launches on the current GPU
             _kernels().write_back[(len(dafter), G, -(-V // BV))](
                 W, E, c, first, counts, dafter, du_read, dstates_read, du, dS_after, dbefore,
-                G, *_layout(W, len(dafter)), K, V, L=L, BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+                G, *_layout(W, len(dafter)), K, V, L=L, BK=side(K, WIDEST), BV=BV, **_LAUNCH,
             )  # fmt: skip
     return du, dS_after, dbefore
 
@@ -231,14 +227,14 @@ def _step_op(
     """(o, final state) of one token."""
     o, after = empty_outputs(q, v, None)
     (N, _, H, K), (G, V) = q.shape, v.shape[2:]
-    decay, R, BV = beta if log_decay is None else log_decay, H // G, _side(V, 32)
+    decay, R, BV = beta if log_decay is None else log_decay, H // G, side(V, 32)
     strides = [x.stride(i) for x in (q, k, v) for i in (0, 2, 3)] + [x.stride(i) for x in (beta, decay) for i in (0, 2)]
     if after.numel():
         with torch.cuda.device_of(q):
             _kernels().step[(N, G, -(-V // BV))](
                 q, k, v, beta, decay, or_zeros(initial_state, after), o, after, *strides, H, G, R, K, V, scale,
                 DECAY=log_decay is not None, INCLUSIVE=inclusive, READERS=1 << (R - 1).bit_length(),
-                BK=_side(K, WIDEST), BV=BV, **_LAUNCH,
+                BK=side(K, WIDEST), BV=BV, **_LAUNCH,
             )  # fmt: skip
     return o, after
 

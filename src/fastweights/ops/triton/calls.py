@@ -101,6 +101,11 @@ def _cut(bounds: Tensor, M: int, size: int) -> Chunks:
     )
 
 
+def side(width: int, longest: int) -> int:
+    """Of a tile that has so many channels, or the first of them: a power of two, as products need at least 16."""
+    return min(longest, max(16, 1 << (width - 1).bit_length()))
+
+
 def or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
     """A state, or for None one of zeros like another."""
     return torch.zeros_like(like) if state is None else state.contiguous()
