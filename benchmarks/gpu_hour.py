@@ -253,12 +253,12 @@ def _trainings(hour: Hour) -> list[list[Training]]:
         if small:  # one control is rehearsal enough
             beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
         else:
-            # The rule that earns most beside a window (docs/log.md), the recipe's averages, and neither.
-            delta, first, window = {"convert.rule": "gated_delta"}, "windows-128", {"convert.window": "64"}
-            beside[0].append(hybrid(first, "smollm2-windows", **delta))
-            beside[0].append(hybrid("windows-128-averages", "smollm2-windows", first))
+            # The recipe's fast weights, those without queries and keys of their own, and none.
+            first, identity, window = "windows-128", {"convert.feature-map": "identity"}, {"convert.window": "64"}
+            beside[0].append(hybrid(first, "smollm2-windows"))
+            beside[0].append(hybrid("windows-128-identity", "smollm2-windows", first, **identity))
             beside[0].append(hybrid("windows-128-alone", "smollm2-windows", first, **alone))
-            beside[1].append(hybrid("windows-64", "smollm2-windows", **window, **delta))
+            beside[1].append(hybrid("windows-64", "smollm2-windows", **window))
             beside[1].append(hybrid("windows-64-alone", "smollm2-windows", "windows-64", **window, **alone))
     if stories:
         options = {"model": stories, "data.text": samples, **run, **tiny}

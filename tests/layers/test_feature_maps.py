@@ -45,6 +45,13 @@ def test_elu_plus_one_does_not_cancel_in_bfloat16():
     assert ((torch.nn.functional.elu(x) + 1).double() - x.double().exp()).abs().max() > 1e-3
 
 
+def test_a_projection():
+    x, found = torch.randn(2, 3, 4, 6, dtype=torch.float64), trained("linear", 6, 4)
+    for head in range(4):
+        torch.testing.assert_close(found(x)[:, :, head], x[:, :, head] @ found.weight[head].T)
+    assert make_feature_map("linear", 6, 4)(x.float()).equal(x.float())  # at the start
+
+
 def test_relu_of_a_projection():
     x, found = torch.randn(2, 3, 4, 6, dtype=torch.float64), trained("relu", 6, 4)
     for head in range(4):

@@ -200,6 +200,17 @@ def test_gated_heads_start_with_a_spread_of_time_constants():
     assert bias == {1: [4.0], 2: [2.0, 6.0], 3: [2.0, 4.0, 6.0]}
 
 
+def test_write_gates_start_at_their_biases():
+    for name in ("delta", "gated_delta"):
+        rules = {
+            bias: make_rule(name, replace(SHAPE, kv_heads=3, write_bias=bias)) for bias in ((0.0, 0.0), (-4.0, -2.0))
+        }
+        for rule in rules.values():
+            rule.reset_parameters()
+            assert not rule.write_gate.weight.any()
+        assert [rule.write_gate.bias.tolist() for rule in rules.values()] == [[0.0] * 3, [-4.0, -3.0, -2.0]]
+
+
 def test_gates_of_low_rank_start_as_full_ones():
     low, full = (make_rule("decay", replace(SHAPE, gate_rank=rank)) for rank in (2, 0))
     for rule in (low, full):

@@ -86,6 +86,16 @@ def test_rules_and_windows(rule, form):
         check(make(rule=rule, **FORMS[form]), start=start)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", ["average", "gated_delta"])
+def test_queries_and_keys_of_their_own(rule, form):
+    model = make(rule=rule, feature_map="linear", **FORMS[form])
+    assert why_plain(model) is None
+    for start in (1, 20):
+        check(model, start=start)
+    check(model, rows=3)
+
+
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 @pytest.mark.parametrize("form", ["pure", "window, no rotary"])
 def test_families(family, form):

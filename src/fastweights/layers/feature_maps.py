@@ -159,6 +159,24 @@ class _Projected(KeepsFloat32, FeatureMap):
             return torch.einsum("bthd,hkd->bthk", x.to(self.weight.dtype), self.weight)
 
 
+class Projection(_Projected):
+    """W x, with W learned for each head.
+
+    Queries and keys of the fast weights' own: beside a window, whose softmax goes on with the pretrained ones, each of
+    the two can learn what it needs. Ours; W starts as the identity.
+
+    Args:
+        head_dim: width of a query or key.
+        heads: of queries, or of keys.
+    """
+
+    non_negative = False
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """Queries or keys, head by head."""
+        return self.project(x).to(x.dtype)
+
+
 class ReluOfProjection(_Projected):
     """relu(W x + b), with W and b learned for each head.
 
@@ -207,6 +225,7 @@ class SoftmaxOfProjection(_Projected):
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "identity": FeatureMap,
+    "linear": Projection,
     "elu+1": EluPlusOne,
     "relu": ReluOfProjection,
     "dpfp": Dpfp,

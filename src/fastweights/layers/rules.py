@@ -43,6 +43,8 @@ class RuleShape:
     """First and last gate bias of a head: time constants start spread between e^first and e^last tokens."""
     gate_rank: int = 0
     """Rank of a gate's matrix; 0 for a full one."""
+    write_bias: tuple[float, float] = (0.0, 0.0)
+    """First and last bias of a head's write gate, in the rules that have one."""
     normaliser: bool = False
     """Whether what is read is divided by the sum of its weights, which must not be negative."""
 
@@ -251,6 +253,12 @@ def _start(gate: Float32Linear | LowRank, bias: Callable[[int], Tensor]) -> None
     gate.bias.copy_(bias(gate.out_features))
 
 
+def _spread(ends: tuple[float, float], heads: int) -> Float[Tensor, " G"]:
+    """From one end to the other; a single head is half way."""
+    first, last = ends
+    return torch.linspace(first, last, heads) if heads > 1 else torch.tensor([(first + last) / 2])
+
+
 class DecayRule(Rule):
     """Both sides of the state decay by gates that each token sets.
 
@@ -329,9 +337,7 @@ class GatedRule(AverageRule):
 
     def _first_bias(self, width: int) -> Float[Tensor, " G"]:
         """Time constants are spread over the heads, where each has but one."""
-        first, last = self.shape.gate_bias
-        heads = self.shape.kv_heads
-        return torch.linspace(first, last, heads) if heads > 1 else torch.tensor([(first + last) / 2])
+        return _spread(self.shape.gate_bias, self.shape.kv_heads)
 
 
 class DeltaRule(Rule):
@@ -346,15 +352,15 @@ class DeltaRule(Rule):
         shape: sizes of the layer.
     """
 
-    settings = ("gate_rank",)
+    settings = ("gate_rank", "write_bias")
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)
         self.write_gate = _gate(shape, 1)
 
     def reset_parameters(self) -> None:
-        """As new: each token writes half of the difference."""
-        _start(self.write_gate, torch.zeros)
+        """As new: each token writes as much of the difference as its head's bias says, half by default."""
+        _start(self.write_gate, lambda heads: _spread(self.shape.write_bias, heads))
 
     def written(
         self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G 1"] | None
@@ -399,7 +405,7 @@ class GatedDeltaRule(DeltaRule):
         shape: sizes of the layer.
     """
 
-    settings = GatedRule.settings
+    settings = ("gate_bias", *DeltaRule.settings)
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)

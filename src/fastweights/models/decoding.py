@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from fastweights.layers.feature_maps import FeatureMap
+from fastweights.layers.feature_maps import FeatureMap, Projection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
@@ -83,6 +83,7 @@ _FAMILIES = {
     "smollm3": _LLAMA,
 }
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
+_MAPS = (FeatureMap, Projection)
 _PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _ROOMS = 4
@@ -200,8 +201,8 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         rule = attention.rule
         if type(rule) not in _RULES or rule.shape.normaliser:
             return f"its rule is {type(rule).__name__}, or has a normaliser"
-        if type(attention.query_map) is not FeatureMap or type(attention.key_map) is not FeatureMap:
-            return "it has a feature map"
+        if type(attention.query_map) not in _MAPS or type(attention.key_map) not in _MAPS:
+            return f"its feature map is {type(attention.query_map).__name__}"
         if type(attention.projections) not in _PROJECTIONS:
             return "its projections are other than its family's"
         if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
@@ -469,10 +470,14 @@ class LayerStep:
         scales = attention.fast_scale, attention.fast_unit, attention.window_scale
         scales = [_EMPTY[1] if x is None else x.detach().numpy() for x in scales]
         gates = [array for gate in self.gates for array in gate.arrays]
+        maps = [
+            x.weight.detach().flatten(0, 1).numpy() if isinstance(x, Projection) else _EMPTY[2]
+            for x in (attention.query_map, attention.key_map)
+        ]
         bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
         numbers = torch.tensor([self.epsilon, attention.scaling], dtype=torch.float32).numpy()
-        arrays = [*self.made, room.arrays[2], *self.rotary, *self.head_norms, *gates, fast.numpy(), *window, *scales]
-        arrays += [bias, numbers, self.read.numpy()]
+        arrays = [*self.made, room.arrays[2], *self.rotary, *self.head_norms, *gates, *maps, fast.numpy()]
+        arrays += [*window, *scales, bias, numbers, self.read.numpy()]
         flags = {
             "rotated_fast": attention.rotary,
             "leaving": attention.writes_leaving,

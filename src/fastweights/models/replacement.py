@@ -45,6 +45,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             value_gate=settings.value_gate,
             gate_bias=settings.gate_bias,
             gate_rank=settings.gate_rank,
+            write_bias=settings.write_bias,
             normaliser=bool(settings.normaliser),
         )
         attention = FastWeightAttention(

@@ -19,7 +19,8 @@ LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
 WRITES = ("all", "leaving")
 _OF_THE_PAPER = ("decay", "identity")
-OF_GATES = ("value_gate", "gate_bias", "gate_rank")
+_HALF = (0.0, 0.0)
+OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
 _SINKS = 4
@@ -53,18 +54,22 @@ class SharedConversion:
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: tuple[float, float] = (2.0, 6.0)
     """First and last gate bias of a head at the start: time constants spread between e^first and e^last tokens."""
+    write_bias: tuple[float, float] = _HALF
+    """First and last bias of a head's write gate at the start, in the delta rules: a token writes sigmoid(bias)."""
     gate_rank: int = 0
     """Rank of the gates' matrices, low in a conversion that is to be small; 0 for full ones, as in the paper."""
     positions: Literal["keep", "drop"] = "keep"
     """Absolute positions of GPT-2: keep them (text ends at the trained length) or drop them (text of any length)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gate_bias", tuple(self.gate_bias))  # JSON has lists
+        for name in ("gate_bias", "write_bias"):
+            bias = tuple(getattr(self, name))  # JSON has lists
+            if len(bias) != 2 or not all(math.isfinite(number) for number in bias):
+                raise FastWeightsError(f"{name} is {bias}; it must be two finite numbers")
+            object.__setattr__(self, name, bias)
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
             check_name("write", self.write, WRITES)
-        if len(self.gate_bias) != 2 or not all(math.isfinite(bias) for bias in self.gate_bias):
-            raise FastWeightsError(f"gate_bias is {self.gate_bias}; it must be two finite numbers")
         if self.gate_rank < 0:
             raise FastWeightsError(f"gate_rank is {self.gate_rank}; allowed are 0 (full) and ranks of 1 up")
         if self.layers is not None:
@@ -100,7 +105,7 @@ class ConversionConfig(SharedConversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser:
+        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser or self.write_bias != _HALF:
             self._check_rule_and_feature_map()
         if self.window < 0 or self.window == 1:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")

@@ -104,16 +104,23 @@ def _gate(logits, up, low, bias, first, keep, let_go):
 
 
 @_inner
-def _read(state, q, rotated_q, rotated_fast, first, fast_scale, fast_unit, scale, read, out):
+def _map(weight, head, x, out):
+    """out = the head's matrix times x, or x where there are none."""
+    first = head * x.shape[0]
+    for i in range(x.shape[0]):
+        out[i] = _dot(weight[first + i], x) if weight.shape[0] > 0 else x[i]
+
+
+@_inner
+def _read(state, q, first, fast_scale, fast_unit, scale, read, out):
     """Add what the state says to each query of a group."""
-    for r in range(rotated_q.shape[0]):
+    for r in range(q.shape[0]):
         h = first + r
         for j in range(read.shape[0]):
             read[j] = float32(0.0)
         for i in range(state.shape[0]):
-            number = rotated_q[r, i] if rotated_fast else q[h, i]
             for j in range(read.shape[0]):
-                read[j] += number * state[i, j]
+                read[j] += q[r, i] * state[i, j]
         factor = scale * fast_scale[h] * fast_unit[h]
         for j in range(read.shape[0]):
             out[h, j] += read[j] * factor
@@ -244,6 +251,8 @@ ARRAYS = [
     "value_down",
     "value_up",
     "value_bias",
+    "query_map",
+    "key_map",
     "fast",
     "ring_k",
     "plain_k",
@@ -318,6 +327,7 @@ def _compile(version: int) -> Any:
         key_logits, value_logits: (B, _) what other gates are made of, bias included.
         rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
         key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
+        query_map, key_map: (H * D, D), (G * D, D) the matrices of each head's queries and keys; of width 0 for none.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -343,10 +353,11 @@ def _attend(record):
     key_logits, key_down, key_up, key_bias = _plane(record, 8), _plane(record, 9), _plane(record, 10), _line(record, 11)
     value_logits, value_down = _plane(record, 12), _plane(record, 13)
     value_up, value_bias = _plane(record, 14), _line(record, 15)
-    fast, ring_k, plain_k = _blocks(record, 16), _blocks(record, 17), _blocks(record, 18)
-    ring_v, sink_k, sink_v = _blocks(record, 19), _blocks(record, 20), _blocks(record, 21)
-    fast_scale, fast_unit, window_scale = _line(record, 22), _line(record, 23), _line(record, 24)
-    window_bias, numbers, out = _plane(record, 25), _line(record, 26), _block(record, 27)
+    query_map, key_map = _plane(record, 16), _plane(record, 17)
+    fast, ring_k, plain_k = _blocks(record, 18), _blocks(record, 19), _blocks(record, 20)
+    ring_v, sink_k, sink_v = _blocks(record, 21), _blocks(record, 22), _blocks(record, 23)
+    fast_scale, fast_unit, window_scale = _line(record, 24), _line(record, 25), _line(record, 26)
+    window_bias, numbers, out = _plane(record, 27), _line(record, 28), _block(record, 29)
     epsilon, scale = numbers[0], numbers[1]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
@@ -356,7 +367,9 @@ def _attend(record):
     place = count % W if W > 0 else 0
     weights = np.empty((R, far + seen), dtype=np.float32)
     rotated_q, sink_q = np.empty((R, D), dtype=np.float32), np.empty((R, D), dtype=np.float32)
+    fast_q = np.empty((R, D), dtype=np.float32)
     rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
+    key = np.empty(D, dtype=np.float32)
     read, zero = np.empty(V, dtype=np.float32), float32(0.0)
     f = np.ones(max(1, key_bias.shape[0] // G), dtype=np.float32)
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
@@ -383,6 +396,7 @@ def _attend(record):
             if normed:
                 _normalise(q[b, g * R + r], q_norm, epsilon)
             _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
+            _map(query_map, g * R + r, rotated_q[r] if rotated_fast else q[b, g * R + r], fast_q[r])
             for j in range(V):
                 out[b, g * R + r, j] = zero
         if W > 0:
@@ -426,7 +440,7 @@ def _attend(record):
         state = fast[b, g]
         left = (place + 1) % W if leaving else 0
         if leaving:
-            _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+            _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
         if not leaving or count >= W - 1 + S:
             if key_bias.shape[0] > 0:
                 _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
@@ -434,17 +448,20 @@ def _attend(record):
                 _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
             for i in range(D):
                 if leaving:
-                    key = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
+                    key[i] = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
                 else:
-                    key = rotated_k[i] if rotated_fast else k[b, g, i]
-                written[i] = key * f_rest[i if f.shape[0] > 1 else 0] if averages else key
+                    key[i] = rotated_k[i] if rotated_fast else k[b, g, i]
+            _map(key_map, g, key, written)
+            if averages:
+                for i in range(D):
+                    written[i] *= f_rest[i if f.shape[0] > 1 else 0]
             value = ring_v[b, g, left] if leaving else v[b, g]
             if delta:
                 _write_by_delta(state, f[0], z[0], written, value, read)
             else:
                 _write(state, f, z, written, value)
         if not leaving:
-            _read(state, q[b], rotated_q, rotated_fast, g * R, fast_scale, fast_unit, scale, read, out[b])
+            _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
 
 
 attend = _compile(sources_version(Path(__file__).parent))
