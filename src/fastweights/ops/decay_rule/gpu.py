@@ -183,6 +183,26 @@ def _forward_op(
     inclusive: bool,
 ) -> tuple[Tensor, Tensor]:
     """(o, final state)."""
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        return _forward(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive)
+
+
+@_forward_op.register_fake
+def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
+    return empty_outputs(q, v, cu_seqlens)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor]:
     p = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive)
     if q.shape[1] == 1 and cu_seqlens is None and len(q):
         return _step(p, initial_state, *empty_outputs(q, v, None))
@@ -199,11 +219,6 @@ def _forward_op(
             SHIFT=p.shift, SUB=SUB, **p.compiled_for,
         )  # fmt: skip
     return o[0] if parts == 1 else o.sum(0).to(v.dtype), final_state
-
-
-@_forward_op.register_fake
-def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
-    return empty_outputs(q, v, cu_seqlens)
 
 
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,6 +248,23 @@ def _backward_op(
     inclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
+    with torch.cuda.device_of(q):
+        return _gradients(do, dfinal, q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive)
+
+
+def _gradients(
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor | None,
+    log_z: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), chunks_of(q, cu_seqlens, CHUNK)
     states, F, Z, final_state = _states(p, c, initial_state)
     (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
