@@ -119,7 +119,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     models = {"teacher": load_model(source), **models}
     say("the same prompt, by all three")
     samples = {name: sample(model, source) for name, model in models.items()}
-    say(f"time per token and size of the state at contexts up to {config.contexts[-1]:,}")
+    say(f"their time per token and size of the state at contexts up to {config.contexts[-1]:,}")
     decode = decode_costs(models, config.contexts)
     folders = {name: config.output / name for name in stages}
     names = ("training.png", "decoding.png", "comparison.png", "results.json")

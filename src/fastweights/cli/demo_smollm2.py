@@ -180,7 +180,7 @@ def _decode(
     ours: Mapping[str, PreTrainedModel], base: PreTrainedModel, config: DemoConfig, say: Callable[[str], None]
 ) -> dict[str, list[DecodeCost]]:
     fits = longest_that_fits(base, config.contexts)
-    say(f"time per token and size of the state at contexts up to {config.contexts[-1]:,}")
+    say(f"SmolLM2's time per token and size of the state at contexts up to {config.contexts[-1]:,}")
     if fits < config.contexts[-1]:
         say(f"{SMOLLM2_BASE} is left out beyond {fits:,}: this machine has no memory for its keys and values")
     models = {SMOLLM2_BASE: base, **ours}

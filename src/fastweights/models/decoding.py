@@ -87,6 +87,8 @@ _MAPS = (FeatureMap, Projection)
 _PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _ROOMS = 4
+_DECODER = "_decoder"
+"""Where a model keeps it."""
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
@@ -254,6 +256,11 @@ def _inner(projections: Any) -> tuple[str, ...]:
     """The layers that make queries, keys and values."""
     split = isinstance(projections, SplitProjections)
     return (projections.q, projections.k, projections.v) if split else (projections.qkv,)
+
+
+def forget_steps(model: nn.Module) -> None:
+    """Let go of what a model keeps for its steps, such as matrices that are to be in few bits."""
+    model.__dict__.pop(_DECODER, None)
 
 
 class Decoder:
@@ -611,11 +618,11 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
         return None
-    decoder: Decoder | None = model.__dict__.get("_decoder")
+    decoder: Decoder | None = model.__dict__.get(_DECODER)
     if decoder is None or decoder.model is not model or not decoder.is_current():
         if why_plain(model) is not None:
             return None
-        decoder = model.__dict__["_decoder"] = Decoder(model)
+        decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
     rings = [
         layer.as_ring(attention.head_dim) if isinstance(layer, HybridCacheLayer) else None

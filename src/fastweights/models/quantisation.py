@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.quantised import LINEAR, QuantisedLinear, kept_as
+from fastweights.models.decoding import forget_steps
 from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def quantise(model: _Model, weights: str) -> _Model:
             "leave weights out"
         )
     config = WeightsConfig(weights)
-    model.__dict__.pop("_decoder", None)  # which keeps the whole matrices
+    forget_steps(model)
     quantizer = WeightsQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(model)
     quantizer.postprocess_model(model)
