@@ -86,9 +86,9 @@ _RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
 _MAPS = (FeatureMap, Projection)
 _PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
-_ROOMS = 4
 _DECODER = "_decoder"
 """Where a model keeps it."""
+_ROOMS = 4
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
