@@ -184,41 +184,27 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     """(o, final state)."""
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
-        return _forward(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive)
+        p = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive)
+        if q.shape[1] == 1 and cu_seqlens is None and len(q):
+            return _step(p, initial_state, *empty_outputs(q, v, None))
+        c = chunks_of(q, cu_seqlens, CHUNK)
+        states, _, _, final_state = _states(p, c, initial_state)
+        H, G, R, K, V = p.sizes
+        M, parts = len(c.starts), p.tiles[0]
+        o = v.new_empty((1, *q.shape[:3], V)) if parts == 1 else p.new(parts, *q.shape[:3], V)
+        if M:
+            A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
+            _kernels().outputs[(M, H, prod(p.tiles))](
+                p.q, p.k, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
+                *_strides(p.q, p.k, p.v, *p.gates), len(p.q), H, G, R, K, V, scale,
+                SHIFT=p.shift, SUB=SUB, **p.compiled_for,
+            )  # fmt: skip
+        return o[0] if parts == 1 else o.sum(0).to(v.dtype), final_state
 
 
 @_forward_op.register_fake
 def _(q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
     return empty_outputs(q, v, cu_seqlens)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_f: Tensor | None,
-    log_z: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    inclusive: bool,
-) -> tuple[Tensor, Tensor]:
-    p = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive)
-    if q.shape[1] == 1 and cu_seqlens is None and len(q):
-        return _step(p, initial_state, *empty_outputs(q, v, None))
-    c = chunks_of(q, cu_seqlens, CHUNK)
-    states, _, _, final_state = _states(p, c, initial_state)
-    H, G, R, K, V = p.sizes
-    M, parts = len(c.starts), p.tiles[0]
-    o = v.new_empty((1, *q.shape[:3], V)) if parts == 1 else p.new(parts, *q.shape[:3], V)
-    if M:
-        A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
-        _kernels().outputs[(M, H, prod(p.tiles))](
-            p.q, p.k, p.v, *p.gates, A, states, c.starts, c.ends, c.sequence_starts, o,
-            *_strides(p.q, p.k, p.v, *p.gates), len(p.q), H, G, R, K, V, scale,
-            SHIFT=p.shift, SUB=SUB, **p.compiled_for,
-        )  # fmt: skip
-    return o[0] if parts == 1 else o.sum(0).to(v.dtype), final_state
 
 
 def _step(p: _Problem, initial_state: Tensor | None, o: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,49 +235,33 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_f, dlog_z, gradient of the initial state); empty for a gate that is None."""
     with torch.cuda.device_of(q):
-        return _gradients(do, dfinal, q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive)
-
-
-def _gradients(
-    do: Tensor | None,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_f: Tensor | None,
-    log_z: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    inclusive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), chunks_of(q, cu_seqlens, CHUNK)
-    states, F, Z, final_state = _states(p, c, initial_state)
-    (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
-    M, tokens = len(c.starts), len(p.q)
-    given = p.new(1, 1, 1).zero_().expand(tokens, H, V) if do is None else do.flatten(0, 1)
-    dfinal = or_zeros(dfinal, final_state)
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
-    grid = (M, G, prod(p.tiles))
-    if M:
-        _kernels().read_back[grid](
-            p.q, given, *p.gates, c.starts, c.ends, c.sequence_starts, dstates,
-            *_strides(p.q, given, *p.gates), G, R, K, V, scale, SHIFT=p.shift, SUB=SUB, **p.compiled_for,
-        )  # fmt: skip
-    _scan(p, c, dstates, F, Z, dinitial, dfinal, back=True)
-    dq, dk, dv = p.new(value_tiles, tokens, H, K), p.new(value_tiles, tokens, G, K), p.new(key_tiles, tokens, G, V)
-    dlog_f = dk if log_f is None else torch.empty_like(dk)
-    dlog_z = dv if log_z is None else torch.empty_like(dv)
-    if M:
-        A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
-        B = _pairs(p, c, given, p.v, p.log_z, 1.0, p.sides[1])
-        _kernels().gradients[grid](
-            p.q, p.k, p.v, *p.gates, given, A, B, states, dstates, c.starts, c.ends, c.sequence_starts,
-            dq, dk, dv, dlog_f, dlog_z, *_strides(p.q, p.k, p.v, *p.gates, given), tokens, H, G, R, K, V, scale,
-            SHIFT=p.shift, SUB=SUB, **p.compiled_for,
-        )  # fmt: skip
-    results = [_joined(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v), (dlog_f, log_f), (dlog_z, log_z))]
-    return *results, dinitial  # type: ignore[return-value]
+        p, c = _problem(q, k, v, log_f, log_z, cu_seqlens, scale, inclusive), chunks_of(q, cu_seqlens, CHUNK)
+        states, F, Z, final_state = _states(p, c, initial_state)
+        (H, G, R, K, V), (key_tiles, value_tiles) = p.sizes, p.tiles
+        M, tokens = len(c.starts), len(p.q)
+        given = p.new(1, 1, 1).zero_().expand(tokens, H, V) if do is None else do.flatten(0, 1)
+        dfinal = or_zeros(dfinal, final_state)
+        dstates, dinitial = torch.empty_like(states), torch.empty_like(final_state)
+        grid = (M, G, prod(p.tiles))
+        if M:
+            _kernels().read_back[grid](
+                p.q, given, *p.gates, c.starts, c.ends, c.sequence_starts, dstates,
+                *_strides(p.q, given, *p.gates), G, R, K, V, scale, SHIFT=p.shift, SUB=SUB, **p.compiled_for,
+            )  # fmt: skip
+        _scan(p, c, dstates, F, Z, dinitial, dfinal, back=True)
+        dq, dk, dv = p.new(value_tiles, tokens, H, K), p.new(value_tiles, tokens, G, K), p.new(key_tiles, tokens, G, V)
+        dlog_f = dk if log_f is None else torch.empty_like(dk)
+        dlog_z = dv if log_z is None else torch.empty_like(dv)
+        if M:
+            A = _pairs(p, c, p.q, p.k, p.log_f, scale, p.sides[0])
+            B = _pairs(p, c, given, p.v, p.log_z, 1.0, p.sides[1])
+            _kernels().gradients[grid](
+                p.q, p.k, p.v, *p.gates, given, A, B, states, dstates, c.starts, c.ends, c.sequence_starts,
+                dq, dk, dv, dlog_f, dlog_z, *_strides(p.q, p.k, p.v, *p.gates, given), tokens, H, G, R, K, V, scale,
+                SHIFT=p.shift, SUB=SUB, **p.compiled_for,
+            )  # fmt: skip
+        results = [_joined(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v), (dlog_f, log_f), (dlog_z, log_z))]
+        return *results, dinitial  # type: ignore[return-value]
 
 
 def _joined(parts: Tensor, x: Tensor | None) -> Tensor:
