@@ -53,3 +53,20 @@ def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """What `write_csv` wrote; numbers and truths are themselves again."""
+    with path.open(newline="") as file:
+        return [{name: _parsed(value) for name, value in line.items()} for line in csv.DictReader(file)]
+
+
+def _parsed(text: str) -> object:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,19 +1,22 @@
-"""The decay rule's Triton kernels on a GPU, beside flash attention and flash-linear-attention.
+"""The rules' Triton kernels on a GPU, beside flash attention and flash-linear-attention.
 
     python -m benchmarks.gpu
 
-Correctness first: outputs, last state and all gradients against the reference in float64, for every form of gates; if
-one is wrong, nothing is timed. Then, in turns and by CUDA events, with the second-level cache emptied before each run:
+Correctness first: outputs, last state and all gradients against the reference in float64, for every form of gates. If
+the decay rule is wrong in one, nothing is timed; if the delta rule is, it is left out. Then, in turns and by CUDA
+events, with the second-level cache emptied before each run:
 
 - the forward pass, and with it all gradients, in bfloat16: softmax (torch's FlashAttention-2, and cuDNN's), the decay
-  rule with both gates, with the key's alone and without any, the same in plain PyTorch ("chunked"), and of
-  flash-linear-attention, where it is installed, fused_recurrent_gla (both gates) and chunk_gla (the key's gate alone);
+  rule with both gates, with the key's alone and without any, the delta rule with a decay (gated delta) and without,
+  both in plain PyTorch ("chunked"), and of flash-linear-attention, where it is installed, fused_recurrent_gla (both
+  gates), chunk_gla (the key's gate alone), and the gated delta rule, in chunks and token by token (forward alone);
 - one decoding step of 64 texts, beside softmax over a cache of 1,024 to 16,384 tokens;
-- by length, which of softmax and the decay rule is faster.
+- by length, which of softmax and the rules is faster.
 
 Bytes are those of inputs and outputs, each moved once, and operations those of the recurrence token by token (of the
 causal half of softmax): what must be done, of which a kernel may do more. Both stand beside what the card was measured
-to reach, copying and multiplying. With `--device cpu` and TRITON_INTERPRET=1 the same script runs in Triton's
+to reach, copying and multiplying. What was measured so far is kept at any moment, and `--resume` goes on from it, on
+the same card with the same versions. With `--device cpu` and TRITON_INTERPRET=1 the same script runs in Triton's
 interpreter on tiny shapes: a rehearsal, whose times mean nothing.
 """
 
@@ -26,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,11 +45,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Also as `python benchmarks/gpu.py`, where the folder rather than the repository is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import quantiles, write_csv
-from benchmarks.kernels import check, forward, forward_and_backward, inputs
+from benchmarks.common import quantiles, read_csv, write_csv
+from benchmarks.kernels import check, delta_inputs, fault, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.errors import FastWeightsError
-from fastweights.ops import decay_rule
+from fastweights.ops import decay_rule, delta_rule
 
 SHAPES = ((4, 2048, 16, 64), (4, 2048, 16, 128), (1, 16384, 16, 128), (8, 1024, 12, 64))
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -56,9 +60,13 @@ CHUNKED_UP_TO = 2048
 """Tokens of a text at which the chunked form is timed, which takes a second and more at longer ones."""
 STEPS = ((64, 16, 64), (64, 16, 128))
 GATES = {"both gates": (True, True), "key gate": (True, False), "value gate": (False, True), "no gates": (False, False)}
+BY_LENGTH = {"decay, both gates": "#d1495b", "gated delta": "#00798c"}
+"""Rules that are timed at each length, and their colours."""
 HOST_CYCLES = 10_000_000
 """Of the card's clock, some milliseconds: longer than the host takes to launch anything here."""
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+_STEP = "decoding step"
 
 console = Console()
 Task = Callable[[], object]
@@ -107,6 +115,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.csv"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--resume", action="store_true", help="keep what the file of --output has of this machine")
     arguments = parser.parse_args()
     device = Device(arguments.device, arguments.repeats)
     try:
@@ -120,34 +129,69 @@ def main() -> None:
             given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
             check("gpu", given, tolerance, f" ({gates}, {dtype})")
     console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16)")
+    delta = check_delta(device, T, H, D)
     if find_spec("fla") is None:
         console.print(
             "flash-linear-attention is not installed: its rows are left out (pip install flash-linear-attention)"
         )
 
-    limits = ceilings(device)
-    rows = []
-    for measured in _all(device, limits):
-        rows += measured
+    here = {**environment(), **gpu_environment(device)}
+    rows = finished(arguments.output, here) if arguments.resume else []
+    limits = {name: rows[0][name] for name in CEILINGS} if rows else ceilings(device)
+    done = {_group(row) for row in rows}
+    for group, measured in _all(device, limits, delta):
+        if group in done:
+            continue
+        rows += measured()
         # What there is so far is kept: a rented machine may be taken away at any moment.
-        write_csv(arguments.output, rows, {**environment(), **gpu_environment(device), **limits})
+        write_csv(arguments.output, rows, {**here, **limits})
     show(rows)
     plot(rows, arguments.output.with_suffix(".png"))
     console.print(f"written to {arguments.output}, and drawn in {arguments.output.with_suffix('.png')}")
 
 
-def _all(device: Device, limits: dict[str, float]) -> Iterator[list[dict]]:
+_Group = tuple[int, int, int, int, bool, bool]
+"""B, T, H, D, whether it is a decoding step, and whether it is of the comparison by length."""
+
+
+def _group(row: Mapping[str, Any]) -> _Group:
+    return (*(row[name] for name in "BTHD"), row["mode"] == _STEP, row["by_length"])  # type: ignore[return-value]
+
+
+def finished(file: Path, here: Mapping[str, object]) -> list[dict]:
+    """Rows of a file that were measured where this runs, with the same versions and commit."""
+    rows = read_csv(file) if file.exists() else []
+    same = [name for name in here if name not in ("date", "load", "threads")]
+    kept = [row for row in rows if all(str(row.get(name)) == str(here[name]) for name in same)]
+    if file.exists():
+        console.print(f"{file} has {len(rows)} rows, {len(kept)} of them of this machine, versions and commit: kept")
+    return kept
+
+
+def _all(device: Device, limits: dict[str, float], delta: bool) -> Iterator[tuple[_Group, Callable[[], list[dict]]]]:
+    """Each group of rows, and what measures it."""
+    shapes, steps, lengths, contexts = SHAPES, STEPS, [(max(1, TOKENS // T), T, 16, 64) for T in LENGTHS], CONTEXTS
     if not device.is_gpu:
-        yield measure(1, 20, 1, 16, device=device, limits=limits)
-        yield measure_step(1, 1, 16, device=device, limits=limits, contexts=(32,))
-        yield measure(1, 16, 1, 16, device=device, limits=limits, by_length=True)
-        return
-    for shape in SHAPES:
-        yield measure(*shape, device=device, limits=limits)
-    for shape in STEPS:
-        yield measure_step(*shape, device=device, limits=limits, contexts=CONTEXTS)
-    for T in LENGTHS:
-        yield measure(max(1, TOKENS // T), T, 16, 64, device=device, limits=limits, by_length=True)
+        shapes, steps, lengths, contexts = ((1, 20, 1, 16),), ((1, 1, 16),), [(1, 16, 1, 16)], (32,)
+    common: dict[str, Any] = {"device": device, "limits": limits, "delta": delta}
+    for shape in shapes:
+        yield (*shape, False, False), partial(measure, *shape, **common)
+    for B, H, D in steps:
+        yield (B, 1, H, D, True, False), partial(measure_step, B, H, D, contexts=contexts, **common)
+    for shape in lengths:
+        yield (*shape, False, True), partial(measure, *shape, by_length=True, **common)
+
+
+def check_delta(device: Device, T: int, H: int, D: int) -> bool:
+    """Whether the delta rule's kernels agree with the reference; where they do not, it says so."""
+    for dtype, tolerance in TOLERANCES.items():
+        given = delta_inputs(1, T, H, D, device.name, dtype)
+        for what, tensors in (("gated delta", given), ("delta", given[:4])):
+            if wrong := fault("gpu", tensors, tolerance, f" ({what}, {dtype})", delta_rule):
+                console.print(f"{wrong}: the delta rule is left out")
+                return False
+    console.print("so do the delta rule's, with a decay and without")
+    return True
 
 
 def check_device(device: Device) -> None:
@@ -166,16 +210,17 @@ def check_device(device: Device) -> None:
         raise FastWeightsError("on a CPU the kernels run in Triton's interpreter alone: set TRITON_INTERPRET=1")
 
 
+CEILINGS = ("ceiling_GB/s", "ceiling_TFLOP/s")
+
+
 def ceilings(device: Device) -> dict[str, float]:
     """What the card reaches: bytes a second copying, and operations a second multiplying bfloat16 matrices."""
     size, side = (1 << 30, 8192) if device.is_gpu else (1 << 20, 64)
     source = torch.zeros(size, dtype=torch.uint8, device=device.name)
     target, a = torch.empty_like(source), torch.randn(side, side, device=device.name, dtype=torch.bfloat16)
     times = device.times({"copy": lambda: target.copy_(source), "multiply": lambda: a @ a})
-    return {
-        "ceiling_GB/s": float(f"{2 * size / times['copy']['p50'] / 1e6:.4g}"),
-        "ceiling_TFLOP/s": float(f"{2 * side**3 / times['multiply']['p50'] / 1e9:.4g}"),
-    }
+    reached = 2 * size / times["copy"]["p50"] / 1e6, 2 * side**3 / times["multiply"]["p50"] / 1e9
+    return {name: float(f"{value:.4g}") for name, value in zip(CEILINGS, reached, strict=True)}
 
 
 def measure(
@@ -186,23 +231,29 @@ def measure(
     *,
     device: Device,
     limits: dict[str, float],
+    delta: bool,
     by_length: bool = False,
 ) -> list[dict]:
-    """Rows of one shape, forward and with all gradients; `by_length`, of softmax and of both gates alone."""
-    rule = inputs(B, T, H, D, device.name, torch.bfloat16)
-    q, k, v, f, z = rule
+    """Rows of one shape, forward and with all gradients; `by_length`, of softmax and `BY_LENGTH` alone."""
+    rule, of_delta = (make(B, T, H, D, device.name, torch.bfloat16) for make in (inputs, delta_inputs))
+    q, k, v, *_ = rule
     softmax = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     flash = _softmax(device, SDPBackend.FLASH_ATTENTION)
     contenders: dict[str, tuple[Callable, list[torch.Tensor]]] = {"softmax, flash": (flash, softmax)}
     contenders |= {"decay, both gates": (_decay("gpu", (True, True)), rule)}
     if device.is_gpu:
         contenders |= {"softmax, cuDNN": (_softmax(device, SDPBackend.CUDNN_ATTENTION), softmax)}
+    if delta:
+        contenders |= {"gated delta": (_delta("gpu"), of_delta)}
     if not by_length:
         contenders |= {"decay, key gate": (_decay("gpu", (True, False)), rule[:4])}
         contenders |= {"decay, no gates": (_decay("gpu", (False, False)), rule[:3])}
-        contenders |= _of_fla(q, k, v, f, z)
+        if delta:
+            contenders |= {"delta": (_delta("gpu"), of_delta[:4])}
+        contenders |= _of_fla(rule, of_delta)
         if T <= CHUNKED_UP_TO:
             contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
+            contenders |= {"gated delta, chunked in PyTorch": (_delta("chunked"), of_delta)}
     rows = []
     for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
         tasks = {name: wrap(run, tensors) for name, (run, tensors) in contenders.items()}
@@ -229,20 +280,21 @@ def _that_run(tasks: Mapping[str, Task], where: str) -> dict[str, Task]:
 
 
 def measure_step(
-    B: int, H: int, D: int, *, device: Device, limits: dict[str, float], contexts: tuple[int, ...]
+    B: int, H: int, D: int, *, device: Device, limits: dict[str, float], delta: bool, contexts: tuple[int, ...]
 ) -> list[dict]:
     """Rows of one decoding step: ours, and softmax after so many tokens."""
-    rule = inputs(B, 1, H, D, device.name, torch.bfloat16)
+    rule, of_delta = (make(B, 1, H, D, device.name, torch.bfloat16) for make in (inputs, delta_inputs))
     state = torch.randn(B, H, D, D, device=device.name)
     flash = {}
     for context in contexts:
         q = torch.randn(B, H, 1, D, device=device.name, dtype=torch.bfloat16)
         k, v = (torch.randn(B, H, context, D, device=device.name, dtype=torch.bfloat16) for _ in range(2))
         flash[f"softmax after {context:,}"] = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)
-    tasks: dict[str, Task] = {
-        "decay, both gates": lambda: decay_rule(*rule, initial_state=state, output_final_state=True, backend="gpu"),
-        **flash,
-    }
+    kept: dict[str, Any] = {"initial_state": state, "output_final_state": True, "backend": "gpu"}
+    tasks: dict[str, Task] = {"decay, both gates": lambda: decay_rule(*rule, **kept)}
+    if delta:
+        tasks |= {"gated delta": lambda: delta_rule(*of_delta, **kept)}
+    tasks |= flash
     with torch.no_grad():
         times = device.times(tasks)
     rows = []
@@ -251,25 +303,44 @@ def measure_step(
         context = int(name.rsplit(" ", 1)[-1].replace(",", "")) if name.startswith("softmax") else 0
         amounts = (4 * elements * context, 4 * elements * context)
         if not context:
-            amounts = (2 * 4 * elements * D + 2 * 6 * elements, 4 * elements * D)
+            amounts = (2 * 4 * elements * D + 2 * _tensors(name, D) * elements, 2 * _products(name)[0] * elements * D)
         first = next(iter(flash))
-        rows.append(_row("decoding step", name, (B, 1, H, D), of, times[first]["p50"], amounts, limits, False))
+        rows.append(_row(_STEP, name, (B, 1, H, D), of, times[first]["p50"], amounts, limits, False))
     return rows
 
 
 def work(name: str, mode: str, B: int, T: int, H: int, D: int) -> tuple[float, float]:
     """Bytes that must be moved and operations that must be done, at the least.
 
-    A token's write and read are 2D² operations each. Backward they are five: the state once more, the gradients of q, k
-    and v, and the state's gradient. Of softmax, the two products of the causal half, and two and a half times as much.
+    Of softmax, the two products of the causal half, and two and a half times as much backward.
     """
-    gates = {"no gates": 0, "key gate": 1, "chunk_gla": 1}
-    tensors = 4 + (0 if name.startswith("softmax") else next((n for key, n in gates.items() if key in name), 2))
-    backward = mode != "forward"
+    backward, tensors = mode != "forward", _tensors(name, D)
     moved = 2 * B * T * H * D * (tensors + (2 * tensors - 1 if backward else 0))
     if name.startswith("softmax"):
         return moved, 2 * B * H * D * T * T * (3.5 if backward else 1)
-    return moved, 2 * B * T * H * D * D * (7 if backward else 2)
+    return moved, 2 * B * T * H * D * D * sum(_products(name)[: 1 + backward])
+
+
+def _is_delta(name: str) -> bool:
+    return "delta" in name
+
+
+def _tensors(name: str, D: int) -> float:
+    """Tensors of D numbers a token and head that go in and come out; the delta rule's gates are one number each."""
+    if name.startswith("softmax"):
+        return 4
+    if _is_delta(name):
+        return 4 + (1 if name == "delta" else 2) / D
+    return 4 + next((n for key, n in {"no gates": 0, "key gate": 1, "chunk_gla": 1}.items() if key in name), 2)
+
+
+def _products(name: str) -> tuple[int, int]:
+    """Products of a vector and a state, 2D² operations each, for a token: forward, and more of them backward.
+
+    Forward a write and a read, and in the delta rule a read by the key. Backward the state once more (the same but for
+    the read), and of each a product for either side's gradient: q and S; k, v and S by the write; k and S by the key.
+    """
+    return (3, 9) if _is_delta(name) else (2, 5)
 
 
 def gpu_environment(device: Device) -> dict[str, object]:
@@ -297,23 +368,21 @@ def show(rows: list[dict]) -> None:
         by_length = [row for row in rows if row["by_length"] and row["mode"] == mode]
         for softmax in sorted({row["what"] for row in by_length if row["what"].startswith("softmax")}):
             ms = {row["T"]: row["p50_ms"] for row in by_length if row["what"] == softmax}
-            decay = [row for row in by_length if row["what"] == "decay, both gates"]
-            faster = next((row["T"] for row in decay if row["p50_ms"] < ms.get(row["T"], 0)), None)
-            where = "at no length here" if faster is None else f"from {faster:,} tokens on"
-            console.print(f"{mode}: the decay rule with both gates is faster than {softmax}, {where}")
+            for rule in BY_LENGTH:
+                ours = [row for row in by_length if row["what"] == rule]
+                faster = next((row["T"] for row in ours if row["p50_ms"] < ms.get(row["T"], 0)), None)
+                where = "at no length here" if faster is None else f"from {faster:,} tokens on"
+                if ours:
+                    console.print(f"{mode}: {rule} is faster than {softmax}, {where}")
 
 
 def plot(rows: list[dict], output: Path) -> None:
-    """Time by length, of softmax and the decay rule."""
+    """Time by length, of softmax and the rules."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, mode in zip(figure.subplots(1, 2), ("forward", "forward and backward"), strict=True):
-        for what, color in (
-            ("softmax, flash", "#444444"),
-            ("softmax, cuDNN", "#8d6a9f"),
-            ("decay, both gates", "#d1495b"),
-        ):
+        for what, color in {"softmax, flash": "#444444", "softmax, cuDNN": "#8d6a9f", **BY_LENGTH}.items():
             points = [row for row in rows if row["by_length"] and row["mode"] == mode and row["what"] == what]
             panel.plot(
                 [row["T"] for row in points],
@@ -381,17 +450,24 @@ def _decay(backend: Any, gates: tuple[bool, bool]) -> Callable:
     return run
 
 
-def _of_fla(*tensors: torch.Tensor) -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+def _delta(backend: str) -> Callable:
+    return lambda *tensors: delta_rule(*tensors, backend=backend)[0]
+
+
+def _of_fla(rule: list[torch.Tensor], of_delta: list[torch.Tensor]) -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     if find_spec("fla") is None:
         return {}
-    gla = import_module("fla.ops.gla")  # which is optional
+    gla, delta = import_module("fla.ops.gla"), import_module("fla.ops.gated_delta_rule")  # which are optional
+    by_chunks, by_tokens = delta.chunk_gated_delta_rule, delta.fused_recurrent_gated_delta_rule
+
+    def gated_delta(run: Callable) -> Callable:
+        return lambda q, k, v, beta, decay: run(q, k, v, g=decay[..., 0], beta=beta[..., 0])[0]
 
     return {
-        "fla, fused_recurrent_gla": (
-            lambda q, k, v, f, z: gla.fused_recurrent_gla(q, k, v, gk=f, gv=z)[0],
-            list(tensors),
-        ),
-        "fla, chunk_gla": (lambda q, k, v, f: gla.chunk_gla(q, k, v, f)[0], list(tensors[:4])),
+        "fla, fused_recurrent_gla": (lambda q, k, v, f, z: gla.fused_recurrent_gla(q, k, v, gk=f, gv=z)[0], rule),
+        "fla, chunk_gla": (lambda q, k, v, f: gla.chunk_gla(q, k, v, f)[0], rule[:4]),
+        "fla, chunk_gated_delta_rule": (gated_delta(by_chunks), of_delta),
+        "fla, fused_recurrent_gated_delta_rule": (gated_delta(by_tokens), of_delta),
     }
 
 

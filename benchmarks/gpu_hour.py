@@ -221,7 +221,7 @@ def _benchmark(hour: Hour) -> None:
     if hour.done.get("benchmark", {}).get("done"):
         return
     output = str(hour.output / "kernels.csv")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", hour.device, "--output", output]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", hour.device, "--output", output, "--resume"]
     if hour.is_rehearsal:
         command += ["--repeats", "1"]
     hour.note("benchmark", done=hour.run("benchmark", command, max(240, 60 * hour.minutes / 6)))

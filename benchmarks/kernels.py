@@ -24,12 +24,14 @@ def inputs(
     return [x.to(dtype) for x in (q, k / D**0.5, v, f, z)]
 
 
-def delta_inputs(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:
+def delta_inputs(
+    B: int, T: int, H: int, D: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """q, k, v, beta, log_decay: keys of length 1, beta between 0 and 1, decays between e^-0.2 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(B, T, H, D, generator=generator) for _ in range(3))
-    beta, decay = (torch.rand(B, T, H, 1, generator=generator) for _ in range(2))
-    return [q, normalize(k, dim=-1), v, beta, -0.2 * decay]
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(B, T, H, D, generator=generator, device=device) for _ in range(3))
+    beta, decay = (torch.rand(B, T, H, 1, generator=generator, device=device) for _ in range(2))
+    return [x.to(dtype) for x in (q, normalize(k, dim=-1), v, beta, -0.2 * decay)]
 
 
 def check(
@@ -39,7 +41,19 @@ def check(
     what: str = "",
     rule: Callable = decay_rule,
 ) -> None:
-    """Outputs and all gradients against the reference in float64; ends the program if one is wrong.
+    """Ends the program if `fault` finds one."""
+    if wrong := fault(backend, given, tolerance, what, rule):
+        sys.exit(f"{wrong}; nothing timed")
+
+
+def fault(
+    backend: str,
+    given: Sequence[torch.Tensor | None],
+    tolerance: float,
+    what: str = "",
+    rule: Callable = decay_rule,
+) -> str | None:
+    """Outputs and all gradients against the reference in float64: which is wrong, None if none is.
 
     Args:
         backend: to check.
@@ -58,13 +72,14 @@ def check(
         projections = [torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x) for x in outputs]
         found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], projections))
         results[name] = [*outputs, *(None if x is None else next(found) for x in leaves)]
-    names = ("o", "state", *(f"d{name}" for name in ("q", "k", "v", *_INPUTS[rule])))
+    names = ("o", "state", *(f"d{name}" for name in ("q", "k", "v", *_INPUTS[rule][: len(given) - 3])))
     for name, result, truth in zip(names, results[backend], results["reference"], strict=True):
         if truth is None:
             continue
         error = ((result.double() - truth).abs().max() / truth.abs().max()).item()
         if not error <= tolerance:
-            sys.exit(f"{rule.__name__}, {backend!r}{what}: relative error {error:.1e} in {name}; nothing timed")
+            return f"{rule.__name__}, {backend!r}{what}: relative error {error:.1e} in {name}"
+    return None
 
 
 def forward(run: Callable, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:

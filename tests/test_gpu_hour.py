@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from benchmarks import gpu_hour
+from benchmarks import gpu, gpu_hour
+from benchmarks.kernels import delta_inputs, fault
 
 from tests.cli.test_cli import parsed
 
@@ -45,7 +46,8 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
     assert parts["windows-128-alone"]["steps"] == parts["smollm2"]["steps"]
     judged = json.loads((tmp_path / "smollm2-64" / "results.json").read_text())
     assert len(judged["models"][str(tmp_path / "smollm2")]) == 5
-    assert (tmp_path / "kernels.csv").stat().st_size
+    timed = {row["what"] for row in gpu.read_csv(tmp_path / "kernels.csv")}
+    assert {"softmax, flash", "decay, both gates", "gated delta", "delta"} <= timed
     assert (tmp_path / "kernels.png").stat().st_size
 
     again = run(tmp_path, "--minutes", "1")
@@ -149,3 +151,71 @@ def test_a_kill_reaches_all_that_runs(tmp_path):
             there.stop()
     assert [part.result() for part in parts] == [False, False]
     assert not there.running
+
+
+def _row(what: str, T: int, mode: str = "forward") -> dict:
+    return {
+        **gpu._row(mode, what, (1, T, 1, 16), {"p50": 2.0}, 1.0, (1e6, 1e9), dict.fromkeys(gpu.CEILINGS, 3.0), False),
+        "p20_ms": 1.5,
+    }
+
+
+def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    output, measured = tmp_path / "kernels.csv", []
+
+    def groups(device, limits, delta):
+        for T in (8, 16):
+            yield (1, T, 1, 16, False, False), lambda T=T: measured.append((T, limits)) or [_row("softmax, flash", T)]
+            if len(measured) == 1 and not output.with_suffix(".png").exists():
+                raise KeyboardInterrupt
+
+    ceilings = iter([dict.fromkeys(gpu.CEILINGS, 3.0), dict.fromkeys(gpu.CEILINGS, 5.0)])
+    for name, stand_in in {
+        "check_device": lambda device: None,
+        "check": lambda *given: None,
+        "check_delta": lambda *given: True,
+        "ceilings": lambda device: next(ceilings),
+        "show": lambda rows: None,
+        "plot": lambda rows, file: file.touch(),
+        "gpu_environment": lambda device: {"gpu": "a card"},
+        "_all": groups,
+    }.items():
+        monkeypatch.setattr(gpu, name, stand_in)
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--output", str(output), "--resume"])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    before = gpu.read_csv(output)
+    assert [row["T"] for row in before] == [8]
+    output.with_suffix(".png").touch()
+    gpu.main()
+    assert measured == [(8, dict.fromkeys(gpu.CEILINGS, 3.0)), (16, dict.fromkeys(gpu.CEILINGS, 3.0))]
+    after = gpu.read_csv(output)
+    assert [row["T"] for row in after] == [8, 16]
+    changing = ("date", "load")
+    assert {k: v for k, v in after[0].items() if k not in changing} == {
+        k: v for k, v in before[0].items() if k not in changing
+    }
+
+    monkeypatch.setattr(gpu, "gpu_environment", lambda device: {"gpu": "another card"})
+    gpu.main()  # whose figures are not the other's
+    assert [row["gpu"] for row in gpu.read_csv(output)] == ["another card"] * 2
+    assert measured[-1] == (16, dict.fromkeys(gpu.CEILINGS, 5.0))
+
+
+def test_what_the_rules_must_do_at_the_least():
+    assert gpu.work("decay, both gates", "forward", 1, 10, 2, 16) == (2 * 320 * 6, 2 * 10 * 2 * 256 * 2)
+    assert gpu.work("gated delta", "forward", 1, 10, 2, 16) == (2 * 320 * (4 + 2 / 16), 2 * 10 * 2 * 256 * 3)
+    moved, operations = gpu.work("delta", "forward and backward", 1, 10, 2, 16)
+    assert moved == 2 * 320 * (3 * (4 + 1 / 16) - 1)
+    assert operations == 2 * 10 * 2 * 256 * 12
+
+
+def test_a_wrong_backend_is_named_and_a_right_one_is_not(monkeypatch):
+    from fastweights import ops
+
+    given = delta_inputs(1, 9, 1, 8)
+    for tensors in (given, given[:4]):
+        assert fault("chunked", tensors, 1e-5, rule=ops.delta_rule) is None
+    right = ops._DELTA_RULE["chunked"]
+    monkeypatch.setitem(ops._DELTA_RULE, "chunked", lambda q, k, v, b, *rest: right(q, k, v, 1.01 * b, *rest))
+    assert fault("chunked", given, 1e-5, rule=ops.delta_rule).startswith("delta_rule, 'chunked': relative error ")
