@@ -6,9 +6,9 @@
 2. The benchmark of the kernels (benchmarks/gpu.py).
 3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
    several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
-   window of 128 in all layers, with fast weights and without; stories15M in the paper's pure form, on text sampled from
-   itself, and SmolLM2 with a window of 64, with and without; the embedded model's pretraining, and a Fast Weight Layer
-   on SmolLM2.
+   window of 128 in all layers, with fast weights, with fast weights trained on text with repeats, and without any;
+   stories15M in the paper's pure form, on text sampled from itself, and SmolLM2 with a window of 64, with and without;
+   the embedded model's pretraining, and a Fast Weight Layer on SmolLM2.
 4. Of each SmolLM2 that was trained, what its parts are worth on WikiText-2's test split, at three lengths of text.
 
 Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
@@ -42,10 +42,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.repeats import write_repeats
 from fastweights.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-_SAMPLES, _TEXTS = "samples.jsonl", "texts"
+_SAMPLES, _TEXTS, _REPEATS = "samples.jsonl", "texts", "texts-repeated"
 TRIAL_STEPS, TRIAL_LOG = 12, 4
 LENGTHS = (1024, 4096, 16384)
 """Of the blocks in which trained models read the text that they are tested on."""
@@ -236,7 +237,7 @@ def _trainings(hour: Hour) -> list[list[Training]]:
     tiny = {"data.block-size": "64", "evaluation.max-tokens": "256"} if small else {}
     beside: list[list[Training]] = [[], [], []]
     if smollm2:
-        options = {"model": smollm2, "stage": "finetune", "data.text": texts, **run, **tiny}
+        options = {"model": smollm2, "stage": "finetune", **run, **tiny}
         if small:
             options |= {"convert.window": "16", "finetune.lora-rank": "4", "evaluation.parts-tokens": "128"}
         else:
@@ -244,19 +245,20 @@ def _trainings(hour: Hour) -> list[list[Training]]:
             options |= {"finetune.batch-size": "4", "finetune.lora-rank": "32"}
             options |= {"finetune.learning-rate": "7e-4", "finetune.new-learning-rate": "7e-3"}
 
-        def hybrid(name: str, recipe: str, control_of: str = "", **more: str) -> Training:
+        def hybrid(name: str, recipe: str, control_of: str = "", text: str = _TEXTS, **more: str) -> Training:
             head = ["train"] if small else ["--config", f"recipes/{recipe}.toml", "train"]
-            return Training(name, head, options | more, ("finetune",), 0.5, _TEXTS, control_of)
+            given = options | {"data.text": str(hour.output / text)} | more
+            return Training(name, head, given, ("finetune",), 0.5, text, control_of)
 
         alone = {"finetune.no-fast-weights": ""}
         beside[0].append(hybrid("smollm2", "smollm2"))
         if small:  # one control is rehearsal enough
             beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
         else:
-            # The recipe's fast weights, those without queries and keys of their own, and none.
-            first, identity, window = "windows-128", {"convert.feature-map": "identity"}, {"convert.window": "64"}
+            # The recipe's fast weights, the same trained on text in which passages come again, and none.
+            first, window = "windows-128", {"convert.window": "64"}
             beside[0].append(hybrid(first, "smollm2-windows"))
-            beside[0].append(hybrid("windows-128-identity", "smollm2-windows", first, **identity))
+            beside[0].append(hybrid("windows-128-repeats", "smollm2-windows", first, _REPEATS))
             beside[0].append(hybrid("windows-128-alone", "smollm2-windows", first, **alone))
             beside[1].append(hybrid("windows-64", "smollm2-windows", **window))
             beside[1].append(hybrid("windows-64-alone", "smollm2-windows", "windows-64", **window, **alone))
@@ -339,6 +341,13 @@ def _texts(hour: Hour, folder: Path) -> bool:
     return True
 
 
+def _repeats(hour: Hour, folder: Path) -> bool:
+    """The same, with passages that come again in what is trained on."""
+    if _texts(hour, hour.output / _TEXTS) and not folder.exists():
+        write_repeats(hour.output / _TEXTS, folder)
+    return True
+
+
 def _samples(hour: Hour, file: Path) -> bool:
     """What stories15M writes, whole: a training that began on a part of it could not go on once there is more."""
     model, tokens = _stories(hour), "2000" if hour.is_rehearsal else "10000000"
@@ -351,7 +360,7 @@ def _samples(hour: Hour, file: Path) -> bool:
 
 
 _FASTWEIGHTS = [sys.executable, "-m", "fastweights"]
-_MAKE: dict[str, Callable[[Hour, Path], bool]] = {_TEXTS: _texts, _SAMPLES: _samples}
+_MAKE: dict[str, Callable[[Hour, Path], bool]] = {_TEXTS: _texts, _REPEATS: _repeats, _SAMPLES: _samples}
 
 
 def _train(hour: Hour, trainings: Sequence[Training]) -> None:
