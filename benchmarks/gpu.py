@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--resume", action="store_true", help="keep what the file of --output has of this machine")
+    parser.add_argument("--no-delta", action="store_true", help="leave the delta rule out")
     arguments = parser.parse_args()
     device = Device(arguments.device, arguments.repeats)
     try:
@@ -129,7 +130,7 @@ def main() -> None:
             given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
             check("gpu", given, tolerance, f" ({gates}, {dtype})")
     console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16)")
-    delta = check_delta(device, T, H, D)
+    delta = not arguments.no_delta and check_delta(device, T, H, D)
     if find_spec("fla") is None:
         console.print(
             "flash-linear-attention is not installed: its rows are left out (pip install flash-linear-attention)"
@@ -243,17 +244,16 @@ def measure(
     contenders |= {"decay, both gates": (_decay("gpu", (True, True)), rule)}
     if device.is_gpu:
         contenders |= {"softmax, cuDNN": (_softmax(device, SDPBackend.CUDNN_ATTENTION), softmax)}
-    if delta:
-        contenders |= {"gated delta": (_delta("gpu"), of_delta)}
+    contenders |= {"gated delta": (_delta("gpu"), of_delta)}
     if not by_length:
         contenders |= {"decay, key gate": (_decay("gpu", (True, False)), rule[:4])}
         contenders |= {"decay, no gates": (_decay("gpu", (False, False)), rule[:3])}
-        if delta:
-            contenders |= {"delta": (_delta("gpu"), of_delta[:4])}
+        contenders |= {"delta": (_delta("gpu"), of_delta[:4])}
         contenders |= _of_fla(rule, of_delta)
         if T <= CHUNKED_UP_TO:
             contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
             contenders |= {"gated delta, chunked in PyTorch": (_delta("chunked"), of_delta)}
+    contenders = {name: task for name, task in contenders.items() if delta or not _is_delta(name)}
     rows = []
     for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
         tasks = {name: wrap(run, tensors) for name, (run, tensors) in contenders.items()}

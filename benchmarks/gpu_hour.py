@@ -223,6 +223,8 @@ def _benchmark(hour: Hour) -> None:
         return
     output = str(hour.output / "kernels.csv")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", hour.device, "--output", output, "--resume"]
+    if not hour.done.get("delta-kernels", {}).get("passed"):
+        command += ["--no-delta"]  # a kernel that fails on a GPU may take the process along
     if hour.is_rehearsal:
         command += ["--repeats", "1"]
     hour.note("benchmark", done=hour.run("benchmark", command, max(240, 60 * hour.minutes / 6)))

@@ -207,6 +207,16 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert measured[-1] == (16, dict.fromkeys(gpu.CEILINGS, 5.0))
 
 
+def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
+    there, commands = hour(tmp_path), []
+    monkeypatch.setattr(there, "run", lambda name, command, seconds: commands.append(command) or False)
+    tmp_path.mkdir(exist_ok=True)
+    for passed in (True, False):
+        there.note("delta-kernels", passed=passed)
+        gpu_hour._benchmark(there)
+    assert ["--no-delta" in command for command in commands] == [False, True]
+
+
 def test_what_the_rules_must_do_at_the_least():
     assert gpu.work("decay, both gates", "forward", 1, 10, 2, 16) == (2 * 320 * 6, 2 * 10 * 2 * 256 * 2)
     assert gpu.work("gated delta", "forward", 1, 10, 2, 16) == (2 * 320 * (4 + 2 / 16), 2 * 10 * 2 * 256 * 3)
@@ -223,4 +233,5 @@ def test_a_wrong_backend_is_named_and_a_right_one_is_not(monkeypatch):
         assert fault("chunked", tensors, 1e-5, rule=ops.delta_rule) is None
     right = ops._DELTA_RULE["chunked"]
     monkeypatch.setitem(ops._DELTA_RULE, "chunked", lambda q, k, v, b, *rest: right(q, k, v, 1.01 * b, *rest))
-    assert fault("chunked", given, 1e-5, rule=ops.delta_rule).startswith("delta_rule, 'chunked': relative error ")
+    wrong = fault("chunked", given, 1e-5, rule=ops.delta_rule)
+    assert str(wrong).startswith("delta_rule, 'chunked': relative error ")
