@@ -58,10 +58,11 @@ def write_csv(path: Path, rows: list[dict], environment: Mapping[str, object]) -
 def read_csv(path: Path) -> list[dict]:
     """What `write_csv` wrote; numbers and truths are themselves again."""
     with path.open(newline="") as file:
-        return [{name: _parsed(value) for name, value in line.items()} for line in csv.DictReader(file)]
+        return [{name: parsed(value) for name, value in line.items()} for line in csv.DictReader(file)]
 
 
-def _parsed(text: str) -> object:
+def parsed(text: str) -> object:
+    """A field of such a file; what only looks like a number, such as a version 12.10, is taken for one."""
     if text in ("True", "False"):
         return text == "True"
     for kind in (int, float):

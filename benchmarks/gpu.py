@@ -45,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Also as `python benchmarks/gpu.py`, where the folder rather than the repository is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import quantiles, read_csv, write_csv
+from benchmarks.common import parsed, quantiles, read_csv, write_csv
 from benchmarks.kernels import check, delta_inputs, fault, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.errors import FastWeightsError
@@ -162,8 +162,8 @@ def _group(row: Mapping[str, Any]) -> _Group:
 def finished(file: Path, here: Mapping[str, object]) -> list[dict]:
     """Rows of a file that were measured where this runs, with the same versions and commit."""
     rows = read_csv(file) if file.exists() else []
-    same = [name for name in here if name not in ("date", "load", "threads")]
-    kept = [row for row in rows if all(str(row.get(name)) == str(here[name]) for name in same)]
+    same = {name: parsed(str(value)) for name, value in here.items() if name not in ("date", "load", "threads")}
+    kept = [row for row in rows if all(row.get(name) == value for name, value in same.items())]
     if file.exists():
         console.print(f"{file} has {len(rows)} rows, {len(kept)} of them of this machine, versions and commit: kept")
     return kept

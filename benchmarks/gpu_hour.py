@@ -345,9 +345,11 @@ def _texts(hour: Hour, folder: Path) -> bool:
 
 def _repeats(hour: Hour, folder: Path) -> bool:
     """The same, with passages that come again in what is trained on."""
-    if _texts(hour, hour.output / _TEXTS) and not folder.exists():
-        write_repeats(hour.output / _TEXTS, folder)
-    return True
+    texts = hour.output / _TEXTS
+    made = _texts(hour, texts)
+    if made and not folder.exists():
+        write_repeats(texts, folder)
+    return made
 
 
 def _samples(hour: Hour, file: Path) -> bool:

@@ -182,7 +182,7 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         "ceilings": lambda device: next(ceilings),
         "show": lambda rows: None,
         "plot": lambda rows, file: file.touch(),
-        "gpu_environment": lambda device: {"gpu": "a card"},
+        "gpu_environment": lambda device: {"gpu": "a card", "cuda": "12.10"},
         "_all": groups,
     }.items():
         monkeypatch.setattr(gpu, name, stand_in)
