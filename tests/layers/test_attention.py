@@ -82,6 +82,25 @@ def test_fast_weights_beside_a_window_hold_what_has_left_it_and_is_no_sink(rotar
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("write", ["leaving", "all"])
+def test_values_of_their_own_are_written_and_the_window_has_the_pretrained_ones(write):
+    models = [convert(make_llama(), ConversionConfig(window=4, write=write, value_map=of)) for of in (False, True)]
+    layer, own = (model.fast_attentions()[0] for model in models)
+    x, at = torch.randn(1, 20, 32), models[0].model.base.rotary_emb(torch.randn(1, 20, 32), torch.arange(20)[None])
+    sinks = models[0].model.sink_embeddings(x)
+    with torch.no_grad():
+        for one, other in zip(layer.read(x, None, at, sinks), own.read(x, None, at, sinks), strict=True):
+            assert one.equal(other)  # at the start
+        matrices = own.value_map.weight.normal_()
+        # Without gates of their channels, a matrix times the values is the same matrix times what is read.
+        layer.rule.value_gate = own.rule.value_gate = None
+        fast, window = layer.read(x, None, at, sinks)
+        found, beside = own.read(x, None, at, sinks)
+    assert beside.equal(window)
+    expected = torch.einsum("bthv,hwv->bthw", fast, matrices.repeat_interleave(2, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gates_ignore_autocast():
     layer = convert(make_gpt2()).fast_attentions()[0]
     x = torch.randn(1, 5, 32)

@@ -88,8 +88,9 @@ def test_rules_and_windows(rule, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", ["average", "gated_delta"])
-def test_queries_and_keys_of_their_own(rule, form):
-    model = make(rule=rule, feature_map="linear", **FORMS[form])
+@pytest.mark.parametrize("value_map", [False, True])
+def test_queries_keys_and_values_of_their_own(rule, form, value_map):
+    model = make(rule=rule, feature_map="linear", value_map=value_map, **FORMS[form])
     assert why_plain(model) is None
     for start in (1, 20):
         check(model, start=start)

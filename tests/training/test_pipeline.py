@@ -158,12 +158,16 @@ def test_divergence_from_the_first_step_needs_no_other_stage(config):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_windows_trained_alone_are_the_control(config, rank):
+    config = replace(config, convert=replace(config.convert, feature_map="linear", value_map=True))
     finetune = replace(config.finetune, fast_weights=False, lora_rank=rank)
     config = replace(config, stage="finetune", transfer=TransferConfig(), finetune=finetune)
     before = train(config)[1].evaluation.loss
     trained = load_model(config.output)
     assert all(not layer.fast_scale.any() for layer in trained.fast_attentions())
     assert any((layer.window_scale != 1).any() for layer in trained.fast_attentions())
+    for layer in trained.fast_attentions():
+        for heads in (layer.query_map, layer.key_map, layer.value_map):
+            assert heads.weight.equal(torch.eye(layer.head_dim).expand_as(heads.weight))
     result = json.loads((config.output / "results.json").read_text())[-1]
     assert result["parts"]["window alone"]["loss"] == result["parts"]["all"]["loss"] != before
     with pytest.raises(FastWeightsError, match="layer 0 has no window that could be trained alone"):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from fastweights.layers.feature_maps import FeatureMap
+    from fastweights.layers.feature_maps import FeatureMap, Projection
     from fastweights.layers.rules import Rule
     from fastweights.layers.window import KeysAndValues
 
@@ -112,6 +112,7 @@ class FastWeightAttention(KeepsFloat32):
         rule: what the fast weights do with each token.
         query_map: feature map of the queries that read them.
         key_map: of the keys that they are written under.
+        value_map: of the values that are written, which the window has as they are; None for none.
         shape: sizes of `attention`.
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
@@ -138,6 +139,7 @@ class FastWeightAttention(KeepsFloat32):
         rule: Rule,
         query_map: FeatureMap,
         key_map: FeatureMap,
+        value_map: Projection | None = None,
         *,
         shape: AttentionShape,
         layer_idx: int,
@@ -154,7 +156,8 @@ class FastWeightAttention(KeepsFloat32):
         self.replaced = type(attention)
         for name, module in attention.named_children():
             self.add_module(name, module)
-        self.projections, self.rule, self.query_map, self.key_map = projections, rule, query_map, key_map
+        self.projections, self.rule = projections, rule
+        self.query_map, self.key_map, self.value_map = query_map, key_map, value_map
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
         self.writes_leaving = bool(window) and write == "leaving"
@@ -169,7 +172,7 @@ class FastWeightAttention(KeepsFloat32):
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
         """Start as a layer that was never trained; projections stay as they are."""
-        for module in (self.rule, self.query_map, self.key_map):
+        for module in self.new_modules():
             module.reset_parameters()
         self.fast_scale.fill_(1.0)
         self.fast_unit.fill_(1.0)
@@ -178,9 +181,14 @@ class FastWeightAttention(KeepsFloat32):
         if self.window_bias is not None:
             self.window_bias.zero_()
 
+    def new_modules(self) -> list[Rule | FeatureMap]:
+        """Those that the base model does not have."""
+        modules = (self.rule, self.query_map, self.key_map, self.value_map)
+        return [module for module in modules if module is not None]
+
     def new_parameter_names(self) -> list[str]:
         """Names of the parameters that the base model does not have."""
-        own = ("rule", "query_map", "key_map", "fast_scale", "window_scale", "window_bias")
+        own = ("rule", "query_map", "key_map", "value_map", "fast_scale", "window_scale", "window_bias")
         return [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
 
     def factors(self) -> list[nn.Parameter]:
@@ -278,7 +286,7 @@ class FastWeightAttention(KeepsFloat32):
         fast, state = self.rule(
             x,
             *self._features(q, k, feature_positions),
-            v,
+            v if self.value_map is None else self.value_map(v),
             scale=self.scaling,
             marks=marks,
             state=None if cache is None else cache.state(),

@@ -479,7 +479,7 @@ class LayerStep:
         gates = [array for gate in self.gates for array in gate.arrays]
         maps = [
             x.weight.detach().flatten(0, 1).numpy() if isinstance(x, Projection) else _EMPTY[2]
-            for x in (attention.query_map, attention.key_map)
+            for x in (attention.query_map, attention.key_map, attention.value_map)
         ]
         bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
         numbers = torch.tensor([self.epsilon, attention.scaling], dtype=torch.float32).numpy()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FLOAT32_PARTS = {"rule", "query_map", "key_map", "fast_scale", UNIT, "window_scale", "window_bias"}
+_FLOAT32_PARTS = {"rule", "query_map", "key_map", "value_map", "fast_scale", UNIT, "window_scale", "window_bias"}
 _FLOAT32_PARTS |= {"fast_weight_layer"}
 
 

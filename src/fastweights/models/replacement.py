@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastweights.layers.attention import AttentionShape, FastWeightAttention
-from fastweights.layers.feature_maps import make_feature_map
+from fastweights.layers.feature_maps import Projection, make_feature_map
 from fastweights.layers.rules import RuleShape, make_rule
 from fastweights.models.architectures import architecture_of, has_rotary, position_vectors
 
@@ -54,6 +54,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             make_rule(settings.rule, rule_shape),
             query_map,
             key_map,
+            Projection(shape.head_dim, shape.kv_heads) if settings.value_map else None,
             shape=shape,
             layer_idx=i,
             window=config.windows[i],

@@ -50,6 +50,8 @@ class SharedConversion:
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
+    value_map: bool = False
+    """Give the fast weights values of their own by a matrix for each head, which starts as the identity."""
     rotary: bool = True
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: tuple[float, float] = (2.0, 6.0)

@@ -91,7 +91,7 @@ def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
             )
         layer.fast_scale.requires_grad_(False).zero_()
         layer.window_only = True
-        for module in (layer.rule, layer.query_map, layer.key_map):
+        for module in layer.new_modules():
             module.requires_grad_(False)
 
 

@@ -253,6 +253,7 @@ ARRAYS = [
     "value_bias",
     "query_map",
     "key_map",
+    "value_map",
     "fast",
     "ring_k",
     "plain_k",
@@ -327,7 +328,8 @@ def _compile(version: int) -> Any:
         key_logits, value_logits: (B, _) what other gates are made of, bias included.
         rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
         key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
-        query_map, key_map: (H * D, D), (G * D, D) the matrices of each head's queries and keys; of width 0 for none.
+        query_map, key_map, value_map: (H * D, D), (G * D, D), (G * V, V) the matrices of each head's queries, keys and
+            values for the fast weights; of width 0 for none.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -353,11 +355,11 @@ def _attend(record):
     key_logits, key_down, key_up, key_bias = _plane(record, 8), _plane(record, 9), _plane(record, 10), _line(record, 11)
     value_logits, value_down = _plane(record, 12), _plane(record, 13)
     value_up, value_bias = _plane(record, 14), _line(record, 15)
-    query_map, key_map = _plane(record, 16), _plane(record, 17)
-    fast, ring_k, plain_k = _blocks(record, 18), _blocks(record, 19), _blocks(record, 20)
-    ring_v, sink_k, sink_v = _blocks(record, 21), _blocks(record, 22), _blocks(record, 23)
-    fast_scale, fast_unit, window_scale = _line(record, 24), _line(record, 25), _line(record, 26)
-    window_bias, numbers, out = _plane(record, 27), _line(record, 28), _block(record, 29)
+    query_map, key_map, value_map = _plane(record, 16), _plane(record, 17), _plane(record, 18)
+    fast, ring_k, plain_k = _blocks(record, 19), _blocks(record, 20), _blocks(record, 21)
+    ring_v, sink_k, sink_v = _blocks(record, 22), _blocks(record, 23), _blocks(record, 24)
+    fast_scale, fast_unit, window_scale = _line(record, 25), _line(record, 26), _line(record, 27)
+    window_bias, numbers, out = _plane(record, 28), _line(record, 29), _block(record, 30)
     epsilon, scale = numbers[0], numbers[1]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
@@ -369,7 +371,7 @@ def _attend(record):
     rotated_q, sink_q = np.empty((R, D), dtype=np.float32), np.empty((R, D), dtype=np.float32)
     fast_q = np.empty((R, D), dtype=np.float32)
     rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
-    key = np.empty(D, dtype=np.float32)
+    key, value = np.empty(D, dtype=np.float32), np.empty(V, dtype=np.float32)
     read, zero = np.empty(V, dtype=np.float32), float32(0.0)
     f = np.ones(max(1, key_bias.shape[0] // G), dtype=np.float32)
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
@@ -455,7 +457,7 @@ def _attend(record):
             if averages:
                 for i in range(D):
                     written[i] *= f_rest[i if f.shape[0] > 1 else 0]
-            value = ring_v[b, g, left] if leaving else v[b, g]
+            _map(value_map, g, ring_v[b, g, left] if leaving else v[b, g], value)
             if delta:
                 _write_by_delta(state, f[0], z[0], written, value, read)
             else:
