@@ -50,8 +50,8 @@ demo: setup
 	$(BIN)/fastweights demo --overwrite
 
 # Two at a time, the longest first. The CPU kernels come before all, or each process would compile them for itself.
-test: setup $(VENV)/.tests-installed
-	$(MAKE) --no-print-directory --jobs=2 $(_RULES:%=kernels-%)
+test: setup
+	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.tests-installed $(_RULES:%=kernels-%)
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding few_bits
