@@ -6,7 +6,7 @@
 2. The benchmark of the kernels (benchmarks/gpu.py).
 3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
    several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
-   window of 128 in all layers, with fast weights, with fast weights trained on text with repeats, and without any;
+   window of 128 in all layers, with fast weights, with fast weights that have the pretrained values, and without any;
    stories15M in the paper's pure form, on text sampled from itself, and SmolLM2 with a window of 64, with and without;
    the embedded model's pretraining, and a Fast Weight Layer on SmolLM2.
 4. Of each SmolLM2 that was trained, what its parts are worth on WikiText-2's test split, at three lengths of text.
@@ -247,20 +247,20 @@ def _trainings(hour: Hour) -> list[list[Training]]:
             options |= {"finetune.batch-size": "4", "finetune.lora-rank": "32"}
             options |= {"finetune.learning-rate": "7e-4", "finetune.new-learning-rate": "7e-3"}
 
-        def hybrid(name: str, recipe: str, control_of: str = "", text: str = _TEXTS, **more: str) -> Training:
+        def hybrid(name: str, recipe: str, control_of: str = "", **more: str) -> Training:
             head = ["train"] if small else ["--config", f"recipes/{recipe}.toml", "train"]
-            given = options | {"data.text": str(hour.output / text)} | more
-            return Training(name, head, given, ("finetune",), 0.5, text, control_of)
+            given = options | {"data.text": str(hour.output / _REPEATS)} | more
+            return Training(name, head, given, ("finetune",), 0.5, _REPEATS, control_of)
 
         alone = {"finetune.no-fast-weights": ""}
         beside[0].append(hybrid("smollm2", "smollm2"))
         if small:  # one control is rehearsal enough
             beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
         else:
-            # The recipe's fast weights, the same trained on text in which passages come again, and none.
+            # The recipe's fast weights, the same with the pretrained values, and none.
             first, window = "windows-128", {"convert.window": "64"}
             beside[0].append(hybrid(first, "smollm2-windows"))
-            beside[0].append(hybrid("windows-128-repeats", "smollm2-windows", first, _REPEATS))
+            beside[0].append(hybrid("windows-128-values", "smollm2-windows", first, **{"convert.no-value-map": ""}))
             beside[0].append(hybrid("windows-128-alone", "smollm2-windows", first, **alone))
             beside[1].append(hybrid("windows-64", "smollm2-windows", **window))
             beside[1].append(hybrid("windows-64-alone", "smollm2-windows", "windows-64", **window, **alone))

@@ -379,6 +379,16 @@ def test_the_models_of_eval_may_stand_in_a_recipe(tmp_path):
     assert parsed("eval", recipe=recipe)["models"] == ("a", "b")
 
 
+def test_a_command_line_unsays_what_a_recipe_says(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[convert]\nvalue_map = true\nrotary = false\nnormaliser = true\nrule = 'gated'\nfeature_map = 'relu'"
+    )
+    config = parsed("train", "--convert.no-value-map", "--convert.rotary", "--convert.no-normaliser", recipe=recipe)
+    convert = config["config"].convert
+    assert (convert.value_map, convert.rotary, convert.normaliser, convert.rule) == (False, True, False, "gated")
+
+
 def test_lists_and_switches_arrive():
     arguments = parsed("convert", "a", "b", "--layer-types", "linear_attention", "full_attention", "--no-rotary")
     assert arguments["config"].layer_types == ["linear_attention", "full_attention"]

@@ -122,6 +122,15 @@ def test_a_config_that_computes_otherwise_is_another_model():
     assert len({fingerprint(model) for model in models}) == 3
 
 
+def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
+    model = convert(make_llama())
+    now = fingerprint(model)
+    assert model.config.conversion.pop("value_map") is False
+    assert fingerprint(model) == now
+    model.config.conversion["value_map"] = True
+    assert fingerprint(model) != now
+
+
 def test_models_without_a_constant_state_are_refused():
     for model in (make_gpt2(), convert(make_gpt2()), add_fast_weight_layer(make_gpt2())):
         with pytest.raises(FastWeightsError, match="convert it"):

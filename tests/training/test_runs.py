@@ -110,6 +110,17 @@ def test_a_run_resumes_only_with_its_own_config(config):
     assert json.loads((config.output / "run.json").read_text())["config"]["run"]["save_every"] == 3
 
 
+def test_a_run_from_before_a_setting_came_goes_on_as_it_was(config):
+    train(config)
+    file = config.output / "run.json"
+    run = json.loads(file.read_text())
+    assert run["config"]["convert"].pop("value_map") is False
+    file.write_text(json.dumps(run))
+    train(replace(config, resume=True))
+    with pytest.raises(FastWeightsError, match=r"convert.value_map False and not True"):
+        train(replace(config, convert=replace(config.convert, value_map=True), resume=True))
+
+
 def test_a_run_resumes_only_on_what_it_began_with(config, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One bottle of beer on the wall.\n" * 100)

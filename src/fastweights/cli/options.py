@@ -86,7 +86,7 @@ def declare_options(*, show_all: bool) -> None:
     for config, advanced in ADVANCED.items():
         hints = get_type_hints(config)
         for field in dataclasses.fields(config):
-            parameter = _parameter(hints[field.name], field, show=show_all or field.name not in advanced)
+            parameter = _parameter(hints[field.name], show=show_all or field.name not in advanced)
             config.__annotations__[field.name] = Annotated[hints[field.name], parameter]
 
 
@@ -97,12 +97,12 @@ def take_whole_numbers(command: Callable) -> None:
             command.__annotations__[name] = Annotated[hint, Parameter(converter=_whole_numbers)]
 
 
-def _parameter(hint: Any, field: dataclasses.Field, *, show: bool) -> Parameter:
+def _parameter(hint: Any, *, show: bool) -> Parameter:
     arguments: dict[str, Any] = {"show": show}
     if _is_whole(hint):
         arguments["converter"] = _whole_numbers
-    if hint is bool:  # on unless --no-... is given, or off and without such a name
-        arguments |= {"negative": None, "negative_bool": "no-"} if field.default is True else {"negative": ()}
+    if hint in (bool, bool | None):  # whatever the default is, a recipe may say the other
+        arguments |= {"negative": None, "negative_bool": "no-"}
     if _takes_several(hint):
         arguments["consume_multiple"] = True  # --contexts block stream
     return Parameter(**arguments)

@@ -26,6 +26,7 @@ from fastweights.models.loading import not_finite
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.generation import go_on, read_prompt
 from fastweights.reading.stream import PIECE, Stream, check_logits, reads_without_end
+from fastweights.settings.conversion import ADDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -292,7 +293,7 @@ def _lasting(config: dict) -> dict:
     return {
         name: _lasting(value) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in passing
+        if name not in passing and not (name in ADDED and value == ADDED[name])
     }
 
 

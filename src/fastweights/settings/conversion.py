@@ -23,6 +23,8 @@ _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
+ADDED = {"value_map": False}
+"""Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTO = "auto:"
 _LAYERS = re.compile(r"auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")

@@ -19,6 +19,7 @@ from fastweights.errors import FastWeightsError, check_folder, reason_of
 from fastweights.files import check_output_folder, only_run, said, things_in, write_text
 from fastweights.layers.quantised import LINEAR
 from fastweights.models.quantisation import weights_of
+from fastweights.settings.conversion import ADDED
 from fastweights.training.checkpoints import clear
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def check_same_run(config: TrainConfig | PretrainConfig | GridConfig) -> None:
             "back, or start anew with --overwrite"
         ) from error
     after = _flat(_described(config))
+    added = {f"config.convert.{name}": value for name, value in ADDED.items()}
+    before = {name: value for name, value in added.items() if name in after} | before
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name) and not name.startswith(_FREE):
             raise FastWeightsError(
