@@ -21,17 +21,17 @@ class DemoConfig:
     """Start anew in a folder that has a demo, or anything else, in it."""
     window: int = 64
     """Exact window of the hybrid model."""
-    tokens: int = 190_000
+    tokens: int = 160_000
     """Tokens that each of the two models is trained on."""
     held_out_tokens: int = 16384
     """Tokens of unseen text on which each stage is evaluated."""
     contexts: tuple[int, ...] = CONTEXTS
     """Contexts after which a token is timed, in rising order."""
-    meta_steps: int = 240
+    meta_steps: int = 200
     """Steps in which the Fast Weight Layer is trained."""
     real: bool = True
     """Go on with SmolLM2-135M, if it is installed or on the hub."""
-    real_held_out_tokens: int = 4096
+    real_held_out_tokens: int = 2048
     """Tokens of Python's manual on which it is evaluated."""
     read_tokens: int = 50_000
     """Tokens of Python's manual that it reads at constant memory."""
