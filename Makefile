@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet
 .PHONY: help setup demo test fuzz lint format bench docs site recipes comparison gpu clean
 
 help:
-	@echo "make demo    convert the embedded transformer, train it, show what it gives; and SmolLM2 (8 to 10 minutes)"
+	@echo "make demo    convert the embedded transformer, train it, show what it gives; and SmolLM2 (some 8 minutes)"
 	@echo "make test    run the tests"
 	@echo "make fuzz    ten thousand command lines and damaged files: one line of error, no traceback (an hour)"
 	@echo "make lint    ruff and pyright"
