@@ -210,7 +210,6 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
     there, commands = hour(tmp_path), []
     monkeypatch.setattr(there, "run", lambda name, command, seconds: commands.append(command) or False)
-    tmp_path.mkdir(exist_ok=True)
     for passed in (True, False):
         there.note("delta-kernels", passed=passed)
         gpu_hour._benchmark(there)

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 UNIT = "fast_unit"
 """Buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
 
+NEW_MODULES = ("rule", "query_map", "key_map", "value_map")
+"""Of a layer, that the base model does not have; there need not be all."""
+NEW_PARTS = (*NEW_MODULES, "fast_scale", "window_scale", "window_bias")
+"""These, and its own parameters."""
+
 
 class Projections(Protocol):
     """How one architecture computes queries, keys, values and output from its own modules."""
@@ -183,13 +188,11 @@ class FastWeightAttention(KeepsFloat32):
 
     def new_modules(self) -> list[Rule | FeatureMap]:
         """Those that the base model does not have."""
-        modules = (self.rule, self.query_map, self.key_map, self.value_map)
-        return [module for module in modules if module is not None]
+        return [module for name in NEW_MODULES if (module := getattr(self, name)) is not None]
 
     def new_parameter_names(self) -> list[str]:
         """Names of the parameters that the base model does not have."""
-        own = ("rule", "query_map", "key_map", "value_map", "fast_scale", "window_scale", "window_bias")
-        return [name for name, _ in self.named_parameters() if name.split(".")[0] in own]
+        return [name for name, _ in self.named_parameters() if name.split(".")[0] in NEW_PARTS]
 
     def factors(self) -> list[nn.Parameter]:
         """Of the fast weights, and of the window if there is one."""

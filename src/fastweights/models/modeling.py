@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 import fastweights.models.quantisation  # noqa: F401 (transformers learns of it)
 from fastweights.errors import FastWeightsError
-from fastweights.layers.attention import UNIT, FastWeightAttention
+from fastweights.layers.attention import NEW_PARTS, UNIT, FastWeightAttention
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.linear import use_onednn
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FLOAT32_PARTS = {"rule", "query_map", "key_map", "value_map", "fast_scale", UNIT, "window_scale", "window_bias"}
-_FLOAT32_PARTS |= {"fast_weight_layer"}
+_FLOAT32_PARTS = {*NEW_PARTS, UNIT, "fast_weight_layer"}
 
 
 class AttentionRecord(NamedTuple):
