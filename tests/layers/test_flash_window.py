@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from fastweights.layers import flash_window as flash_window_module
 from fastweights.layers import window as window_module
 from fastweights.layers.flash_window import flash_window, is_for_flash
 from fastweights.layers.window import Sinks, WindowTokens, window_attention, windowed
@@ -43,6 +44,23 @@ def test_flash_is_the_window(monkeypatch, T, window, sinks, before):
     tensors, settings = problem(T, window, sinks, before)
     flash, truth = both(monkeypatch, tensors, settings)
     assert error(flash, truth) <= tolerances.FLOAT32
+
+
+@pytest.mark.parametrize(("T", "before", "keys"), [(16, 0, 64), (16, 20, 96), (100, 0, 192), (16, 5000, 1056)])
+def test_a_short_text_is_not_padded_to_its_window(monkeypatch, T, before, keys):
+    """A chat's first line sees itself alone, and a line of a long one no more keys than there are."""
+    tensors, settings = problem(T, 1024, 4, before)
+    seen = []
+
+    def spy(q, k, *arguments):
+        seen.append(k.shape[2])
+        return attend(q, k, *arguments)
+
+    attend = flash_window_module._flash
+    monkeypatch.setattr(flash_window_module, "_flash", spy)
+    flash, truth = both(monkeypatch, tensors, settings)
+    assert error(flash, truth) <= tolerances.FLOAT32
+    assert max(seen) <= keys
 
 
 def test_rows_at_different_places_and_padding(monkeypatch):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from fastweights.layers import quantised
 from fastweights.layers.quantised import FEW, GROUP, LINEAR, BFloat16Linear, Int4Linear, Int8Linear, kept_as
 from fastweights.ops import few_bits
 from tests import tolerances
@@ -52,6 +53,30 @@ def test_products_are_those_of_what_is_kept(kind, rows, dtype, transposed):
     found = kept(x)
     assert found.dtype == dtype
     assert error(found, truth) <= 2 * tolerances.BFLOAT16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [16, 80, 24])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_many_tokens_on_cpus_with_products_of_bf16_and_without(kind, m, bf16, monkeypatch):
+    monkeypatch.setattr(quantised, "has_bf16_products", lambda: bf16)
+    _, kept = make(kind, m=m)
+    x = torch.randn(7, 31, 64)
+    rounded = kept.matrix(torch.bfloat16 if bf16 or kind is BFloat16Linear else torch.float32).double()
+    truth = nn.functional.linear((x.bfloat16() if bf16 else x).double(), rounded, kept.bias.double())
+    assert error(kept(x), truth) <= (2 * tolerances.BFLOAT16 if bf16 else tolerances.FIFTEEN_BITS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_matrix_is_the_same_packed_or_not(kind, monkeypatch):
+    _, kept = make(kind, m=192)
+    found = {dtype: kept.matrix(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    monkeypatch.setattr(few_bits, "lanes", lambda: 0)
+    for dtype, matrix in found.items():
+        assert matrix.dtype == dtype
+        assert kept.matrix(dtype).equal(matrix)
 
 
 @torch.no_grad()

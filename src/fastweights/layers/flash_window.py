@@ -69,16 +69,17 @@ def flash_window(
         index: of each query in its document; below 0 it sees nothing and gets zeros.
         sinks: of each row's document, seen where they are W and more tokens behind.
     """
-    (B, T, H, _), G = q.shape, k.shape[2]
-    size = max(_LEAST, min(_MOST, window // 2))
-    back, front = -T % size, window - (k.shape[1] - T)
+    (B, T, H, _), (L, G) = q.shape, k.shape[1:3]
+    reach = min(window, L + -L % _LEAST)  # where the text is shorter than the window
+    size = max(_LEAST, min(_MOST, reach // 2, T + -T % _LEAST))
+    back, front = -T % size, reach - (L - T)
     k, v = (pad(x, (0, 0, 0, 0, front, back)) for x in (k, v))
     blocks = pad(q, (0, 0, 0, 0, 0, back)).view(B, -1, size, G, H // G, q.shape[3]).permute(0, 1, 3, 4, 2, 5)
-    after = pad(index, (0, back), value=window).unflatten(1, (-1, size))  # what these see is cut off
-    seen = _seen(after, window, H // G, q.dtype)
+    after = pad(index, (0, back), value=reach).unflatten(1, (-1, size))  # what these see is cut off
+    seen = _seen(after, reach, H // G, q.dtype)
     rows = []
     for b in range(B):
-        near_k, near_v = (_overlapping(x[b], size, window) for x in (k, v))
+        near_k, near_v = (_overlapping(x[b], size, reach) for x in (k, v))
         rows.append(_flash(blocks[b].flatten(2, 3), near_k, near_v, seen[b if len(seen) > 1 else 0], scale))
     o, log_sums = (torch.stack(x) for x in zip(*rows, strict=True))
     o = o.unflatten(3, (H // G, size)).permute(0, 1, 4, 2, 3, 5).reshape(B, -1, H, q.shape[3])[:, :T]

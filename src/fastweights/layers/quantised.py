@@ -4,10 +4,11 @@
     int8   whole numbers of 8 bits, and a scale for each row
     int4   of 4 bits, and a scale and an offset for each group of 32 numbers of a row: llama.cpp's Q4_1
 
-A few tokens are multiplied by the kernels of `ops/few_bits`, where the machine has VNNI, in float32 but for a rounding
+A few tokens are multiplied by the kernels of `ops/few_bits`, where the machine has AVX2, in float32 but for a rounding
 to fifteen bits; elsewhere by torch's, in bf16 with sums in float32. Many are multiplied by the matrix unpacked to bf16,
-which then costs little. torchao has torch's kernel for int8, behind a class of tensors that takes longer to find it
-than the product does, and none for int4 on a CPU (docs/log.md).
+or to float32 where the machine has no products of bf16; there those of four bits take their kernel at any number.
+torchao has torch's kernel for int8, behind a class of tensors that takes longer to find it than the product does, and
+none for int4 on a CPU (docs/log.md).
 
 Notation: n inputs, m outputs, g numbers in a group.
 """
@@ -86,8 +87,14 @@ class QuantisedLinear(nn.Module):
         """Take this matrix, rounded."""
         raise NotImplementedError
 
-    def matrix(self) -> Float[Tensor, "m n"]:
-        """What is kept of it, in bf16."""
+    def matrix(self, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "m n"]:
+        """What is kept of it, in bf16 or float32."""
+        if self._is_for_us() and self.weight.is_cpu:
+            return few_bits.unpack(self.weight, self.scales, dtype)  # type: ignore[arg-type]
+        return self._matrix().to(dtype)
+
+    def _matrix(self) -> Float[Tensor, "m n"]:
+        """What is kept of it, by torch alone."""
         raise NotImplementedError
 
     def few(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows m"]:
@@ -105,6 +112,10 @@ class QuantisedLinear(nn.Module):
     def _is_for_us(self) -> bool:
         """Whether its numbers are in the order of `ops/few_bits`, as this machine has it."""
         return self._block > 0 and self._block == few_bits.lanes()
+
+    def _takes_any_number(self) -> bool:
+        """Whether the kernel for few tokens is as fast as any other at many."""
+        return False
 
     def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         return linear(x, self.matrix())
@@ -182,11 +193,11 @@ class QuantisedLinear(nn.Module):
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """In the dtype of the input."""
         rows = prod(input.shape[:-1])
-        if rows <= FEW and input.is_cpu and not needs_derivatives(input):
+        if input.is_cpu and (rows <= FEW or self._takes_any_number()) and not needs_derivatives(input):
             x = input.reshape(rows, self.in_features).float()
             y = self.few(x).to(input.dtype).view(*input.shape[:-1], self.out_features)
         elif input.is_cpu and not has_bf16_products():
-            y = linear_of_float32(input.float(), self.matrix().float()).to(input.dtype)
+            y = linear_of_float32(input.float(), self.matrix(torch.float32)).to(input.dtype)
         else:
             y = linear(input.to(torch.bfloat16), self.matrix()).to(input.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -209,8 +220,7 @@ class BFloat16Linear(QuantisedLinear):
         """Take this matrix, rounded."""
         self.weight = weight.to(torch.bfloat16)
 
-    def matrix(self) -> Float[Tensor, "m n"]:
-        """What is kept of it."""
+    def _matrix(self) -> Float[Tensor, "m n"]:
         return self.weight
 
 
@@ -244,9 +254,8 @@ class Int8Linear(QuantisedLinear):
     def _plain(self) -> Int8[Tensor, "m n"]:
         return few_bits.unpack_eight(self.weight, self._block) if self._block else self.weight
 
-    def matrix(self) -> BFloat16[Tensor, "m n"]:
-        """What is kept of it, in bf16."""
-        return self._plain().to(torch.bfloat16) * self.scales[:, None]
+    def _matrix(self) -> Float[Tensor, "m n"]:
+        return self._plain().float() * self.scales.float()[:, None]
 
     def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         """By torch's kernel, which reads beyond the end of rows of another length."""
@@ -305,11 +314,13 @@ class Int4Linear(QuantisedLinear):
     def _as_saved(self) -> UInt8[Tensor, "m half"]:
         return _bytes(self._plain())
 
-    def matrix(self) -> Float[Tensor, "m n"]:
-        """What is kept of it, in bf16."""
+    def _matrix(self) -> Float[Tensor, "m n"]:
         scale, offset = self.scales.float().permute(2, 1, 0)[..., None]
         numbers = self._plain().unflatten(1, (-1, GROUP)).float() - 8
-        return (numbers * scale + offset).to(torch.bfloat16).flatten(1)
+        return (numbers * scale + offset).flatten(1)
+
+    def _takes_any_number(self) -> bool:
+        return self._is_for_us() and not has_bf16_products()  # measured on Zen 3, docs/log.md
 
     def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         """By torch's kernel, where it has one."""

@@ -9,7 +9,7 @@ from fastweights.ops import few_bits
 from tests import tolerances
 from tests.ops.problems import error
 
-pytestmark = pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no such kernel: it needs VNNI and Numba")
+pytestmark = pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no such kernel: it needs AVX2 and Numba")
 SHAPES = [(32, 16), (96, 80), (576, 192), (1536, 576)]
 
 
@@ -57,6 +57,56 @@ def test_a_row_is_the_same_bit_for_bit_beside_any_others_and_on_any_threads(bits
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert other.equal(found[0][: len(other)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_rows_than_stay_in_the_cache(bits, monkeypatch):
+    """They are multiplied a tile at a time, of which the last is short."""
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
+    packed, scales, truth = matrix(bits, 96, 80)
+    x = rows_of(203, 96)
+    found = few_bits.multiply(x, packed, scales)
+    assert error(found, x.double() @ truth.T) <= tolerances.FIFTEEN_BITS
+    for row in (0, 63, 64, 202):
+        assert found[row].equal(few_bits.multiply(x[row : row + 1], packed, scales)[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("code", ["least", "most"])
+def test_the_largest_sums(bits, code):
+    """Which is where whole numbers of too few bits would overflow."""
+    low, high = (0, 15) if bits == 4 else (-127, 127)
+    pack, dtype = (few_bits.pack_four, torch.uint8) if bits == 4 else (few_bits.pack_eight, torch.int8)
+    numbers = torch.full((16, 64), low if code == "least" else high, dtype=dtype)
+    scales = torch.ones(2, 16, 2) if bits == 4 else torch.ones(16)
+    truth = numbers.double() - (7 if bits == 4 else 0)  # the offset is 1
+    for x in (torch.full((2, 64), 3.0), torch.full((2, 64), -3.0), 1.003937 * torch.ones(2, 64)):
+        found = few_bits.multiply(x, pack(numbers), scales.bfloat16())
+        assert error(found, x.double() @ truth.T) <= tolerances.FIFTEEN_BITS
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_unpacked_is_what_was_packed(bits, n, m, dtype, threads, monkeypatch):
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
+    packed, scales, truth = matrix(bits, n, m)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = few_bits.unpack(packed, scales, dtype)
+    finally:
+        torch.set_num_threads(before)
+    assert found.equal(truth.float().to(dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_part_of_a_matrix_is_unpacked(bits):
+    """Its scales are not one after another."""
+    packed, scales, truth = matrix(bits, 96, 80)
+    part = scales[:, 16:48] if bits == 4 else scales[16:48]
+    assert few_bits.unpack(packed[16:48], part, torch.float32).equal(truth[16:48].float())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -113,5 +163,7 @@ def test_operation(bits):
     packed, scales, truth = matrix(bits, 96, 80)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # it has no derivatives
     torch.library.opcheck(few_bits.multiply, (rows_of(3, 96), packed, scales), test_utils=tests)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(few_bits.unpack, (packed, scales, dtype), test_utils=tests)
     strided = rows_of(3, 192)[:, ::2]
     assert error(few_bits.multiply(strided, packed, scales), strided.double() @ truth.T) <= tolerances.FIFTEEN_BITS

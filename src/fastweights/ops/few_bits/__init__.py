@@ -1,8 +1,9 @@
 """A few rows of float32 times a matrix of four or eight bits, as fast as the matrix is read from memory.
 
 torch's own kernels for such matrices turn each number of the matrix into a float first, which takes two to three times
-as long as reading it (docs/log.md). Here the rows are rounded to whole numbers and multiplied as these, by VNNI: to
-fifteen bits, relative to the largest of each group of 32, so that less is lost than where rows are rounded to bf16.
+as long as reading it (docs/log.md). Here the rows are rounded to whole numbers and multiplied as these, by VNNI or what
+AVX2 has in its place: to fifteen bits, relative to the largest of each group of 32, so that less is lost than where
+rows are rounded to bf16.
 
 Notation
     m, n     outputs and inputs of the matrix; a group is 32 inputs
@@ -30,17 +31,17 @@ GROUP = 32
 LANES = 8, 16
 """What L may be."""
 _WORTH_A_TEAM = 500_000
-"""Numbers of a matrix; one thread multiplies by fewer before others have woken up."""
+"""Products, or numbers of a matrix; one thread makes fewer before others have woken up."""
 
 
 @cache
 def lanes() -> int:
-    """L on this machine; 0 where it has no such kernel: without VNNI, or Numba."""
+    """L on this machine; 0 where it has no such kernel: without AVX2, or Numba."""
     try:
         vectors = importlib.import_module("..numba.vectors", __package__)
     except ImportError:
         return 0
-    needed = "+avx512vnni" if vectors.LANES == 16 else "+avxvnni"
+    needed = "+avx512bw" if vectors.LANES == 16 else "+avx2"
     return vectors.LANES if needed in vectors.FEATURES else 0
 
 
@@ -106,8 +107,8 @@ class Product:
         addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
         self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, int(scales.ndim == 3)))
         self._address = self._record.buffer_info()[0]
-        self._round, self._task = _tasks()
-        self._team = n * m >= _WORTH_A_TEAM
+        self._round, self._task, _ = _tasks()
+        self._team = rows * n * m >= _WORTH_A_TEAM
         self._blocks = m // lanes()
 
     def __call__(self) -> None:
@@ -119,9 +120,9 @@ class Product:
 
 
 @cache
-def _tasks() -> tuple[Any, Any]:
+def _tasks() -> tuple[Any, Any, Any]:
     kernels = load_kernels("few_bits")
-    return task_of(kernels.round_rows), task_of(kernels.multiply)
+    return task_of(kernels.round_rows), task_of(kernels.multiply), task_of(kernels.unpack)
 
 
 def _multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -129,6 +130,23 @@ def _multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     if len(x):
         Product(x.contiguous(), weight, scales, out)()
     return out
+
+
+def _unpack(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    weight, scales, out = weight.contiguous(), scales.contiguous(), _empty_matrix(weight, scales, dtype)
+    m, n = out.shape
+    threads = torch.get_num_threads() if n * m >= _WORTH_A_TEAM else 1
+    addresses = (tensor.data_ptr() for tensor in (weight, scales, out))
+    kernels = load_kernels("few_bits")
+    how = max(1, m // lanes() // (4 * threads)), *addresses, n, m, int(scales.ndim == 3), int(dtype == torch.bfloat16)
+    record = array("q", kernels.Unpacking(0, *how))
+    run_on_team(_tasks()[2], record.buffer_info()[0], threads)
+    return out
+
+
+def _empty_matrix(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    m, length = weight.shape
+    return weight.new_empty(m, length * (2 if scales.ndim == 3 else 1), dtype=dtype)
 
 
 def _empty_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -140,5 +158,10 @@ _library = torch.library.Library("fastweights", "FRAGMENT")
 _library.define("few_bits(Tensor x, Tensor weight, Tensor scales) -> Tensor")
 _library.impl("few_bits", _multiply, "CPU")
 _library.impl("few_bits", _empty_product, "Meta")
+_library.define("unpack_few_bits(Tensor weight, Tensor scales, ScalarType dtype) -> Tensor")
+_library.impl("unpack_few_bits", _unpack, "CPU")
+_library.impl("unpack_few_bits", _empty_matrix, "Meta")
 multiply = torch.ops.fastweights.few_bits.default
 """multiply(x, weight, scales): rows times a packed matrix, as in `Product`, (rows, m); it has no derivatives."""
+unpack = torch.ops.fastweights.unpack_few_bits.default
+"""unpack(weight, scales, dtype): a packed matrix in float32 or bf16, (m, n), for products with many rows."""

@@ -385,11 +385,11 @@ def _mask(builder, n):
     return builder.icmp_signed("<", lanes, n)
 
 
-def broadcast(builder, scalar):
+def broadcast(builder, scalar, lanes: int = LANES):
     """In code that is made: a number in every lane."""
-    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_int, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_ints, [0] * LANES))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
 
 
 def call_on_lanes(builder, name: str, *args):
