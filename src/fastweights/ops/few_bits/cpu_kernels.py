@@ -25,6 +25,7 @@ from ..numba.vectors import (
     LANES,
     broadcast,
     call_on_lanes,
+    fetch,
     integers,
     intrinsic,
     pointer,
@@ -39,6 +40,8 @@ _ROWS_OF_FOUR_BITS, _ROWS_OF_EIGHT_BITS = 4, 4 if VNNI else 2
 """That are multiplied at once where there are as many: codes are taken apart once for all of them."""
 _TILE = 64
 """Rows that are multiplied by all of a portion before others are, so that they stay in the second-level cache."""
+_AHEAD = 4096
+"""Bytes of the matrix: from those that are multiplied to those that are fetched from memory meanwhile."""
 _inner: Any = njit(nogil=True, error_model="numpy", inline="never")
 _PARTS = np.float32(254.0)
 """Of a step, in which what is left of a number is rounded."""
@@ -118,6 +121,10 @@ def _constant(kind: ir.VectorType, value: float) -> ir.Constant:
 
 def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int = 1) -> Any:
     return builder.load(builder.inttoptr(builder.add(address, offset), ir.PointerType(kind)), align=align)
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    fetch(builder, builder.inttoptr(address, ir.PointerType(ir.IntType(8))))
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -231,14 +238,16 @@ def _block(count: int, *, four: bool) -> Any:
         with cgutils.for_range(builder, groups) as loop:
             g = loop.index
             inputs = [builder.add(builder.mul(_LONG(row), n), builder.mul(g, _LONG(_GROUP))) for row in range(count)]
-            dots = _groups(
-                builder,
-                builder.add(weight, builder.mul(g, _LONG(_GROUP * LANES // (2 if four else 1)))),
-                [(builder.add(high, first), builder.add(low, first)) for first in inputs],
-                four=four,
-            )
+            size = _GROUP * LANES // (2 if four else 1)
+            codes = builder.add(weight, builder.mul(g, _LONG(size)))
+            for line in range(0, size, 64):
+                _fetch(builder, builder.add(codes, _LONG(_AHEAD + line)))
+            planes = [(builder.add(high, first), builder.add(low, first)) for first in inputs]
+            dots = _groups(builder, codes, planes, four=four)
             if four:
-                pair = _load(builder, scales, builder.mul(g, builder.mul(m, _LONG(4))), _INTS)
+                pairs = builder.add(scales, builder.mul(g, builder.mul(m, _LONG(4))))
+                _fetch(builder, builder.add(pairs, _LONG(2 * 64)))
+                pair = _load(builder, pairs, _LONG(0), _INTS)
                 scale = builder.bitcast(builder.shl(pair, _constant(_INTS, 16)), _FLOATS)
                 offset = builder.bitcast(builder.and_(pair, _constant(_INTS, -65536)), _FLOATS)
             for row, (dot, result) in enumerate(zip(dots, results, strict=True)):

@@ -174,9 +174,7 @@ def prefetch(typingctx, x, i):
     """Have x[i] and its cache line fetched; an address that is not there does no harm."""
 
     def codegen(context, builder, sig, args):
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(ir.IntType(8)), _int, _int, _int])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [_at(builder, args, ir.IntType(8)), _int(0), _int(3), _int(1)])
+        fetch(builder, _at(builder, args, ir.IntType(8)))
         return context.get_dummy_value()
 
     return types.void(_pointer_type, types.intp), codegen
@@ -390,6 +388,13 @@ def broadcast(builder, scalar, lanes: int = LANES):
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_int, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_int, lanes), [0] * lanes))
+
+
+def fetch(builder, place) -> None:
+    """In code that is made: `prefetch`, of the byte that a pointer points to."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(ir.IntType(8)), _int, _int, _int])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, _int(0), _int(3), _int(1)])
 
 
 def call_on_lanes(builder, name: str, *args):
