@@ -114,9 +114,14 @@ class Product:
     def __call__(self) -> None:
         """Multiply."""
         threads = torch.get_num_threads() if self._team else 1
-        self._record[0], self._record[1] = 0, max(1, self._blocks // (4 * threads)) if threads > 1 else self._blocks
+        self._record[0], self._record[1] = 0, _portion(self._blocks, threads)
         self._round(self._address)
         run_on_team(self._task, self._address, threads)
+
+
+def _portion(blocks: int, threads: int) -> int:
+    """Blocks of L outputs that a thread takes at a time."""
+    return max(1, blocks // (4 * threads)) if threads > 1 else blocks
 
 
 @cache
@@ -138,8 +143,8 @@ def _unpack(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     threads = torch.get_num_threads() if n * m >= _WORTH_A_TEAM else 1
     addresses = (tensor.data_ptr() for tensor in (weight, scales, out))
     kernels = load_kernels("few_bits")
-    how = max(1, m // lanes() // (4 * threads)), *addresses, n, m, int(scales.ndim == 3), int(dtype == torch.bfloat16)
-    record = array("q", kernels.Unpacking(0, *how))
+    how = n, m, int(scales.ndim == 3), int(dtype == torch.bfloat16)
+    record = array("q", kernels.Unpacking(0, _portion(m // lanes(), threads), *addresses, *how))
     run_on_team(_tasks()[2], record.buffer_info()[0], threads)
     return out
 

@@ -10,7 +10,6 @@ Notation: as in the package; a vector of L int32 has four bytes in each lane.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,11 +142,6 @@ class _WithVNNI:
     def __init__(self, *, four: bool) -> None:
         self._sums = [_constant(_INTS, 0)] * 2  # which do not wait for one another
 
-    @staticmethod
-    def parts(builder: Any, codes: Any, *, four: bool) -> list[Any]:
-        """Codes as they are multiplied."""
-        return [codes]
-
     def add(self, builder: Any, half: int, parts: list[Any], x: Any) -> None:
         """Of four more inputs, those of one half of a step."""
         name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
@@ -170,11 +164,6 @@ class _WithoutVNNI:
 
     def __init__(self, *, four: bool) -> None:
         self._sums = [ir.Constant(self._SHORTS, [0] * (_VECTOR // 2))] * (1 if four else 2)
-
-    @staticmethod
-    def parts(builder: Any, codes: Any, *, four: bool) -> list[Any]:
-        """Codes of four bits."""
-        return [codes] if four else _halves(builder, codes)
 
     def add(self, builder: Any, half: int, parts: list[Any], x: Any) -> None:
         """Of four more inputs."""
@@ -218,7 +207,7 @@ def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], *, four: boo
     sums = [[_Sums(four=four) for _ in row] for row in rows]
     for step in range(_GROUP // 8):
         for half, codes in enumerate(codes_of(builder, weight, step)):
-            parts = _Sums.parts(builder, codes, four=four)
+            parts = [codes] if VNNI or four else _halves(builder, codes)
             for row, of_row in zip(rows, sums, strict=True):
                 for x, plane in zip(row, of_row, strict=True):
                     inputs = broadcast(builder, _load(builder, x, _LONG(8 * step + 4 * half), _INT))
@@ -226,6 +215,21 @@ def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], *, four: boo
     numbers = [[builder.sitofp(plane.total(builder), _FLOATS) for plane in row] for row in sums]
     part = _constant(_FLOATS, float(1 / _PARTS))
     return [_fma(builder, low, part, high) for high, low in numbers]
+
+
+def _scales(builder: Any, address: Any, count: int) -> Any:
+    """So many of the scales of rows, as float32."""
+    kind = ir.VectorType(_INT, count)
+    bits = builder.zext(_load(builder, address, _LONG(0), ir.VectorType(ir.IntType(16), count)), kind)
+    return builder.bitcast(builder.shl(bits, ir.Constant(kind, [16] * count)), ir.VectorType(_FLOAT, count))
+
+
+def _scale_and_offset(builder: Any, address: Any, count: int) -> tuple[Any, Any]:
+    """Of a group, so many scales and as many offsets, as float32."""
+    kind, floats = ir.VectorType(_INT, count), ir.VectorType(_FLOAT, count)
+    pairs = _load(builder, address, _LONG(0), kind)
+    scale = builder.bitcast(builder.shl(pairs, ir.Constant(kind, [16] * count)), floats)
+    return scale, builder.bitcast(builder.and_(pairs, ir.Constant(kind, [-65536] * count)), floats)
 
 
 def _block(count: int, *, four: bool) -> Any:
@@ -247,9 +251,7 @@ def _block(count: int, *, four: bool) -> Any:
             if four:
                 pairs = builder.add(scales, builder.mul(g, builder.mul(m, _LONG(4))))
                 _fetch(builder, builder.add(pairs, _LONG(2 * 64)))
-                pair = _load(builder, pairs, _LONG(0), _INTS)
-                scale = builder.bitcast(builder.shl(pair, _constant(_INTS, 16)), _FLOATS)
-                offset = builder.bitcast(builder.and_(pair, _constant(_INTS, -65536)), _FLOATS)
+                scale, offset = _scale_and_offset(builder, pairs, LANES)
             for row, (dot, result) in enumerate(zip(dots, results, strict=True)):
                 place = builder.mul(builder.add(builder.mul(_LONG(row), groups), g), _LONG(4))
                 step, total = (broadcast(builder, _load(builder, x, place, _FLOAT, 4)) for x in (steps, sums))
@@ -262,8 +264,7 @@ def _block(count: int, *, four: bool) -> Any:
                 builder.store(so_far, result)
         found = [builder.load(result) for result in results]
         if not four:
-            short = _load(builder, scales, _LONG(0), ir.VectorType(ir.IntType(16), LANES))
-            scale = builder.bitcast(builder.shl(builder.zext(short, _INTS), _constant(_INTS, 16)), _FLOATS)
+            scale = _scales(builder, scales, LANES)
             found = [builder.fmul(x, scale) for x in found]
         for row, x in enumerate(found):
             place = builder.add(out, builder.mul(_LONG(4 * row), m))
@@ -338,13 +339,18 @@ class Unpacking(NamedTuple):
     """Whether it becomes bf16, and not float32."""
 
 
+def _of_first(builder: Any, x: Any) -> Any:
+    """A vector's first number, eight times."""
+    return broadcast(builder, builder.extract_element(x, _INT(0)), 8)
+
+
 def _in_turn(builder: Any, words: list[Any], bits: int) -> Any:
     """Eight numbers of so many bits, four in each of two words, or in each half of the bytes of one word."""
     pair = builder.insert_element(ir.Constant(_EIGHT_INTS, ir.Undefined), words[0], _INT(0))
     pair = builder.insert_element(pair, words[-1], _INT(1))
     lanes = builder.shuffle_vector(pair, pair, ir.Constant(_EIGHT_INTS, [0] * 4 + [1] * 4))
-    shifts = [8 * i + (4 if bits == 4 and i >= 4 else 0) for i in range(8)]
-    lanes = builder.lshr(lanes, ir.Constant(_EIGHT_INTS, [shift % 32 for shift in shifts]))
+    shifts = [8 * (i % 4) + (4 if bits == 4 and i >= 4 else 0) for i in range(8)]
+    lanes = builder.lshr(lanes, ir.Constant(_EIGHT_INTS, shifts))
     return builder.and_(lanes, ir.Constant(_EIGHT_INTS, [2**bits - 1] * 8))
 
 
@@ -362,16 +368,13 @@ def _row(*, four: bool, short: bool) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, scales, out, n, m = args
-        eight = partial(broadcast, builder, lanes=8)
         if not four:
-            bits = builder.zext(_load(builder, scales, _LONG(0), ir.IntType(16)), _INT)
-            scale = eight(builder.bitcast(builder.shl(bits, _INT(16)), _FLOAT))
+            scale = _of_first(builder, _scales(builder, scales, 1))
         with cgutils.for_range(builder, builder.udiv(n, _LONG(_GROUP))) as loop:
             g = loop.index
             if four:
-                pair = _load(builder, scales, builder.mul(g, builder.mul(m, _LONG(4))), _INT)
-                scale = eight(builder.bitcast(builder.shl(pair, _INT(16)), _FLOAT))
-                offset = eight(builder.bitcast(builder.and_(pair, _INT(-65536)), _FLOAT))
+                pairs = builder.add(scales, builder.mul(g, builder.mul(m, _LONG(4))))
+                scale, offset = (_of_first(builder, x) for x in _scale_and_offset(builder, pairs, 1))
             for step in range(_GROUP // 8):
                 words = 1 if four else 2
                 first = builder.add(builder.mul(g, _LONG(4 * words)), _LONG(words * step))
@@ -385,9 +388,8 @@ def _row(*, four: bool, short: bool) -> Any:
                 if four:
                     made = builder.fadd(made, offset)
                 made = _short(builder, made) if short else made
-                place = builder.add(
-                    out, builder.mul(builder.add(builder.mul(g, _LONG(4)), _LONG(step)), _LONG(8 * size))
-                )
+                eights = builder.add(builder.mul(g, _LONG(_GROUP // 8)), _LONG(step))
+                place = builder.add(out, builder.mul(eights, _LONG(8 * size)))
                 builder.store(made, builder.inttoptr(place, ir.PointerType(made.type)), align=size)
         return context.get_dummy_value()
 
