@@ -17,3 +17,6 @@ FAST_WEIGHT_LAYER = 1e-6
 
 FIFTEEN_BITS = 2.0**-12
 """Products of rows rounded to 15 bits, relative to the largest of 32 (measured: 1e-4 where channels are unlike)."""
+
+EIGHT_BITS = 2.0**-6
+"""Likewise to 8 bits, where groups are small among their row's (measured: 7e-3 where all are alike)."""

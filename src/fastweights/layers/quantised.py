@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 32
-FEW = 16
+FEW = few_bits.FEW
 """Tokens up to which the kernels for few bits are the faster ones (measured on Zen 5, docs/log.md)."""
 _COLUMNS = 32
 _ROWS = 16

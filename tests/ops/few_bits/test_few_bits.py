@@ -44,6 +44,47 @@ def test_agrees_with_float64(bits, n, m, rows):
         assert error(row, expected) <= tolerances.FIFTEEN_BITS
 
 
+def rounded(x, bits: int):
+    """What many rows become, in float64: where the matrix has four bits, groups of small steps are rounded to eight."""
+    groups = x.unflatten(1, (-1, few_bits.GROUP))
+    steps = groups.abs().amax(-1, keepdim=True) / 127
+    numbers = groups * (1 / steps)  # in float32, as there: a tie must fall to the same side
+    whole = numbers.round()
+    rest = ((numbers - whole) * 254).round()
+    if bits == 4:
+        rest *= steps.square() > 2 * steps.square().mean(1, keepdim=True)
+    return (steps.double() * (whole.double() + rest.double() / 254)).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+@pytest.mark.parametrize("rows", [17, 32, 203])
+def test_many_rows_agree_with_what_they_are_rounded_to(bits, n, m, rows):
+    packed, scales, truth = matrix(bits, n, m)
+    x = rows_of(rows, n)
+    found, expected = few_bits.multiply(x, packed, scales), rounded(x, bits)
+    for row, of_expected in zip(found, expected @ truth.T, strict=True):
+        assert error(row, of_expected) <= tolerances.FLOAT32
+    largest = x.unflatten(1, (-1, few_bits.GROUP)).abs().amax(-1, keepdim=True)
+    off = ((x - expected).unflatten(1, (-1, few_bits.GROUP)) / largest).abs().amax(-1)
+    assert off.max() <= 1.001 / 254  # half a step
+    if bits == 4 and n > 96:
+        assert (off < 1e-4).any(1).all()
+        assert (off > 1e-3).any(1).all()
+    elif bits == 8:
+        assert off.max() <= 1.01 / 254**2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_rows_lose_less_than_many(bits):
+    packed, scales, truth = matrix(bits, 576, 192)
+    x = rows_of(few_bits.FEW + 1, 576)
+    expected = x.double() @ truth.T
+    few, many = (error(few_bits.multiply(x[:rows], packed, scales), expected[:rows]) for rows in (len(x) - 1, len(x)))
+    assert few <= tolerances.FIFTEEN_BITS
+    assert (many > 4 * few) == (bits == 4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_is_the_same_bit_for_bit_beside_any_others_and_on_any_threads(bits, monkeypatch):
     monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
@@ -61,14 +102,15 @@ def test_a_row_is_the_same_bit_for_bit_beside_any_others_and_on_any_threads(bits
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_more_rows_than_stay_in_the_cache(bits, monkeypatch):
-    """They are multiplied a tile at a time, of which the last is short."""
-    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
-    packed, scales, truth = matrix(bits, 96, 80)
-    x = rows_of(203, 96)
+    """They are multiplied a tile at a time, of which the last is short; each as beside any other many."""
+    packed, scales, truth = matrix(bits, 576, 80)
+    x = rows_of(203, 576)
     found = few_bits.multiply(x, packed, scales)
-    assert error(found, x.double() @ truth.T) <= tolerances.FIFTEEN_BITS
-    for row in (0, 63, 64, 202):
-        assert found[row].equal(few_bits.multiply(x[row : row + 1], packed, scales)[0])
+    assert error(found, rounded(x, bits) @ truth.T) <= tolerances.FLOAT32
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
+    assert found.equal(few_bits.multiply(x, packed, scales))
+    for first in (0, 1, 63, 186):
+        assert found[first : first + 17].equal(few_bits.multiply(x[first : first + 17], packed, scales))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

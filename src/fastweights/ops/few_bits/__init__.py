@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 GROUP = 32
 LANES = 8, 16
 """What L may be."""
+FEW = 16
+"""Rows up to which all are rounded to fifteen bits; of more, for a matrix of four, groups that matter less to eight."""
 _WORTH_A_TEAM = 500_000
 """Products, or numbers of a matrix; one thread makes fewer before others have woken up."""
 
@@ -101,27 +103,29 @@ class Product:
     ) -> None:
         rows, n = x.shape
         m, scales = out.shape[1], scales.contiguous()
-        # What rows become: two bytes for each number, then a step and a sum for each group.
-        scratch = torch.empty(rows * n * 2 + 8 * rows * (n // GROUP), dtype=torch.int8, device="cpu")
+        # What rows become: two bytes for each number, a step and a sum for each group; and lists of groups.
+        scratch = torch.empty(2 * rows * n + 8 * rows * (n // GROUP) + 4 * rows * (n // GROUP + 1), dtype=torch.int8)
         self._kept = x, weight, scales, out, scratch
         addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
-        self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, int(scales.ndim == 3)))
+        how = int(scales.ndim == 3), int(scales.ndim == 3 and rows > FEW)
+        self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, *how))
         self._address = self._record.buffer_info()[0]
         self._round, self._task, _ = _tasks()
-        self._team = rows * n * m >= _WORTH_A_TEAM
+        self._team, self._many = rows * n * m >= _WORTH_A_TEAM, rows * n >= _WORTH_A_TEAM // 4
         self._blocks = m // lanes()
 
     def __call__(self) -> None:
         """Multiply."""
         threads = torch.get_num_threads() if self._team else 1
         self._record[0], self._record[1] = 0, _portion(self._blocks, threads)
-        self._round(self._address)
+        run_on_team(self._round, self._address, threads if self._many else 1)
+        self._record[0] = 0
         run_on_team(self._task, self._address, threads)
 
 
 def _portion(blocks: int, threads: int) -> int:
     """Blocks of L outputs that a thread takes at a time."""
-    return max(1, blocks // (4 * threads)) if threads > 1 else blocks
+    return max(1, blocks // (8 * threads)) * 2 if threads > 1 else blocks
 
 
 @cache

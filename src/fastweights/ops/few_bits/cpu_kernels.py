@@ -5,6 +5,10 @@ A number of a row is step * (high + low / 254) with high and low from -127 to 12
 one instruction of VNNI for four inputs of each of the L outputs; or, where there is none, by two instructions in int16,
 which holds a whole group's sums of four bits (of 30,480 at the most), so that eight bits are two times four.
 
+Of many rows, low is 0 in the groups whose steps are small among their row's, and those that are multiplied at once go
+without it in the groups where none of them has it. That changes no bit of a row's product, which has a sum of its own
+for low.
+
 Notation: as in the package; a vector of L int32 has four bytes in each lane.
 """
 
@@ -30,13 +34,18 @@ from ..numba.vectors import (
     pointer,
     record_at,
     take,
-    whole_bytes,
 )
 
 VNNI = ("+avx512vnni" if LANES == 16 else "+avxvnni") in FEATURES
 _GROUP = 32
 _ROWS_OF_FOUR_BITS, _ROWS_OF_EIGHT_BITS = 4, 4 if VNNI else 2
 """That are multiplied at once where there are as many: codes are taken apart once for all of them."""
+_BLOCKS = 2
+"""Of L outputs each, that are made at once of such rows by four bits: a row's numbers are read once for all of them."""
+_FINE = np.float32(2.0)
+"""Times the mean of a row's squared steps: among many rows, a group whose squared step is above it has a low part."""
+_ROUNDED = 16
+"""Rows that a thread rounds at a time."""
 _TILE = 64
 """Rows that are multiplied by all of a portion before others are, so that they stay in the second-level cache."""
 _AHEAD = 4096
@@ -44,8 +53,9 @@ _AHEAD = 4096
 _inner: Any = njit(nogil=True, error_model="numpy", inline="never")
 _PARTS = np.float32(254.0)
 """Of a step, in which what is left of a number is rounded."""
-_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
+_LANE_BYTES = ir.VectorType(_BYTE, LANES)
 _EIGHT_INTS, _EIGHT_FLOATS = ir.VectorType(_INT, 8), ir.VectorType(_FLOAT, 8)
 _VECTOR = 4 * LANES
 """Bytes of a vector."""
@@ -62,56 +72,25 @@ class Record(NamedTuple):
     scales: int
     x: int
     scratch: int
-    """For what rows become: high, low, steps and sums."""
+    """For what rows become, in this order: `_places`."""
     out: int
     rows: int
     n: int
     m: int
     four: int
     """Whether there are four bits."""
+    many: int
+    """Whether rows are many, and small groups of theirs have no low part."""
 
 
 @_inner
 def _places(r):
-    """Addresses of high, low, steps and sums."""
+    """Addresses of high, low, steps and sums; then, for rows multiplied at once, how many groups have a low part, and
+    which."""
     size = r.rows * r.n
     steps = r.scratch + 2 * size
-    return r.scratch, r.scratch + size, steps, steps + 4 * (size // _GROUP)
-
-
-@_inner
-def _round_rows(record):
-    """Rows as whole numbers, with a step for each group, and the sum of each group.
-
-    A group with a number that is not finite gets a step that is not.
-    """
-    r = record_at(record, Record)
-    numbers = r.rows * r.n
-    groups = numbers // _GROUP
-    at_high, at_low, at_steps, at_sums = _places(r)
-    x, bits = carray(pointer(r.x), (numbers,)), carray(integers(r.x), (numbers,))
-    high, low = carray(whole_bytes(at_high), (numbers,)), carray(whole_bytes(at_low), (numbers,))
-    steps, sums = carray(pointer(at_steps), (groups,)), carray(pointer(at_sums), (groups,))
-    largest = np.empty(1, dtype=np.int32)
-    of_largest = largest.view(np.float32)
-    for g in range(groups):
-        first = g * _GROUP
-        most = int32(0)
-        for i in range(first, first + _GROUP):  # as whole numbers, floats without a sign are in the same order
-            most = max(most, bits[i] & int32(0x7FFFFFFF))  # and NaN is last
-        largest[0] = most
-        step = of_largest[0] / float32(127.0)
-        inverse = float32(1.0) / step if step > float32(1e-30) else float32(0.0)
-        total = int32(0)
-        for i in range(first, first + _GROUP):
-            value = x[i] * inverse
-            whole = np.rint(value)
-            rest = np.rint((value - whole) * _PARTS)
-            high[i] = int32(whole)
-            low[i] = int32(rest)
-            total += int32(254) * int32(whole) + int32(rest)
-        steps[g] = step
-        sums[g] = step * (float32(total) / _PARTS)
+    of_groups = 4 * (size // _GROUP)
+    return r.scratch, r.scratch + size, steps, steps + of_groups, steps + 2 * of_groups
 
 
 def _constant(kind: ir.VectorType, value: float) -> ir.Constant:
@@ -136,46 +115,162 @@ def _call(builder: Any, name: str, result: ir.VectorType, *args: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
+def _reduced(builder: Any, name: str, x: Any) -> Any:
+    """What LLVM's own function makes of a vector's int32."""
+    kind = ir.FunctionType(_INT, [x.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i32")
+    return builder.call(function, [x])
+
+
+@intrinsic
+def _largest(typingctx, x):
+    """Of a group of numbers at an address, the largest one's bits without its sign: NaN is above all others."""
+
+    def codegen(context, builder, sig, args):
+        most = _constant(_INTS, 0)
+        for first in range(0, _GROUP, LANES):  # as whole numbers, floats without a sign are in the same order
+            bits = builder.and_(_load(builder, args[0], _LONG(4 * first), _INTS), _constant(_INTS, 0x7FFFFFFF))
+            most = builder.select(builder.icmp_unsigned(">", bits, most), bits, most)
+        return builder.bitcast(_reduced(builder, "umax", most), _FLOAT)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def _round_group(typingctx, x, high, low, inverse, parts):
+    """Round a group of numbers at an address times a factor: high, and low in so many parts of one.
+
+    Returns:
+        The sum of 254 * high + low.
+    """
+
+    def codegen(context, builder, sig, args):
+        x, high, low, inverse, parts = args
+        inverse, parts = broadcast(builder, inverse), broadcast(builder, parts)
+        total = _constant(_INTS, 0)
+        for first in range(0, _GROUP, LANES):
+            value = builder.fmul(_load(builder, x, _LONG(4 * first), _FLOATS), inverse)
+            whole = call_on_lanes(builder, "llvm.rint", value)
+            rest = call_on_lanes(builder, "llvm.rint", builder.fmul(builder.fsub(value, whole), parts))
+            numbers = [builder.fptosi(number, _INTS) for number in (whole, rest)]
+            for place, number in zip((high, low), numbers, strict=True):
+                to = builder.inttoptr(builder.add(place, _LONG(first)), ir.PointerType(_LANE_BYTES))
+                builder.store(builder.trunc(number, _LANE_BYTES), to, align=1)
+            total = builder.add(total, builder.add(builder.mul(numbers[0], _constant(_INTS, 254)), numbers[1]))
+        return _reduced(builder, "add", total)
+
+    return types.int32(types.int64, types.int64, types.int64, types.float32, types.float32), codegen
+
+
+@_inner
+def _round_row(r, b):
+    n, groups = r.n, r.n // _GROUP
+    high, low, at_steps, at_sums, _ = _places(r)
+    place, of_groups = b * n, 4 * b * groups
+    x = r.x + 4 * place
+    steps, sums = carray(pointer(at_steps + of_groups), (groups,)), carray(pointer(at_sums + of_groups), (groups,))
+    most = float32(0.0)
+    for g in range(groups):
+        steps[g] = _largest(x + 4 * g * _GROUP) / float32(127.0)
+        most = max(most, steps[g])
+    part = float32(1.0) / most if most > float32(1e-30) else float32(0.0)
+    squares = float32(0.0)
+    for g in range(groups):
+        squares += (steps[g] * part) * (steps[g] * part)
+    enough = _FINE * squares / float32(groups) if r.many else float32(-1.0)
+    for g in range(groups):
+        step, first = steps[g], g * _GROUP
+        inverse = float32(1.0) / step if step > float32(1e-30) else float32(0.0)
+        parts = _PARTS if (step * part) * (step * part) > enough else float32(0.0)
+        total = _round_group(x + 4 * first, high + place + first, low + place + first, inverse, parts)
+        sums[g] = step * (float32(total) / _PARTS)
+
+
+@_inner
+def _list_fine_groups(r, b):
+    """Those with a low part in any of the rows from b on that are multiplied at once."""
+    n, groups = r.n, r.n // _GROUP
+    _, at_low, _, _, at_fine = _places(r)
+    last = min(b + _ROWS_OF_FOUR_BITS, r.rows)
+    low = carray(integers(at_low), (r.rows * n // 4,))
+    fine = carray(integers(at_fine + 4 * (b // _ROWS_OF_FOUR_BITS) * (groups + 1)), (groups + 1,))
+    count = int32(0)
+    for g in range(groups):
+        found = int32(0)
+        for row in range(b, last):
+            first = (row * n + g * _GROUP) // 4
+            for i in range(first, first + _GROUP // 4):
+                found |= low[i]
+        if found != 0:
+            count += int32(1)
+            fine[count] = g
+    fine[0] = count
+
+
+@_inner
+def _round_rows(record):
+    """Rows as whole numbers, with a step and a sum for each group: some at a time until none are left.
+
+    A group with a number that is not finite gets a step that is not.
+    """
+    r = record_at(record, Record)
+    while True:
+        first = take(record) * _ROUNDED
+        if first >= r.rows:
+            break
+        last = min(first + _ROUNDED, r.rows)
+        for b in range(first, last):
+            _round_row(r, b)
+        if r.four:
+            for b in range(first, last, _ROWS_OF_FOUR_BITS):
+                _list_fine_groups(r, b)
+
+
 class _WithVNNI:
-    """The sum of codes * x over a group, of L outputs: four inputs a lane are added to int32."""
+    """The sum of codes * x over a group, of L outputs: four inputs a lane are added to int32.
 
-    def __init__(self, *, four: bool) -> None:
-        self._sums = [_constant(_INTS, 0)] * 2  # which do not wait for one another
+    Args:
+        four: whether codes have four bits.
+        alone: whether there are few such sums at a time, so that one addition would wait for another.
+    """
 
-    def add(self, builder: Any, half: int, parts: list[Any], x: Any) -> None:
+    def __init__(self, *, four: bool, alone: bool) -> None:
+        self.parts = [_constant(_INTS, 0)] * (2 if alone else 1)
+
+    def add(self, builder: Any, half: int, codes: list[Any], x: Any) -> None:
         """Of four more inputs, those of one half of a step."""
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-        self._sums[half] = _call(builder, name, _INTS, self._sums[half], parts[0], x)
+        name, i = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", half % len(self.parts)
+        self.parts[i] = _call(builder, name, _INTS, self.parts[i], codes[0], x)
 
     def total(self, builder: Any) -> Any:
         """L int32."""
-        return builder.add(*self._sums)
+        return builder.add(*self.parts) if len(self.parts) > 1 else self.parts[0]
 
 
 class _WithoutVNNI:
-    """Likewise, by pairs of inputs, which are added to int16; of codes of eight bits, each half has sums of its own."""
+    """Likewise, by pairs of inputs, which are added to int16; each half of codes of eight bits has a sum of its own."""
 
     _PAIRS, _SUMS = (
         ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
         if LANES == 16
         else ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
     )
-    _BYTES, _SHORTS = ir.VectorType(ir.IntType(8), _VECTOR), ir.VectorType(ir.IntType(16), _VECTOR // 2)
+    _BYTES, _SHORTS = ir.VectorType(_BYTE, _VECTOR), ir.VectorType(ir.IntType(16), _VECTOR // 2)
 
-    def __init__(self, *, four: bool) -> None:
-        self._sums = [ir.Constant(self._SHORTS, [0] * (_VECTOR // 2))] * (1 if four else 2)
+    def __init__(self, *, four: bool, alone: bool) -> None:
+        self.parts = [ir.Constant(self._SHORTS, [0] * (_VECTOR // 2))] * (1 if four else 2)
 
-    def add(self, builder: Any, half: int, parts: list[Any], x: Any) -> None:
+    def add(self, builder: Any, half: int, codes: list[Any], x: Any) -> None:
         """Of four more inputs."""
         x = builder.bitcast(x, self._BYTES)
-        for i, codes in enumerate(parts):
-            pairs = _call(builder, self._PAIRS, self._SHORTS, builder.bitcast(codes, self._BYTES), x)
-            self._sums[i] = builder.add(self._sums[i], pairs)
+        for i, part in enumerate(codes):
+            pairs = _call(builder, self._PAIRS, self._SHORTS, builder.bitcast(part, self._BYTES), x)
+            self.parts[i] = builder.add(self.parts[i], pairs)
 
     def total(self, builder: Any) -> Any:
         """L int32."""
         total = _constant(_INTS, 0)
-        for i, pairs in enumerate(self._sums):
+        for i, pairs in enumerate(self.parts):
             weights = ir.Constant(self._SHORTS, [16**i] * (_VECTOR // 2))
             total = builder.add(total, _call(builder, self._SUMS, _INTS, pairs, weights))
         return total
@@ -191,30 +286,58 @@ def _halves(builder: Any, codes: Any) -> list[Any]:
     ]
 
 
-def _four_codes(builder: Any, weight: Any, step: int) -> list[Any]:
-    """Of a group's step, the codes of the next eight inputs."""
-    return _halves(builder, _load(builder, weight, _LONG(step * _VECTOR), _INTS))
+def _codes(builder: Any, weight: Any, step: Any, *, four: bool) -> list[Any]:
+    """Of a step of a group, eight inputs: the codes of the first four and of the last."""
+    if four:
+        return _halves(builder, _load(builder, weight, builder.mul(step, _LONG(_VECTOR)), _INTS))
+    first = builder.mul(step, _LONG(2 * _VECTOR))
+    return [_load(builder, weight, builder.add(first, _LONG(half * _VECTOR)), _INTS) for half in range(2)]
 
 
-def _eight_codes(builder: Any, weight: Any, step: int) -> list[Any]:
-    """Likewise."""
-    return [_load(builder, weight, _LONG((2 * step + half) * _VECTOR), _INTS) for half in range(2)]
+def _add_step(builder: Any, sums: list[list[Any]], weights: list[Any], inputs: list[Any], step: Any, *, four: bool):
+    """Add a step of a group to the sums of each of the inputs, with each of the weights."""
+    codes = [_codes(builder, weight, step, four=four) for weight in weights]
+    for half in range(2):
+        parts = [[of[half]] if VNNI or four else _halves(builder, of[half]) for of in codes]
+        for x, of_x in zip(inputs, sums, strict=True):
+            place = builder.add(builder.mul(step, _LONG(8)), _LONG(4 * half))
+            four_inputs = broadcast(builder, _load(builder, x, place, _INT))
+            for of_weight, found in zip(parts, of_x, strict=True):
+                found.add(builder, half, of_weight, four_inputs)
 
 
-def _groups(builder: Any, weight: Any, rows: list[tuple[Any, Any]], *, four: bool) -> list[Any]:
-    """The sums of a group, high + low / 254, of L outputs for each row's high and low."""
-    codes_of = _four_codes if four else _eight_codes
-    sums = [[_Sums(four=four) for _ in row] for row in rows]
-    for step in range(_GROUP // 8):
-        for half, codes in enumerate(codes_of(builder, weight, step)):
-            parts = [codes] if VNNI or four else _halves(builder, codes)
-            for row, of_row in zip(rows, sums, strict=True):
-                for x, plane in zip(row, of_row, strict=True):
-                    inputs = broadcast(builder, _load(builder, x, _LONG(8 * step + 4 * half), _INT))
-                    plane.add(builder, half, parts, inputs)
-    numbers = [[builder.sitofp(plane.total(builder), _FLOATS) for plane in row] for row in sums]
-    part = _constant(_FLOATS, float(1 / _PARTS))
-    return [_fma(builder, low, part, high) for high, low in numbers]
+def _sums_of_group(builder: Any, weights: list[Any], inputs: list[Any], steps: Any, *, four: bool) -> list[list[Any]]:
+    """The sums of codes * x over a group: of L outputs of each of the weights, for each of the inputs.
+
+    Args:
+        builder: of the code.
+        weights: addresses.
+        inputs: likewise.
+        steps: how many eights of inputs a group has, if they are to be counted as the code runs: LLVM would
+            else take so many at once that sums leave their registers.
+        four: whether codes have four bits.
+    """
+    alone = len(weights) * len(inputs) < 8
+    sums = [[_Sums(four=four, alone=alone) for _ in weights] for _ in inputs]
+    every = [found for of_x in sums for found in of_x]
+    if steps is None:
+        for step in range(_GROUP // 8):
+            _add_step(builder, sums, weights, inputs, _LONG(step), four=four)
+    else:
+        places = [[cgutils.alloca_once_value(builder, part) for part in found.parts] for found in every]
+        for found, of_found in zip(every, places, strict=True):
+            for part, place in zip(found.parts, of_found, strict=True):
+                builder.store(part, place)
+        with cgutils.for_range(builder, steps) as loop:
+            for found, of_found in zip(every, places, strict=True):
+                found.parts = [builder.load(place) for place in of_found]
+            _add_step(builder, sums, weights, inputs, loop.index, four=four)
+            for found, of_found in zip(every, places, strict=True):
+                for part, place in zip(found.parts, of_found, strict=True):
+                    builder.store(part, place)
+        for found, of_found in zip(every, places, strict=True):
+            found.parts = [builder.load(place) for place in of_found]
+    return [[builder.sitofp(found.total(builder), _FLOATS) for found in of_x] for of_x in sums]
 
 
 def _scales(builder: Any, address: Any, count: int) -> Any:
@@ -232,61 +355,143 @@ def _scale_and_offset(builder: Any, address: Any, count: int) -> tuple[Any, Any]
     return scale, builder.bitcast(builder.and_(pairs, ir.Constant(kind, [-65536] * count)), floats)
 
 
-def _block(count: int, *, four: bool) -> Any:
-    """The function that makes L outputs of so many rows; n and m are numbers, all else addresses."""
+class _Makes:
+    """What makes so many times L outputs of so many rows.
+
+    Args:
+        builder: of its code.
+        args: addresses and numbers, as `_block` has them.
+        count: rows.
+        blocks: times L.
+        four: whether codes have four bits.
+    """
+
+    def __init__(self, builder: Any, args: Any, count: int, blocks: int, *, four: bool) -> None:
+        self.builder, self.count, self.blocks, self.four = builder, count, blocks, four
+        self.weight, self.scales, self.high, self.low, self.steps, self.sums, self.fine, self.out, self.n, self.m = args
+        self.groups = builder.udiv(self.n, _LONG(_GROUP))
+        self.coarse, self.rest = (
+            [[cgutils.alloca_once_value(builder, _constant(_FLOATS, 0.0)) for _ in range(blocks)] for _ in range(count)]
+            for _ in range(2)
+        )
+        """Sums of each row's high parts, and of its low ones."""
+        self._size = _GROUP * LANES // (2 if four else 1)
+
+    def weights(self, g: Any) -> list[Any]:
+        """Addresses of a group's codes."""
+        first = self.builder.add(self.weight, self.builder.mul(g, _LONG(self._size)))
+        row = self.builder.mul(self.groups, _LONG(self._size))
+        return [self.builder.add(first, self.builder.mul(row, _LONG(block))) for block in range(self.blocks)]
+
+    def inputs(self, g: Any, plane: Any) -> list[Any]:
+        """Addresses of a group of each row."""
+        first = self.builder.add(plane, self.builder.mul(g, _LONG(_GROUP)))
+        return [self.builder.add(first, self.builder.mul(_LONG(row), self.n)) for row in range(self.count)]
+
+    def fetch(self, g: Any) -> None:
+        """Fetch what comes after a group."""
+        for weight in self.weights(g):
+            for line in range(0, self._size, 64):
+                _fetch(self.builder, self.builder.add(weight, _LONG(_AHEAD + line)))
+        if self.four:
+            _fetch(self.builder, self.builder.add(self._pairs(g), _LONG(2 * 64)))
+
+    def _pairs(self, g: Any) -> Any:
+        return self.builder.add(self.scales, self.builder.mul(g, self.builder.mul(self.m, _LONG(4))))
+
+    def scales_and_least(self, g: Any) -> list[tuple[Any, Any]]:
+        """Of a group: of each L outputs, what stands for one code more, and for the code 0."""
+        if not self.four:
+            return [(None, _constant(_FLOATS, -128.0))] * self.blocks
+        builder, found = self.builder, []
+        for block in range(self.blocks):
+            place = builder.add(self._pairs(g), _LONG(block * _VECTOR))
+            scale, offset = _scale_and_offset(builder, place, LANES)
+            found.append((scale, _fma(builder, scale, _constant(_FLOATS, -8.0), offset)))
+        return found
+
+    def of_rows(self, g: Any, addresses: Any) -> list[Any]:
+        """A group's number of each row, in every lane."""
+        places = [self.builder.add(self.builder.mul(_LONG(row), self.groups), g) for row in range(self.count)]
+        return [
+            broadcast(self.builder, _load(self.builder, addresses, self.builder.mul(place, _LONG(4)), _FLOAT, 4))
+            for place in places
+        ]
+
+    def add(self, results: list[list[Any]], dots: list[list[Any]], steps: list[Any], scales: list[Any]) -> None:
+        """Add steps * scales * dots to the results."""
+        for of_row, of_dots, step in zip(results, dots, steps, strict=True):
+            for result, dot, scale in zip(of_row, of_dots, scales, strict=True):
+                scaled = dot if scale is None else self.builder.fmul(dot, scale)
+                self.builder.store(_fma(self.builder, scaled, step, self.builder.load(result)), result)
+
+    def store(self) -> None:
+        """Put the results where they belong."""
+        builder, part = self.builder, _constant(_FLOATS, float(1 / _PARTS))
+        for row, sums in enumerate(zip(self.coarse, self.rest, strict=True)):
+            for block, (coarse, rest) in enumerate(zip(*sums, strict=True)):
+                found = _fma(builder, builder.load(rest), part, builder.load(coarse))
+                if not self.four:
+                    found = builder.fmul(found, _scales(builder, self.scales, LANES))
+                place = builder.add(self.out, builder.add(builder.mul(_LONG(4 * row), self.m), _LONG(block * _VECTOR)))
+                builder.store(found, builder.inttoptr(place, ir.PointerType(_FLOATS)), align=4)
+
+
+def _block(count: int, blocks: int, *, four: bool) -> Any:
+    """The function that makes so many times L outputs of so many rows; n and m are numbers, all else addresses.
+
+    Args:
+        count: rows.
+        blocks: one, or with four bits any number.
+        four: whether codes have four bits; then several rows are multiplied by low parts where any of them has one.
+    """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        weight, scales, high, low, steps, sums, out, n, m = args
-        groups = builder.udiv(n, _LONG(_GROUP))
-        results = [cgutils.alloca_once_value(builder, _constant(_FLOATS, 0.0)) for _ in range(count)]
-        with cgutils.for_range(builder, groups) as loop:
+        make = _Makes(builder, args, count, blocks, four=four)
+        apart = four and count > 1
+        eights = builder.udiv(builder.udiv(make.n, make.groups), _LONG(8)) if apart else None
+        with cgutils.for_range(builder, make.groups) as loop:
             g = loop.index
-            inputs = [builder.add(builder.mul(_LONG(row), n), builder.mul(g, _LONG(_GROUP))) for row in range(count)]
-            size = _GROUP * LANES // (2 if four else 1)
-            codes = builder.add(weight, builder.mul(g, _LONG(size)))
-            for line in range(0, size, 64):
-                _fetch(builder, builder.add(codes, _LONG(_AHEAD + line)))
-            planes = [(builder.add(high, first), builder.add(low, first)) for first in inputs]
-            dots = _groups(builder, codes, planes, four=four)
-            if four:
-                pairs = builder.add(scales, builder.mul(g, builder.mul(m, _LONG(4))))
-                _fetch(builder, builder.add(pairs, _LONG(2 * 64)))
-                scale, offset = _scale_and_offset(builder, pairs, LANES)
-            for row, (dot, result) in enumerate(zip(dots, results, strict=True)):
-                place = builder.mul(builder.add(builder.mul(_LONG(row), groups), g), _LONG(4))
-                step, total = (broadcast(builder, _load(builder, x, place, _FLOAT, 4)) for x in (steps, sums))
-                products = _fma(builder, dot, step, builder.fmul(total, _constant(_FLOATS, -8.0 if four else -128.0)))
-                so_far = builder.load(result)
-                if four:
-                    so_far = _fma(builder, offset, total, _fma(builder, scale, products, so_far))
-                else:
-                    so_far = builder.fadd(so_far, products)
-                builder.store(so_far, result)
-        found = [builder.load(result) for result in results]
-        if not four:
-            scale = _scales(builder, scales, LANES)
-            found = [builder.fmul(x, scale) for x in found]
-        for row, x in enumerate(found):
-            place = builder.add(out, builder.mul(_LONG(4 * row), m))
-            builder.store(x, builder.inttoptr(place, ir.PointerType(_FLOATS)), align=4)
+            make.fetch(g)
+            planes = make.inputs(g, make.high) + ([] if apart else make.inputs(g, make.low))
+            dots = _sums_of_group(builder, make.weights(g), planes, eights, four=four)
+            pairs, steps = make.scales_and_least(g), make.of_rows(g, make.steps)
+            scales, least = [scale for scale, _ in pairs], [[number for _, number in pairs]] * count
+            make.add(make.coarse, least, make.of_rows(g, make.sums), [None] * blocks)
+            make.add(make.coarse, dots[:count], steps, scales)
+            if not apart:
+                make.add(make.rest, dots[count:], steps, scales)
+        if apart:
+            fine = builder.zext(_load(builder, make.fine, _LONG(0), _INT, 4), _LONG)
+            with cgutils.for_range(builder, fine) as loop:
+                place = builder.mul(builder.add(loop.index, _LONG(1)), _LONG(4))
+                g = builder.zext(_load(builder, make.fine, place, _INT, 4), _LONG)
+                dots = _sums_of_group(builder, make.weights(g), make.inputs(g, make.low), eights, four=True)
+                scales = [scale for scale, _ in make.scales_and_least(g)]
+                make.add(make.rest, dots, make.of_rows(g, make.steps), scales)
+        make.store()
         return context.get_dummy_value()
 
     @intrinsic
-    def block(typingctx, weight, scales, high, low, steps, sums, out, n, m):
-        return types.void(*[types.int64] * 9), build
+    def block(typingctx, weight, scales, high, low, steps, sums, fine, out, n, m):
+        return types.void(*[types.int64] * 10), build
 
     return block
 
 
-_one_row_of_four_bits, _rows_of_four_bits = _block(1, four=True), _block(_ROWS_OF_FOUR_BITS, four=True)
-_one_row_of_eight_bits, _rows_of_eight_bits = _block(1, four=False), _block(_ROWS_OF_EIGHT_BITS, four=False)
+_one_row_of_four_bits, _one_row_of_eight_bits = _block(1, 1, four=True), _block(1, 1, four=False)
+_rows_of_four_bits, _rows_of_eight_bits = (
+    _block(_ROWS_OF_FOUR_BITS, 1, four=True),
+    _block(_ROWS_OF_EIGHT_BITS, 1, four=False),
+)
+_tile_of_four_bits = _block(_ROWS_OF_FOUR_BITS, _BLOCKS, four=True)
 
 
 @_inner
-def _multiply_block(r, i, b, end):
-    """L outputs of the rows from b on."""
+def _multiply_blocks(r, i, blocks, b, end):
+    """As many times L outputs, at most `_BLOCKS`, of the rows from b on."""
     n, m, four = r.n, r.m, r.four
-    high, low, steps, sums = _places(r)
+    high, low, steps, sums, fine = _places(r)
     groups = n // _GROUP
     w = r.weight + i * LANES * (n // 2 if four else n)
     s = r.scales + i * LANES * (4 if four else 2)
@@ -294,16 +499,21 @@ def _multiply_block(r, i, b, end):
     while b < end:
         row, of_groups = b * n, 4 * b * groups
         x, rest, x_steps, x_sums = high + row, low + row, steps + of_groups, sums + of_groups
+        x_fine = fine + 4 * (b // _ROWS_OF_FOUR_BITS) * (groups + 1)
         to = r.out + 4 * (b * m + i * LANES)
         several = b + together <= end
-        if several and four:
-            _rows_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+        if several and four and blocks == _BLOCKS:
+            _tile_of_four_bits(w, s, x, rest, x_steps, x_sums, x_fine, to, n, m)
+        elif several and four:
+            _rows_of_four_bits(w, s, x, rest, x_steps, x_sums, x_fine, to, n, m)
         elif several:
-            _rows_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+            _rows_of_eight_bits(w, s, x, rest, x_steps, x_sums, x_fine, to, n, m)
         elif four:
-            _one_row_of_four_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+            for j in range(blocks):
+                at, of_scales = w + j * LANES * (n // 2), s + 4 * j * LANES
+                _one_row_of_four_bits(at, of_scales, x, rest, x_steps, x_sums, x_fine, to + 4 * j * LANES, n, m)
         else:
-            _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, to, n, m)
+            _one_row_of_eight_bits(w, s, x, rest, x_steps, x_sums, x_fine, to, n, m)
         b += together if several else 1
 
 
@@ -312,14 +522,16 @@ def _multiply(record):
     """Take portions of the outputs until none are left."""
     r = record_at(record, Record)
     blocks = r.m // LANES
+    together = _BLOCKS if r.four else 1
     while True:
         first = take(record) * r.portion
         if first >= blocks:
             break
+        last = min(first + r.portion, blocks)
         for b in range(0, r.rows, _TILE):
             end = min(b + _TILE, r.rows)
-            for i in range(first, min(first + r.portion, blocks)):
-                _multiply_block(r, i, b, end)
+            for i in range(first, last, together):
+                _multiply_blocks(r, i, min(together, last - i), b, end)
 
 
 class Unpacking(NamedTuple):

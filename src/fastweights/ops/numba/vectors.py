@@ -84,7 +84,6 @@ def _address_as(kind: Any, pointee: ir.Type) -> Any:
 
 pointer = _address_as(types.float32, _float)
 integers = _address_as(types.int32, _int)
-whole_bytes = _address_as(types.int8, ir.IntType(8))
 
 
 @intrinsic
