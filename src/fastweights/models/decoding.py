@@ -147,7 +147,7 @@ def decode(
     if not lock.acquire(blocking=False):  # another thread decodes with the same model
         return None
     try:
-        logits = [state.decoder.step(token, state) for token in input_ids.split(1, dim=1)]
+        logits = [state.decoder.step(token, state, cache) for token in input_ids.split(1, dim=1)]
     finally:
         lock.release()
     if len(logits) == 1:
@@ -186,8 +186,6 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     layers: Any = base.get_submodule(family.layers)
     if len(attentions) != len(layers):
         return "not all of its layers have fast weights"
-    if model.fast_weight_layer is not None:
-        return "it has a Fast Weight Layer"
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
         return "it is not in float32 on a CPU"
     activation = getattr(config, family.activation)
@@ -300,12 +298,15 @@ class Decoder:
         return self._watched.is_current()
 
     @torch.no_grad()
-    def step(self, ids: Int[Tensor, "B 1"], state: DecodingState) -> Float[Tensor, "B 1 vocabulary"]:
+    def step(
+        self, ids: Int[Tensor, "B 1"], state: DecodingState, cache: FastWeightsCache
+    ) -> Float[Tensor, "B 1 vocabulary"]:
         """Logits after this token, which becomes part of the state.
 
         Args:
             ids: the token of each row.
-            state: changed in place.
+            state: of the layers, changed in place.
+            cache: which it is of, and that of a Fast Weight Layer.
         """
         room = state.room
         room.x.copy_(self.embed(ids[:, 0]))
@@ -317,7 +318,10 @@ class Decoder:
             layer(state.tokens, attend)
         room.normalise(room.last_norm)
         state.read_one()
-        return self.model.lm_head(room.normed)[:, None]
+        if self.model.fast_weight_layer is None:
+            return self.model.lm_head(room.normed)[:, None]
+        hidden = room.normed[:, None].clone()  # of which the layer keeps what has no label yet
+        return self.model.lm_head(self.model.model.read_and_learn(hidden, ids, None, None, cache))
 
     def _rotate(self, room: Room, tokens: int) -> None:
         """Cosines and sines of this position, and for each window of the one that sinks are seen from."""
@@ -612,9 +616,9 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     attentions = model.fast_attentions()
     layers: list[Any] = cache.layers[: len(attentions)]
-    if len(layers) != len(cache.layers) or any(
-        not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers
-    ):
+    if any(not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers):
+        return None
+    if [*map(id, cache.layers[len(attentions) :])] != ([] if cache.block is None else [id(cache.block)]):
         return None
     if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
         return None

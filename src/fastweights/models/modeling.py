@@ -272,7 +272,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             ours.note(past=past, padded=reading.mask is not None, starts=starts)
         hidden = outputs.last_hidden_state
         if self.fast_weight_layer is not None:
-            hidden = self._read_and_learn(hidden, input_ids, real, starts, ours)
+            hidden = self.read_and_learn(hidden, input_ids, real, starts, ours)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             cache=cache if use_cache else None,
@@ -347,7 +347,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         assert starts is not None
         return documents_masks(self.config.base, starts, real, self.dtype)
 
-    def _read_and_learn(
+    def read_and_learn(
         self,
         hidden: Float[Tensor, "B T d"],
         input_ids: Int[Tensor, "B T"] | None,
@@ -355,7 +355,21 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         starts: Bool[Tensor, "B T"] | None,
         cache: FastWeightsCache | None,
     ) -> Float[Tensor, "B T d"]:
-        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there."""
+        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there.
+
+        Args:
+            hidden: what the base model says.
+            input_ids: the tokens that it was given.
+            real: which of them are no padding; None if all are.
+            starts: where other documents begin; None if nowhere.
+            cache: of all tokens before.
+
+        Returns:
+            What the unembedding is given.
+
+        Raises:
+            FastWeightsError: there are no tokens, from which alone it learns.
+        """
         layer = self.fast_weight_layer
         assert layer is not None
         if input_ids is None:
