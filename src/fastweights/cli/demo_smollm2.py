@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastweights.cli.plots import plot_decoding
@@ -168,9 +167,8 @@ def time_smollm2(found: RealResult, config: DemoConfig, say: Callable[[str], Non
     return replace(found, decode=decode, files=[picture, *found.files])
 
 
-@cache
 def _real_model() -> tuple[FastWeightsForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TokenizedText]:
-    """It, its base, their tokenizer and Python's manual; loaded once."""
+    """It, its base, their tokenizer and Python's manual."""
     if not (topics := manual()):
         raise FastWeightsError("this Python has no manual (pydoc_data): install it, or take a Python from python.org")
     base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
