@@ -65,8 +65,9 @@ def decode_costs(
         models: by name.
         contexts: tokens before those that are timed, in rising order.
         tokens: steps timed at each context, about.
-        read_at_most: before each context, really read only so many tokens, or as many as fill the longest window, and
-            be told that the others were read: the state has the same size, and a big model does not read for an hour.
+        read_at_most: where more than so many tokens, or as many as fill the longest window, are missing to a context,
+            really read these alone, and once, and be told that the others were read: the state has the same size, and
+            a big model does not read for an hour.
         softmax_up_to: the longest context at which softmax models are timed; by default all.
     """
     caches: dict[tuple[str, int], Cache] = {}
@@ -123,11 +124,13 @@ def caches_after(
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     if at_most is not None and isinstance(model, FastWeightsForCausalLM):
         at_most = max(at_most, max(model.config.windows) + model.config.sinks)
+    full = False  # whether the longest window is, so that the state is of the size that it keeps
     for context in contexts:
         if at_most is not None and reads_without_end(model) and context - read > at_most:
             assert isinstance(cache, FastWeightsCache)
-            cache.set_lengths([context - at_most] * len(cache.recurrent))
-            read = context - at_most
+            read = context if full else context - at_most
+            cache.set_lengths([read] * len(cache.recurrent))
+            full = True
         while read < context:
             step = min(_PREFILL, context - read)
             tokens = torch.randint(model.config.vocab_size, (rows, step), device=model.device)
