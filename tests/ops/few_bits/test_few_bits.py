@@ -209,3 +209,12 @@ def test_operation(bits):
         torch.library.opcheck(few_bits.unpack, (packed, scales, dtype), test_utils=tests)
     strided = rows_of(3, 192)[:, ::2]
     assert error(few_bits.multiply(strided, packed, scales), strided.double() @ truth.T) <= tolerances.FIFTEEN_BITS
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_another_default_device(bits):
+    packed, scales, truth = matrix(bits, 96, 80)
+    x = rows_of(3, 96)
+    with torch.device("meta"):
+        found = few_bits.multiply(x, packed, scales)
+    assert error(found, x.double() @ truth.T) <= tolerances.FIFTEEN_BITS

@@ -104,7 +104,8 @@ class Product:
         rows, n = x.shape
         m, scales = out.shape[1], scales.contiguous()
         # What rows become: two bytes for each number, a step and a sum for each group; and lists of groups.
-        scratch = torch.empty(2 * rows * n + 8 * rows * (n // GROUP) + 4 * rows * (n // GROUP + 1), dtype=torch.int8)
+        room = rows * (2 * n + 8 * (n // GROUP) + 4 * (n // GROUP + 1))
+        scratch = torch.empty(room, dtype=torch.int8, device="cpu")
         self._kept = x, weight, scales, out, scratch
         addresses = (tensor.data_ptr() for tensor in (weight, scales, x, scratch, out))
         how = int(scales.ndim == 3), int(scales.ndim == 3 and rows > FEW)
