@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.activations import ACT2FN
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import Int4Linear, Int8Linear
@@ -20,6 +21,7 @@ from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
 from fastweights.models.lora import add_lora
 from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.ops import few_bits
+from fastweights.ops.numba.runtime import load_kernels
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
@@ -41,12 +43,12 @@ FORMS = {
 }
 
 
-def make(family: str = "llama", rule: str = "decay", **settings):
+def make(family: str = "llama", rule: str = "decay", changes: dict | None = None, **settings):
     """A model whose gates and factors say something."""
     if "layers" in settings:
         settings = {**settings, "windows": [4, 16, 4]}
         del settings["layers"], settings["wide_window"]
-    model = convert(FAMILIES[family](), ConversionConfig(rule=rule, **settings)).eval()
+    model = convert(FAMILIES[family](**(changes or {})), ConversionConfig(rule=rule, **settings)).eval()
     torch.manual_seed(3)
     with torch.no_grad():
         for name in model.new_parameter_names():
@@ -131,6 +133,24 @@ def test_phi3(form, rows):
     check(make("phi3", **FORMS[form]), rows)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("form", ["pure", "window", "window, no rotary"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_gpt_neox(form, rows, parallel):
+    check(make("gpt_neox", changes={"use_parallel_residual": parallel}, **FORMS[form]), rows)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+@torch.no_grad()
+def test_activations(activation):
+    check(make("gpt2", changes={"activation_function": activation}, positions="drop"))
+    x = torch.linspace(-12, 12, 4001)[None]
+    out, kernels = torch.empty_like(x), load_kernels("decoding")
+    unit = kernels.exact_gelu_unit if activation == "gelu" else kernels.gelu_unit
+    unit(x.numpy(), out.numpy())
+    assert error(out, ACT2FN[activation](x.double())) <= tolerances.FLOAT32 / 10
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("settings", [{"segment": 4}, {"segment": 0, "decay": "channel"}, {"updates": False}])
@@ -192,7 +212,7 @@ def test_gates(settings):
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 20])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
 def test_quantised(family, weights, rows):
     check(quantise(make(family, window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
 
@@ -323,7 +343,7 @@ def test_what_is_no_case_for_it():
     dropping = make("gpt2")
     dropout(dropping)
     for model, reason in (
-        (make("gpt_neox"), "family gpt_neox"),
+        (make("olmo2"), "family olmo2"),
         (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),

@@ -1,8 +1,8 @@
 """A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
 
-A converted model of Llama's kind (RMS norms, a gated unit), or GPT-2, gets its own step for one token of each row, of
-the same weights and the same cache: products by the library that its layers have, and what lies between two of them by
-one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it,
+A converted model of Llama's kind (RMS norms, a gated unit), GPT-2 or GPT-NeoX gets its own step for one token of each
+row, of the same weights and the same cache: products by the library that its layers have, and what lies between two of
+them by one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it,
 and goes on plainly with everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
@@ -26,16 +26,27 @@ from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
 from fastweights.layers.rules import AddRule, AverageRule, DecayRule, DeltaRule, GatedDeltaRule, GatedRule, LowRank
-from fastweights.models.architectures import FusedProjections, GroupedProjections, SplitProjections
+from fastweights.models.architectures import (
+    FusedProjections,
+    GroupedProjections,
+    InterleavedProjections,
+    SplitProjections,
+)
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
     from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import FastWeightsForCausalLM
+
+
+_GATED = {"silu": "gated_unit", "swish": "gated_unit"}
+_UNGATED = {"gelu": "exact_gelu_unit", "gelu_new": "gelu_unit", "gelu_pytorch_tanh": "gelu_unit"}
 
 
 class _Family(NamedTuple):
@@ -54,8 +65,11 @@ class _Family(NamedTuple):
     others: frozenset[str] = frozenset({"act_fn"})
     """Parts of a layer, or of its unit, that do nothing here or that a kernel does."""
     activation: str = "hidden_act"
-    """Where its config says which activation it has, and those that a kernel does."""
-    activations: tuple[str, ...] = ("silu", "swish")
+    """Where its config says which activation it has."""
+    units: Mapping[str, str] = _GATED
+    """The kernels of those that there are kernels of."""
+    parallel: str | None = None
+    """Where its config says that a layer's unit reads what its attention reads, and both are added."""
 
 
 _LLAMA = _Family()
@@ -71,7 +85,18 @@ _FAMILIES = {
         gated=False,
         others=frozenset({"act", "dropout"}),
         activation="activation_function",
-        activations=("gelu_new", "gelu_pytorch_tanh"),
+        units=_UNGATED,
+    ),
+    "gpt_neox": _Family(
+        embed="embed_in",
+        last_norm="final_layer_norm",
+        attention="attention",
+        expand=("dense_h_to_4h",),
+        contract="dense_4h_to_h",
+        gated=False,
+        others=frozenset({"act", "post_attention_dropout", "post_mlp_dropout"}),
+        units=_UNGATED,
+        parallel="use_parallel_residual",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -84,7 +109,7 @@ _FAMILIES = {
 }
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
 _MAPS = (FeatureMap, Projection)
-_PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections)
+_PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections, InterleavedProjections)
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _DECODER = "_decoder"
 """Where a model keeps it."""
@@ -189,7 +214,7 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
         return "it is not in float32 on a CPU"
     activation = getattr(config, family.activation)
-    if activation not in family.activations:
+    if activation not in family.units:
         return f"its activation is {activation}"
     parts = {family.attention, "mlp", *family.norms}
     unit = {*family.expand, family.contract}
@@ -390,7 +415,11 @@ class Room:
         base: Any = decoder.base
         self.x, self.more, self.normed = (_zeros(rows, config.hidden_size) for _ in range(3))
         self.arrays = [x.numpy() for x in (self.x, self.more, self.normed)]
-        self.last_norm = _norm(base.get_submodule(decoder.family.last_norm))
+        family = decoder.family
+        self.parallel = family.parallel is not None and bool(getattr(config.base, family.parallel))
+        self.aside, self.again = (_zeros(rows, config.hidden_size if self.parallel else 0) for _ in range(2))
+        """Where a unit reads what attention reads: what it is given, and what it says."""
+        self.last_norm = _norm(base.get_submodule(family.last_norm))
         width = 0
         rotary = decoder.model.model.architecture.rotary
         if rotary is not None and any(attention.rotates for attention in decoder.model.fast_attentions()):
@@ -399,9 +428,10 @@ class Room:
         """Cosines and sines of the token, then of queries for the sinks of each window."""
         attentions = decoder.model.fast_attentions()
         places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
-        layers = base.get_submodule(decoder.family.layers)
+        self.unit = getattr(self.kernels, family.units[getattr(config.base, family.activation)])
+        layers = base.get_submodule(family.layers)
         self.layers = [
-            LayerStep(self, decoder.family, layer, attention, places[attention.window])
+            LayerStep(self, family, layer, attention, places[attention.window])
             for layer, attention in zip(layers, attentions, strict=True)
         ]
 
@@ -409,6 +439,11 @@ class Room:
         """Add what a layer's part has said to the residual stream, and normalise it for the next, by `_norm`."""
         x, more, normed = self.arrays
         self.kernels.add_and_normalise(x, more, *norm, normed)
+
+    def normalise_aside(self, norm: tuple[Any, Any, float]) -> None:
+        """Normalise the residual stream as it is, for a unit beside attention."""
+        self.again.zero_()
+        self.kernels.add_and_normalise(self.arrays[0], self.again.numpy(), *norm, self.aside.numpy())
 
 
 class LayerStep:
@@ -434,7 +469,8 @@ class LayerStep:
         names: Any = attention.projections
         modules = [attention.get_submodule(name) for name in _inner(names)]
         shapes = (H, D), (G, D), (G, V)
-        self.project = _Products(room.normed, modules, sizes=[heads * width for heads, width in shapes])
+        each = 1 if not isinstance(names, InterleavedProjections) else H
+        self.project = _Products(room.normed, modules, sizes=[heads * width for heads, width in shapes], each=each)
         self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
         self.read = _zeros(rows, H, V)
         self.output = _Products(self.read.view(rows, -1), [attention.get_submodule(names.out)], [room.more])
@@ -447,11 +483,11 @@ class LayerStep:
         contract = layer.mlp.get_submodule(family.contract)
         width, _ = _sizes(contract)
         parts = [layer.mlp.get_submodule(name) for name in family.expand]
-        self.expand = _Products(room.normed, parts, sizes=[width] * (2 if family.gated else 1))
+        given, said = (room.aside, room.again) if room.parallel else (room.normed, room.more)
+        self.expand = _Products(given, parts, sizes=[width] * (2 if family.gated else 1))
         unit = _zeros(rows, width)
         self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
-        self.activate = room.kernels.gated_unit if family.gated else room.kernels.gelu_unit
-        self.contract = _Products(unit, [contract], [room.more])
+        self.contract = _Products(unit, [contract], [said])
 
     def __call__(self, tokens: int, attend: _Attend) -> None:
         """From the residual stream to what the layer adds to it.
@@ -462,15 +498,20 @@ class LayerStep:
         """
         room = self.room
         room.normalise(self.norms[0])
+        if room.parallel:
+            room.normalise_aside(self.norms[1])
         self.project()
         for product in self.gate_products:
             product()
         attend(tokens)
         self.output()
-        room.normalise(self.norms[1])
+        if not room.parallel:
+            room.normalise(self.norms[1])
         self.expand()
-        self.activate(*self.unit)
+        room.unit(*self.unit)
         self.contract()
+        if room.parallel:
+            room.more.add_(room.again)
 
     def attend(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> _Attend:
         """What reads and changes such a state, for the number of tokens before."""
@@ -545,6 +586,8 @@ class _Products:
         layers: linear ones; one alone may make several outputs.
         outputs: where the products go; by default new places, which are next to each other if there is one row.
         sizes: of the outputs; by default of one for each layer.
+        each: a layer that makes several outputs makes so many equal parts of each in turn (a head's query, key and
+            value, then the next head's).
     """
 
     def __init__(
@@ -553,6 +596,7 @@ class _Products:
         layers: list[Any],
         outputs: list[Tensor] | None = None,
         sizes: list[int] | None = None,
+        each: int = 1,
     ) -> None:
         self.x = x
         sizes = [_sizes(layer)[1] for layer in layers] if sizes is None else sizes
@@ -566,11 +610,13 @@ class _Products:
         """Of products that are made in another place: that, and their own."""
         if len(sizes) == len(layers):
             places = self.outputs
-        elif len(x) == 1:
+        elif len(x) == 1 and each == 1:
             places = [self.outputs[0].as_strided((1, sum(sizes)), (sum(sizes), 1))]
         else:
             places = [_zeros(len(x), sum(sizes))]
-            self._copied = list(zip(places[0].split(sizes, 1), self.outputs, strict=True))
+            parts = places[0].view(len(x), each, -1).split([size // each for size in sizes], 2)
+            own = [output.view(len(x), each, -1) for output in self.outputs]
+            self._copied = list(zip(parts, own, strict=True))
         self._pairs = list(zip(layers, places, strict=True))
         self._products = None
         """Of few rows with layers of few bits: what makes each output, before its bias."""
