@@ -1,9 +1,9 @@
 """A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
 
 A converted model of Llama's kind (RMS norms, a gated unit), GPT-2 or GPT-NeoX gets its own step for one token of each
-row, of the same weights and the same cache: products by the library that its layers have, and what lies between two of
-them by one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it,
-and goes on plainly with everything else: other families, padding, gradients, hooks.
+row, of the same weights and the same cache: products by the library that its layers have, and what lies between two
+of them by one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing
+against it, and goes on plainly with everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
 W window, S sinks.
