@@ -6,7 +6,8 @@
 
 A few tokens are multiplied by the kernels of `ops/few_bits`, where the machine has AVX2, in float32 but for a rounding
 to fifteen bits; elsewhere by torch's, in bf16 with sums in float32. Many are multiplied by the matrix unpacked to bf16,
-or to float32 where the machine has no products of bf16; there those of four bits take their kernel at any number.
+or to float32 where the machine has no products of bf16; there those of four bits take their kernel at any number, which
+rounds some of many tokens' numbers to eight bits.
 torchao has torch's kernel for int8, behind a class of tensors that takes longer to find it than the product does, and
 none for int4 on a CPU (docs/log.md).
 

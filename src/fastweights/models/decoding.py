@@ -36,8 +36,6 @@ from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCac
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -66,10 +64,13 @@ class _Family(NamedTuple):
     """Parts of a layer, or of its unit, that do nothing here or that a kernel does."""
     activation: str = "hidden_act"
     """Where its config says which activation it has."""
-    units: Mapping[str, str] = _GATED
-    """The kernels of those that there are kernels of."""
     parallel: str | None = None
     """Where its config says that a layer's unit reads what its attention reads, and both are added."""
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The kernels of its activations, of those that there are kernels of."""
+        return _GATED if self.gated else _UNGATED
 
 
 _LLAMA = _Family()
@@ -85,7 +86,6 @@ _FAMILIES = {
         gated=False,
         others=frozenset({"act", "dropout"}),
         activation="activation_function",
-        units=_UNGATED,
     ),
     "gpt_neox": _Family(
         embed="embed_in",
@@ -95,7 +95,6 @@ _FAMILIES = {
         contract="dense_4h_to_h",
         gated=False,
         others=frozenset({"act", "post_attention_dropout", "post_mlp_dropout"}),
-        units=_UNGATED,
         parallel="use_parallel_residual",
     ),
     "llama": _LLAMA,
@@ -418,7 +417,7 @@ class Room:
         family = decoder.family
         self.parallel = family.parallel is not None and bool(getattr(config.base, family.parallel))
         self.aside, self.again = (_zeros(rows, config.hidden_size if self.parallel else 0) for _ in range(2))
-        """Where a unit reads what attention reads: what it is given, and what it says."""
+        """Where a unit reads what attention reads: what it is given, and what it says, which is nothing until then."""
         self.last_norm = _norm(base.get_submodule(family.last_norm))
         width = 0
         rotary = decoder.model.model.architecture.rotary
@@ -469,7 +468,7 @@ class LayerStep:
         names: Any = attention.projections
         modules = [attention.get_submodule(name) for name in _inner(names)]
         shapes = (H, D), (G, D), (G, V)
-        each = 1 if not isinstance(names, InterleavedProjections) else H
+        each = H if isinstance(names, InterleavedProjections) else 1
         self.project = _Products(room.normed, modules, sizes=[heads * width for heads, width in shapes], each=each)
         self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
         self.read = _zeros(rows, H, V)
@@ -662,9 +661,10 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     attentions = model.fast_attentions()
     layers: list[Any] = cache.layers[: len(attentions)]
-    if any(not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers):
-        return None
-    if [*map(id, cache.layers[len(attentions) :])] != ([] if cache.block is None else [id(cache.block)]):
+    others = len(cache.layers) - len(attentions)  # of a Fast Weight Layer, or none
+    if others != (cache.block is not None) or any(
+        not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers
+    ):
         return None
     if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
         return None

@@ -109,6 +109,10 @@ def test_more_rows_than_stay_in_the_cache(bits, monkeypatch):
     assert error(found, rounded(x, bits) @ truth.T) <= tolerances.FLOAT32
     monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
     assert found.equal(few_bits.multiply(x, packed, scales))
+    if bits == 8:
+        assert error(found, x.double() @ truth.T) <= tolerances.FIFTEEN_BITS
+        for row in (0, 63, 64, 202):
+            assert found[row].equal(few_bits.multiply(x[row : row + 1], packed, scales)[0])
     for first in (0, 1, 63, 186):
         assert found[first : first + 17].equal(few_bits.multiply(x[first : first + 17], packed, scales))
 

@@ -3,7 +3,8 @@
 torch's own kernels for such matrices turn each number of the matrix into a float first, which takes two to three times
 as long as reading it (docs/log.md). Here the rows are rounded to whole numbers and multiplied as these, by VNNI or what
 AVX2 has in its place: to fifteen bits, relative to the largest of each group of 32, so that less is lost than where
-rows are rounded to bf16.
+rows are rounded to bf16. Of many rows, which for a matrix of four bits are all of the work, groups that matter less are
+rounded to eight.
 
 Notation
     m, n     outputs and inputs of the matrix; a group is 32 inputs
@@ -34,6 +35,8 @@ FEW = 16
 """Rows up to which all are rounded to fifteen bits; of more, for a matrix of four, groups that matter less to eight."""
 _WORTH_A_TEAM = 500_000
 """Products, or numbers of a matrix; one thread makes fewer before others have woken up."""
+_SAME_AS = 4
+"""Products, that take as long as a number of a row that is rounded."""
 
 
 @cache
@@ -112,14 +115,14 @@ class Product:
         self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, *how))
         self._address = self._record.buffer_info()[0]
         self._round, self._task, _ = _tasks()
-        self._team, self._many = rows * n * m >= _WORTH_A_TEAM, rows * n >= _WORTH_A_TEAM // 4
+        self._team, self._rounding_team = rows * n * m >= _WORTH_A_TEAM, _SAME_AS * rows * n >= _WORTH_A_TEAM
         self._blocks = m // lanes()
 
     def __call__(self) -> None:
         """Multiply."""
         threads = torch.get_num_threads() if self._team else 1
         self._record[0], self._record[1] = 0, _portion(self._blocks, threads)
-        run_on_team(self._round, self._address, threads if self._many else 1)
+        run_on_team(self._round, self._address, threads if self._rounding_team else 1)
         self._record[0] = 0
         run_on_team(self._task, self._address, threads)
 

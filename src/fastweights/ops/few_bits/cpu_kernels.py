@@ -102,24 +102,17 @@ def _load(builder: Any, address: Any, offset: Any, kind: Any, align: int = 1) ->
 
 
 def _fetch(builder: Any, address: Any) -> None:
-    fetch(builder, builder.inttoptr(address, ir.PointerType(ir.IntType(8))))
+    fetch(builder, builder.inttoptr(address, ir.PointerType(_BYTE)))
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return call_on_lanes(builder, "llvm.fmuladd", a, b, c)
 
 
-def _call(builder: Any, name: str, result: ir.VectorType, *args: Any) -> Any:
-    """One of the machine's own instructions."""
+def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+    """One of LLVM's own functions, or of the machine's instructions."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-
-
-def _reduced(builder: Any, name: str, x: Any) -> Any:
-    """What LLVM's own function makes of a vector's int32."""
-    kind = ir.FunctionType(_INT, [x.type])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}i32")
-    return builder.call(function, [x])
 
 
 @intrinsic
@@ -131,7 +124,7 @@ def _largest(typingctx, x):
         for first in range(0, _GROUP, LANES):  # as whole numbers, floats without a sign are in the same order
             bits = builder.and_(_load(builder, args[0], _LONG(4 * first), _INTS), _constant(_INTS, 0x7FFFFFFF))
             most = builder.select(builder.icmp_unsigned(">", bits, most), bits, most)
-        return builder.bitcast(_reduced(builder, "umax", most), _FLOAT)
+        return builder.bitcast(_call(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _INT, most), _FLOAT)
 
     return types.float32(types.int64), codegen
 
@@ -157,7 +150,7 @@ def _round_group(typingctx, x, high, low, inverse, parts):
                 to = builder.inttoptr(builder.add(place, _LONG(first)), ir.PointerType(_LANE_BYTES))
                 builder.store(builder.trunc(number, _LANE_BYTES), to, align=1)
             total = builder.add(total, builder.add(builder.mul(numbers[0], _constant(_INTS, 254)), numbers[1]))
-        return _reduced(builder, "add", total)
+        return _call(builder, f"llvm.vector.reduce.add.v{LANES}i32", _INT, total)
 
     return types.int32(types.int64, types.int64, types.int64, types.float32, types.float32), codegen
 
@@ -191,13 +184,12 @@ def _list_fine_groups(r, b):
     """Those with a low part in any of the rows from b on that are multiplied at once."""
     n, groups = r.n, r.n // _GROUP
     _, at_low, _, _, at_fine = _places(r)
-    last = min(b + _ROWS_OF_FOUR_BITS, r.rows)
     low = carray(integers(at_low), (r.rows * n // 4,))
     fine = carray(integers(at_fine + 4 * (b // _ROWS_OF_FOUR_BITS) * (groups + 1)), (groups + 1,))
     count = int32(0)
     for g in range(groups):
         found = int32(0)
-        for row in range(b, last):
+        for row in range(b, b + _ROWS_OF_FOUR_BITS):
             first = (row * n + g * _GROUP) // 4
             for i in range(first, first + _GROUP // 4):
                 found |= low[i]
@@ -222,7 +214,7 @@ def _round_rows(record):
         for b in range(first, last):
             _round_row(r, b)
         if r.four:
-            for b in range(first, last, _ROWS_OF_FOUR_BITS):
+            for b in range(first, last - _ROWS_OF_FOUR_BITS + 1, _ROWS_OF_FOUR_BITS):  # fewer go one by one
                 _list_fine_groups(r, b)
 
 
@@ -324,19 +316,23 @@ def _sums_of_group(builder: Any, weights: list[Any], inputs: list[Any], steps: A
         for step in range(_GROUP // 8):
             _add_step(builder, sums, weights, inputs, _LONG(step), four=four)
     else:
-        places = [[cgutils.alloca_once_value(builder, part) for part in found.parts] for found in every]
-        for found, of_found in zip(every, places, strict=True):
-            for part, place in zip(found.parts, of_found, strict=True):
-                builder.store(part, place)
-        with cgutils.for_range(builder, steps) as loop:
-            for found, of_found in zip(every, places, strict=True):
-                found.parts = [builder.load(place) for place in of_found]
-            _add_step(builder, sums, weights, inputs, loop.index, four=four)
+        places = [[cgutils.alloca_once(builder, part.type) for part in found.parts] for found in every]
+
+        def put() -> None:
             for found, of_found in zip(every, places, strict=True):
                 for part, place in zip(found.parts, of_found, strict=True):
                     builder.store(part, place)
-        for found, of_found in zip(every, places, strict=True):
-            found.parts = [builder.load(place) for place in of_found]
+
+        def get() -> None:
+            for found, of_found in zip(every, places, strict=True):
+                found.parts = [builder.load(place) for place in of_found]
+
+        put()
+        with cgutils.for_range(builder, steps) as loop:
+            get()
+            _add_step(builder, sums, weights, inputs, loop.index, four=four)
+            put()
+        get()
     return [[builder.sitofp(found.total(builder), _FLOATS) for found in of_x] for of_x in sums]
 
 
