@@ -70,7 +70,7 @@ def linear(
     x: Float[Tensor, "... n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "... m"]:
     """x weightᵀ + bias; by oneDNN if it is of plain float32 tensors on a CPU and not too small."""
-    differentiated = _is_differentiated()
+    differentiated = is_differentiated()
     if not _is_for_onednn(x, weight, bias, differentiated):
         return nn.functional.linear(x, weight, bias)
     return _Product.apply(x, weight, bias) if differentiated else _product(x, weight, bias)
@@ -78,12 +78,12 @@ def linear(
 
 def linear_by_row(x: Float[Tensor, "B T n"], weight: Float[Tensor, "B m n"]) -> Float[Tensor, "B T m"]:
     """x weightᵀ for each row of a batch with a matrix of its own."""
-    if len(x) > 0 and _is_for_onednn(x[0], weight[0], None, _is_differentiated()):
+    if len(x) > 0 and _is_for_onednn(x[0], weight[0], None, is_differentiated()):
         return torch.stack([linear(*row) for row in zip(x, weight, strict=True)])
     return x @ weight.mT
 
 
-def _is_differentiated() -> bool:
+def is_differentiated() -> bool:
     """Whether gradients may be needed, backward or forward; the latter whatever torch.no_grad says."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastweights.layers.linear import linear
+from fastweights.layers.quantised import Int8Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -26,7 +27,10 @@ _LOGITS = 2**21
 
 
 def next_token_gradient(
-    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: nn.Linear, vocabulary: int = 0
+    hidden: Float[Tensor, "B T d"],
+    labels: Int[Tensor, "B T"],
+    unembedding: nn.Linear | Int8Linear,
+    vocabulary: int = 0,
 ) -> Float[Tensor, "B T d"]:
     """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
 
@@ -36,12 +40,14 @@ def next_token_gradient(
     Args:
         hidden: what the unembedding is given.
         labels: the next tokens.
-        unembedding: U.
+        unembedding: U; one of eight bits for few positions, and without derivatives.
         vocabulary: the softmax is over the first so many tokens and the position's own label; 0 for all tokens.
     """
     classes = vocabulary if 0 < vocabulary < unembedding.out_features else unembedding.out_features
     chunk = max(1, _LOGITS // max(1, classes))
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    if isinstance(unembedding, Int8Linear):
+        return _gradient_by_eight_bits(flat, flat_labels, unembedding, classes).view_as(hidden)
     parts = []
     for start in range(0, len(flat), chunk):
         arguments = (
@@ -72,6 +78,22 @@ def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
     if own is not None:
         gradient = gradient + error[:, classes:] * own
     return gradient.masked_fill(~known[:, None], 0.0)
+
+
+def _gradient_by_eight_bits(hidden: Tensor, labels: Tensor, unembedding: Int8Linear, classes: int) -> Tensor:
+    """By few positions' kernels; those without a label cost nothing."""
+    known = labels != NO_LABEL
+    own = labels[known][:, None]
+    logits = unembedding(hidden[known]).float()
+    if classes < unembedding.out_features:
+        of_own = logits.gather(-1, own)
+        logits[:, classes:] = -torch.inf
+        logits.scatter_(-1, own, of_own)
+    error = logits.softmax(-1)
+    error.scatter_add_(-1, own, -torch.ones_like(error[:, :1]))
+    gradient = torch.zeros_like(hidden)
+    gradient[known] = unembedding.few_transposed(error).to(hidden.dtype)
+    return gradient
 
 
 def _logits_of_some(

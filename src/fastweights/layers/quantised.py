@@ -94,6 +94,23 @@ class QuantisedLinear(nn.Module):
             return few_bits.unpack(self.weight, self.scales, dtype)  # type: ignore[arg-type]
         return self._matrix().to(dtype)
 
+    def whole(self, *, keep: bool = False) -> nn.Linear:
+        """A plain layer of what is kept, in float32; it learns nothing.
+
+        Args:
+            keep: it, for the next time.
+        """
+        kept: tuple[Tensor, nn.Linear] | None = self.__dict__.get("_whole")
+        if kept is not None and kept[0] is self.weight:
+            return kept[1]
+        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        made.weight = nn.Parameter(self.matrix(torch.float32), requires_grad=False)
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        if keep:
+            self.__dict__["_whole"] = self.weight, made
+        return made
+
     def _matrix(self) -> Float[Tensor, "m n"]:
         """What is kept of it, by torch alone."""
         raise NotImplementedError
@@ -186,6 +203,7 @@ class QuantisedLinear(nn.Module):
                 destination[f"{prefix}{name}"] = x.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.__dict__.pop("_whole", None)
         if self._block:  # what is loaded is as it is saved, and takes the place of what is packed
             self.weight, self._block = torch.empty_like(self._as_saved()), 0
         super()._load_from_state_dict(*args, **kwargs)
@@ -257,6 +275,15 @@ class Int8Linear(QuantisedLinear):
 
     def _matrix(self) -> Float[Tensor, "m n"]:
         return self._plain().float() * self.scales.float()[:, None]
+
+    @property
+    def goes_both_ways(self) -> bool:
+        """Whether there is a kernel here for `few_transposed`."""
+        return self._is_for_us() and self.weight.is_cpu
+
+    def few_transposed(self, x: Float[Tensor, "rows m"]) -> Float[Tensor, "rows n"]:
+        """The product of few rows with the transposed matrix, in float32; where it `goes_both_ways`."""
+        return few_bits.multiply_transposed(x, self.weight, self.scales)
 
     def _few_of_bf16(self, x: BFloat16[Tensor, "rows n"]) -> BFloat16[Tensor, "rows m"]:
         """By torch's kernel, which reads beyond the end of rows of another length."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from fastweights.layers.quantised import Int8Linear
 
 _FLOAT32_PARTS = {*NEW_PARTS, UNIT, "fast_weight_layer"}
 
@@ -133,21 +134,24 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         modules = attention_modules(self.base, self.architecture)
         return [module for module in modules if isinstance(module, FastWeightAttention)]
 
-    def unembedding(self) -> AbstractContextManager[nn.Linear]:
+    def unembedding(self, positions: int) -> AbstractContextManager[nn.Linear | Int8Linear]:
         """The head of the model that this one belongs to, from which a Fast Weight Layer learns, in memory.
 
+        Args:
+            positions: how many it is read for.
+
         Raises:
-            FastWeightsError: if this one is alone and its embeddings are not tied, or if the head is no plain matrix.
+            FastWeightsError: if this one is alone and its embeddings are not tied, or if the head is no matrix of ours.
         """
         causal: FastWeightsForCausalLM | None = self.__dict__.get("causal")
         if causal is not None:
-            return readable(causal.lm_head)
+            return readable(causal.lm_head, positions)
         if not self.config.tie_word_embeddings:
             raise FastWeightsError(
                 "this model has a Fast Weight Layer, which learns from the unembedding, and was loaded without it: "
                 "load it with AutoModelForCausalLM"
             )
-        return readable(self.get_input_embeddings())
+        return readable(self.get_input_embeddings(), positions)
 
     def sink_embeddings(
         self,
@@ -386,7 +390,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
-        with self.unembedding() as unembedding:
+        with self.unembedding(labels.numel()) as unembedding:
             output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:
             block.replace(state, PendingPosition.last_of(hidden, real), length)

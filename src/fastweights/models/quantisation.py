@@ -20,12 +20,14 @@ from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.quantised import LINEAR, QuantisedLinear, kept_as
 from fastweights.models.decoding import forget_steps
+from fastweights.ops import few_bits
 from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "fastweights"
+_HEAD = "lm_head"
 
 
 class WeightsConfig(QuantizationConfigMixin):
@@ -36,7 +38,9 @@ class WeightsConfig(QuantizationConfigMixin):
             int8 then).
         modules_to_not_convert: names of layers, or of modules that have them inside, which stay as they are.
         modules_in_int8: likewise, which have eight bits where others have four; by default converted attention, as what
-            it learns is smaller than a step of four bits. A model that is saved in few bits names its own, if any.
+            it learns is smaller than a step of four bits, and the unembedding where a Fast Weight Layer learns from it
+            and this machine has a kernel for that: unnamed, that one stays whole. A model that is saved in few bits
+            names its own, if any.
         others: what transformers saves beside these.
 
     Raises:
@@ -75,7 +79,7 @@ class WeightsQuantizer(HfQuantizer):
                 columns, rows = _sizes(layer)
                 with torch.device("meta"):
                     _put(model, name, kind(columns, rows, bias=layer.bias is not None))
-        elif config.weights == "int4" and config.modules_in_int8 is None and (names := _converted_attention(model)):
+        elif config.modules_in_int8 is None and (names := _in_int8(model, config.weights)):
             config.modules_in_int8 = names
         return model
 
@@ -168,8 +172,8 @@ def linear_layers(model: PreTrainedModel, config: WeightsConfig) -> dict[str, nn
     """
     whole = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
     skipped = [*(config.modules_to_not_convert or ())]
-    if any("fast_weight_layer" in name for name, _ in model.named_parameters()):
-        skipped.append("lm_head")  # a Fast Weight Layer learns from it
+    if _learns_from_head(model) and _HEAD not in (config.modules_in_int8 or ()):
+        skipped.append(_HEAD)
     return {  # type: ignore[return-value]
         name: module
         for name, module in model.named_modules()
@@ -179,10 +183,19 @@ def linear_layers(model: PreTrainedModel, config: WeightsConfig) -> dict[str, nn
     }
 
 
-def _converted_attention(model: PreTrainedModel) -> list[str]:
-    """Names within the base model, which are the same with a head and without one."""
+def _learns_from_head(model: PreTrainedModel) -> bool:
+    return any("fast_weight_layer" in name for name, _ in model.named_parameters())
+
+
+def _in_int8(model: PreTrainedModel, weights: str) -> list[str]:
+    """Converted attention, by names within the base model, which are the same with a head and without one; and a head
+    that a Fast Weight Layer learns from."""
     modules = model.base_model.named_modules()
-    return [name for name, module in modules if isinstance(module, FastWeightAttention)]
+    names = [name for name, module in modules if isinstance(module, FastWeightAttention)] if weights == "int4" else []
+    head = model.get_output_embeddings()
+    if weights != "bf16" and _learns_from_head(model) and type(head) is nn.Linear and few_bits.takes(*_sizes(head)):
+        names.append(_HEAD)
+    return names
 
 
 def _is_among(name: str, parts: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The unembedding as a plain matrix in memory, which is what a Fast Weight Layer learns from."""
+"""The unembedding as a matrix in memory, which is what a Fast Weight Layer learns from."""
 
 from __future__ import annotations
 
@@ -10,29 +10,42 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.linear import is_differentiated
+from fastweights.layers.quantised import FEW, Int8Linear, QuantisedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @contextmanager
-def readable(head: nn.Module) -> Iterator[nn.Linear]:
+def readable(head: nn.Module, positions: int) -> Iterator[nn.Linear | Int8Linear]:
     """A head, or the embedding that it is tied to, as a linear layer whose weights can be read in this context.
 
-    accelerate keeps offloaded weights elsewhere, and fetches them only where a module is called.
+    accelerate keeps offloaded weights elsewhere, and fetches them only where a module is called. One of few bits is
+    unpacked for many positions, and stays as it is for a few where its kernels know both directions.
 
     Args:
-        head: nn.Linear, or nn.Embedding for one that has the same weights.
+        head: nn.Linear, nn.Embedding for one that has the same weights, or one in few bits of ours.
+        positions: how many it is read for.
 
     Raises:
-        FastWeightsError: if its weights are no plain matrix: quantised, or with an adapter beside it; or if it
-            is exported.
+        FastWeightsError: if its weights are no plain matrix: quantised by others, or with an adapter beside it; or
+            if it is exported.
     """
     if torch.compiler.is_exporting():
         raise FastWeightsError(
             "torch.export takes no model with a Fast Weight Layer, which goes through a text segment by segment: "
             "export the model below it"
         )
+    if isinstance(head, QuantisedLinear):
+        with align_module_device(head):
+            if not isinstance(head, Int8Linear) or not head.goes_both_ways:
+                yield head.whole(keep=head.weight.is_cpu)  # to be unpacked for each token would take too long
+            elif positions > FEW or is_differentiated():
+                yield head.whole()
+            else:
+                yield head
+        return
     if not isinstance(head, nn.Linear | nn.Embedding) or type(head.weight) not in (torch.Tensor, nn.Parameter):
         raise FastWeightsError(
             f"the unembedding is a {type(head).__module__}.{type(head).__name__} of {_kind(head)}, and a Fast Weight "

@@ -35,6 +35,8 @@ FEW = 16
 """Rows up to which all are rounded to fifteen bits; of more, for a matrix of four, groups that matter less to eight."""
 _WORTH_A_TEAM = 500_000
 """Products, or numbers of a matrix; one thread makes fewer before others have woken up."""
+_GATHERED = 256
+"""Blocks of L rows of a matrix whose sum has a place of its own, whatever the number of threads."""
 _SAME_AS = 4
 """Products, that take as long as a number of a row that is rounded."""
 
@@ -114,7 +116,7 @@ class Product:
         how = int(scales.ndim == 3), int(scales.ndim == 3 and rows > FEW)
         self._record = array("q", load_kernels("few_bits").Record(0, 0, *addresses, rows, n, m, *how))
         self._address = self._record.buffer_info()[0]
-        self._round, self._task, _ = _tasks()
+        self._round, self._task, *_ = _tasks()
         self._team, self._rounding_team = rows * n * m >= _WORTH_A_TEAM, _SAME_AS * rows * n >= _WORTH_A_TEAM
         self._blocks = m // lanes()
 
@@ -133,9 +135,9 @@ def _portion(blocks: int, threads: int) -> int:
 
 
 @cache
-def _tasks() -> tuple[Any, Any, Any]:
+def _tasks() -> tuple[Any, ...]:
     kernels = load_kernels("few_bits")
-    return task_of(kernels.round_rows), task_of(kernels.multiply), task_of(kernels.unpack)
+    return tuple(map(task_of, (kernels.round_rows, kernels.multiply, kernels.unpack, kernels.gather)))
 
 
 def _multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -157,9 +159,25 @@ def _unpack(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _multiply_transposed(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    (rows, m), n = x.shape, weight.shape[1]
+    weight, x = weight.contiguous(), (x.float() * scales.float()).contiguous()
+    portions = -(-m // (lanes() * _GATHERED))
+    sums = torch.zeros(portions, rows, n, lanes(), dtype=torch.float32, device="cpu")
+    kernels = load_kernels("few_bits")
+    addresses = (tensor.data_ptr() for tensor in (weight, x, sums))
+    record = array("q", kernels.Gathering(0, _GATHERED, *addresses, rows, n, m))
+    run_on_team(_tasks()[3], record.buffer_info()[0], torch.get_num_threads() if n * m >= _WORTH_A_TEAM else 1)
+    return sums.sum((0, 3))
+
+
 def _empty_matrix(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     m, length = weight.shape
     return weight.new_empty(m, length * (2 if scales.ndim == 3 else 1), dtype=dtype)
+
+
+def _empty_gathered(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.shape[1], dtype=torch.float32)
 
 
 def _empty_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -174,7 +192,13 @@ _library.impl("few_bits", _empty_product, "Meta")
 _library.define("unpack_few_bits(Tensor weight, Tensor scales, ScalarType dtype) -> Tensor")
 _library.impl("unpack_few_bits", _unpack, "CPU")
 _library.impl("unpack_few_bits", _empty_matrix, "Meta")
+_library.define("few_bits_transposed(Tensor x, Tensor weight, Tensor scales) -> Tensor")
+_library.impl("few_bits_transposed", _multiply_transposed, "CPU")
+_library.impl("few_bits_transposed", _empty_gathered, "Meta")
 multiply = torch.ops.fastweights.few_bits.default
 """multiply(x, weight, scales): rows times a packed matrix, as in `Product`, (rows, m); it has no derivatives."""
 unpack = torch.ops.fastweights.unpack_few_bits.default
 """unpack(weight, scales, dtype): a packed matrix in float32 or bf16, (m, n), for products with many rows."""
+multiply_transposed = torch.ops.fastweights.few_bits_transposed.default
+"""multiply_transposed(x, weight, scales): rows of float32 (rows, m) times the other side of a matrix of eight bits that
+is packed, (rows, n) in float32; nothing is rounded, and it has no derivatives."""

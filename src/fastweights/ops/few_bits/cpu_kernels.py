@@ -48,6 +48,8 @@ _ROUNDED = 16
 """Rows that a thread rounds at a time."""
 _TILE = 64
 """Rows that are multiplied by all of a portion before others are, so that they stay in the second-level cache."""
+_GATHERED = 4
+"""Times L rows of a matrix of eight bits that are added up at once."""
 _AHEAD = 4096
 """Bytes of the matrix: from those that are multiplied to those that are fetched from memory meanwhile."""
 _inner: Any = njit(nogil=True, error_model="numpy", inline="never")
@@ -634,6 +636,83 @@ def _unpack(record):
                 _row_of_eight_bits(w, s, to, n, m)
 
 
+class Gathering(NamedTuple):
+    """What `gather` is given; weight, x and out are addresses."""
+
+    taken: int
+    """Portions of the outputs."""
+    portion: int
+    """Blocks of L outputs in one."""
+    weight: int
+    x: int
+    """Of float32 numbers, (rows, m)."""
+    out: int
+    """Of zeros, (portions, rows, n, L), whose sum over the first and the last is the product."""
+    rows: int
+    n: int
+    m: int
+
+
+def _gathered(blocks: int) -> Any:
+    """The function that adds so many times L rows of the matrix, each times a number; n is one, all else addresses."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        weight, x, out, n = args
+        factors = [_load(builder, x, _LONG(block * _VECTOR), _FLOATS, 4) for block in range(blocks)]
+        size = builder.mul(n, _LONG(LANES))
+        with cgutils.for_range(builder, builder.udiv(n, _LONG(4))) as loop:
+            first = builder.add(weight, builder.mul(loop.index, _LONG(_VECTOR)))
+            places = [builder.add(first, builder.mul(size, _LONG(block))) for block in range(blocks)]
+            for place in places:
+                _fetch(builder, builder.add(place, builder.mul(size, _LONG(blocks))))
+            codes = [_load(builder, place, _LONG(0), _INTS) for place in places]
+            codes = [builder.xor(code, _constant(_INTS, 0x80808080)) for code in codes]
+            to = builder.add(out, builder.mul(loop.index, _LONG(4 * _VECTOR)))
+            for byte in range(4):
+                place = builder.inttoptr(builder.add(to, _LONG(byte * _VECTOR)), ir.PointerType(_FLOATS))
+                total = builder.load(place, align=4)
+                for code, factor in zip(codes, factors, strict=True):
+                    number = builder.shl(code, _constant(_INTS, 24 - 8 * byte)) if byte < 3 else code
+                    number = builder.sitofp(builder.ashr(number, _constant(_INTS, 24)), _FLOATS)
+                    total = _fma(builder, number, factor, total)
+                builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def gathered(typingctx, weight, x, out, n):
+        return types.void(*[types.int64] * 4), build
+
+    return gathered
+
+
+_gathered_one, _gathered_together = _gathered(1), _gathered(_GATHERED)
+
+
+@_inner
+def _gather(record):
+    """Take portions of the outputs until none are left."""
+    r = record_at(record, Gathering)
+    n, m, blocks = r.n, r.m, r.m // LANES
+    while True:
+        at = take(record)
+        first = at * r.portion
+        if first >= blocks:
+            break
+        last = min(first + r.portion, blocks)
+        i = first
+        while i < last:
+            together = _GATHERED if i + _GATHERED <= last else 1
+            w = r.weight + i * LANES * n
+            for b in range(r.rows):
+                x = r.x + 4 * (b * m + i * LANES)
+                to = r.out + 4 * (at * r.rows + b) * n * LANES
+                if together == _GATHERED:
+                    _gathered_together(w, x, to, n)
+                else:
+                    _gathered_one(w, x, to, n)
+            i += together
+
+
 def _compile(version: int) -> Any:
     # Numba's cache looks at this file alone; `version` is part of its key.
     @cfunc("void(int64)", cache=True)
@@ -651,7 +730,12 @@ def _compile(version: int) -> Any:
         _ = version
         _unpack(record)
 
-    return round_rows, multiply, unpack
+    @cfunc("void(int64)", cache=True)
+    def gather(record):
+        _ = version
+        _gather(record)
+
+    return round_rows, multiply, unpack, gather
 
 
-round_rows, multiply, unpack = _compile(sources_version(Path(__file__).parent))
+round_rows, multiply, unpack, gather = _compile(sources_version(Path(__file__).parent))
