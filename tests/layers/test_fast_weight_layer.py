@@ -9,9 +9,12 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, relu
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.fast_weight_layer import NO_LABEL, FastWeightLayer, FastWeightLayerState, next_token_gradient
+from fastweights.layers.quantised import Int8Linear
+from fastweights.ops import few_bits
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests import tolerances
 from tests.live_memory import LiveMemory
+from tests.ops.problems import error
 
 D, VOCABULARY = 6, 11
 DECAYS = ("none", "scalar", "channel", "input")
@@ -197,6 +200,23 @@ def test_slow_gradient_over_some_tokens_and_the_label(vocabulary, bias):
         return next_token_gradient(hidden, labels, other, vocabulary)
 
     torch.autograd.gradcheck(run, [hidden, *unembedding.parameters()], fast_mode=True)
+
+
+@pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no kernel of eight bits: it needs AVX2 and Numba")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocabulary", [0, 1, 40, 200])
+@torch.no_grad()
+def test_slow_gradient_by_eight_bits(vocabulary, bias):
+    torch.manual_seed(0)
+    kept = Int8Linear.of(nn.Linear(64, 80, bias=bias))
+    hidden, labels = 3 * torch.randn(2, 7, 64), torch.randint(80, (2, 7))
+    labels[0, 2:5] = labels[1, 6] = NO_LABEL
+    expected = next_token_gradient(hidden, labels, kept.whole(), vocabulary)
+    found = next_token_gradient(hidden, labels, kept, vocabulary)
+    assert error(found, expected) <= tolerances.FIFTEEN_BITS
+    assert not found[labels == NO_LABEL].any()
+    labels[:] = NO_LABEL
+    assert not next_token_gradient(hidden, labels, kept, vocabulary).any()
 
 
 def test_slow_gradient_does_not_depend_on_its_chunks(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import GROUP, LINEAR, Int4Linear, Int8Linear, QuantisedLinear
-from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
+from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, decoding, load_model
 from fastweights.models.quantisation import WeightsConfig, check_not_quantised, quantise, weights_of
+from fastweights.ops import few_bits
 from fastweights.reading.memory import fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
@@ -184,10 +186,91 @@ def test_modules_that_are_not_to_be_converted(tmp_path):
 
 
 @torch.no_grad()
-def test_a_fast_weight_layer_keeps_its_unembedding():
-    model = quantise(add_fast_weight_layer(MAKERS["llama"](), FastWeightLayerSettings()), "int4")
+def learning(vocab_size: int = 272) -> FastWeightsForCausalLM:
+    """With a Fast Weight Layer that has something to say."""
+    torch.manual_seed(0)
+    base = MAKERS["llama"]()
+    base.resize_token_embeddings(vocab_size, mean_resizing=False)
+    base = convert(base, ConversionConfig(window=8))
+    model = add_fast_weight_layer(base, FastWeightLayerSettings(segment=6)).eval()
+    model.fast_weight_layer.output_scale.normal_(std=0.3)
+    model.fast_weight_layer.log_step_size += 1.0
+    return model
+
+
+needs_kernels = pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no kernel of eight bits")
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_fast_weight_layer_learns_from_an_unembedding_of_eight_bits(tmp_path, weights, rows):
+    """Token by token as in one pass, where many positions take it unpacked; with steps of ours and without."""
+    model, ids = quantise(learning(), weights), random_ids(rows, 30)
+    assert type(model.lm_head) is Int8Linear
+    assert "lm_head" in model.config.quantization_config.modules_in_int8
+    logits = model(ids, use_cache=False).logits
+    still = deepcopy(model)
+    still.fast_weight_layer.log_step_size -= 30.0
+    learned = error(still(ids, use_cache=False).logits, logits)
+    assert learned > 0.01
+    for fast in (True, False):
+        decoding.set_fast_decoding(fast)
+        try:
+            cache = model(ids[:, :12]).cache
+            parts = [model(ids[:, t : t + 1], cache=cache).logits for t in range(12, 30)]
+        finally:
+            decoding.set_fast_decoding(True)
+        assert error(torch.cat(parts, 1), logits[:, 12:]) < 0.05 * learned  # as rows are rounded otherwise
+
+    model.save_pretrained(tmp_path / "kept")
+    again = load_model(tmp_path / "kept")
+    assert type(again.lm_head) is Int8Linear
+    assert again(ids).logits.equal(logits)
+
+
+@torch.no_grad()
+def test_an_unembedding_of_eight_bits_without_its_kernel(tmp_path, monkeypatch):
+    """As on another machine, which unpacks what was saved on one that has it, once, and leaves its own whole."""
+    model, ids = learning(), random_ids(1, 20)
+    config = WeightsConfig("int8", modules_in_int8=["lm_head"])
+    model.save_pretrained(tmp_path / "whole")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+    kept.save_pretrained(tmp_path / "kept")
+    logits = kept(ids).logits
+    monkeypatch.setattr(few_bits, "lanes", lambda: 0)
+    other = load_model(tmp_path / "kept")
+    assert type(other.lm_head) is Int8Linear
+    unpacked = []
+    monkeypatch.setattr(Int8Linear, "_plain", lambda self: unpacked.append(self) or self.weight)
+    cache = other(ids[:, :18]).cache
+    parts = [other(ids[:, t : t + 1], cache=cache).logits for t in (18, 19)]
+    assert error(torch.cat(parts, 1), logits[:, 18:]) < NEAR["int8"]
+    of_head = [layer for layer in unpacked if layer is other.lm_head]
+    assert len(of_head) == 2  # for its logits of many, and for the layer
+    other.lm_head.load_state_dict(kept.lm_head.state_dict())
+    other(ids[:, :18])
+    assert len([layer for layer in unpacked if layer is other.lm_head]) == 4
+    assert type(quantise(model, "int8").lm_head) is torch.nn.Linear
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_an_unembedding_that_a_fast_weight_layer_learns_from_may_stay_whole(tmp_path, weights):
+    """In bf16 always; of a size for which there is no kernel; where it is said; and as it was saved before."""
+    vocab_size = 272 if weights == "bf16" else 257
+    model, ids = quantise(learning(vocab_size), weights), random_ids(1, 20)
     assert type(model.lm_head) is torch.nn.Linear
-    assert model(random_ids(1, 20)).logits.isfinite().all()
+    assert model(ids).logits.isfinite().all()
+    learning().save_pretrained(tmp_path / "whole")
+    for config in (WeightsConfig("int4", ["lm_head"]), WeightsConfig("int4", modules_in_int8=["self_attn"])):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+        assert type(model.lm_head) is torch.nn.Linear
+        model.save_pretrained(tmp_path / "kept")
+        again = load_model(tmp_path / "kept")
+        assert type(again.lm_head) is torch.nn.Linear
+        assert again(ids).logits.equal(model(ids).logits)
 
 
 def test_what_is_refused(tmp_path):

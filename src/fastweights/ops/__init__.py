@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
+from .checks import LARGE, are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
 from .decay_rule.chunked import decay_rule_chunked
 from .decay_rule.cpu import decay_rule_cpu
 from .decay_rule.gpu import decay_rule_gpu
@@ -42,9 +42,6 @@ _DELTA_RULE = {
     "cpu": delta_rule_cpu,
     "gpu": delta_rule_gpu,
 }
-
-_LARGE = 2**19
-"""Numbers of a state: with as many, gradients take a third of the time by plain products (docs/log.md)."""
 
 
 def decay_rule(
@@ -113,7 +110,7 @@ def decay_rule(
     check_gate("value_log_decay", value_log_decay, v, "v")
     # Plain products are the faster ones for a large state that decays as a whole: on a GPU, and for gradients on a CPU.
     products = (
-        k.shape[3] * v.shape[3] >= _LARGE
+        k.shape[3] * v.shape[3] >= LARGE
         and are_scalar(key_log_decay, value_log_decay)
         and (not q.is_cpu or needs_gradients(q, k, v, key_log_decay, value_log_decay, initial_state))
     )

@@ -14,6 +14,10 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGE = 2**19
+"""Numbers of a state: with as many, that decay as a whole, gradients take a third of the time by plain products, and so
+do a few tokens (docs/log.md)."""
+
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """What any rule with a state (N, G, K, V) takes; raise an error that names the first argument that does not fit.

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastweights.ops import decay_rule
 from fastweights.ops.decay_rule import cpu as module
 from tests import tolerances
-from tests.ops.problems import NAMES, Problem, assert_close, inputs, options, run, same, truth
+from tests.ops.problems import NAMES, Problem, assert_close, error, inputs, options, run, same, truth
 
 PROBLEM = Problem(150, 48, 40, 2, 4, 2, seed=11)
 
@@ -35,6 +35,52 @@ def test_value_columns_are_shared_out_when_heads_are_few(monkeypatch, problem, t
 def test_the_number_of_threads_changes_no_bit_of_the_outputs(monkeypatch, eager):
     monkeypatch.setattr(module, "thread_count", lambda work: 3)
     assert same(run(inputs(PROBLEM, torch.float32), "cpu", **options(PROBLEM)), eager)
+
+
+@pytest.mark.parametrize("inclusive", [True, False])
+@pytest.mark.parametrize(
+    ("gates", "H", "G", "B"), [("scalar scalar", 4, 2, 2), ("scalar none", 1, 1, 1), ("none none", 2, 1, 1)]
+)
+@pytest.mark.parametrize("T", [1, 2, 3])
+@torch.no_grad()
+def test_a_few_tokens_of_a_large_state(T, gates, H, G, B, inclusive):
+    """Up to two go through products of torch's, and as one after another, with `initial_state` as it was."""
+    problem = Problem(T, 1030, 512, B, H, G, *gates.split(), strongest=3.0, inclusive=inclusive)
+    tensors, given = inputs(problem, torch.float32), options(problem)
+    before = tensors["initial_state"].clone()
+    o, state = decay_rule(**tensors, **given, backend="cpu")
+    expected = decay_rule(
+        **{name: x if x is None else x.double() for name, x in tensors.items()}, **given, backend="reference"
+    )
+    for found, true in zip((o, state), expected, strict=True):
+        assert error(found, true) <= tolerances.FLOAT32
+    assert tensors["initial_state"].equal(before)
+    first, state_of_first = decay_rule(**at(tensors, 0), **given, backend="cpu")
+    assert error(first, expected[0][:, :1]) <= tolerances.FLOAT32
+    if T == 2:
+        rest = at(tensors, 1) | {"initial_state": state_of_first}
+        second, state_of_second = decay_rule(**rest, **given, backend="cpu")
+        assert o.equal(torch.cat((first, second), 1))
+        assert state.equal(state_of_second)
+
+
+def at(tensors: dict, t: int) -> dict:
+    return {name: x if x is None or name == "initial_state" else x[:, t : t + 1] for name, x in tensors.items()}
+
+
+@torch.no_grad()
+def test_of_a_large_state_a_token_may_forget_all_or_write_nothing():
+    tensors = inputs(Problem(2, 1024, 512, 1, 1, 1, "scalar", "none"), torch.float32)
+    tensors["k"][:, 1], tensors["v"][:, 1], tensors["key_log_decay"][:, 1] = 0.0, 0.0, 0.0
+    _, both = decay_rule(**tensors, output_final_state=True, backend="cpu")
+    _, one = decay_rule(**at(tensors, 0), output_final_state=True, backend="cpu")
+    assert both.equal(one)
+    _, none = decay_rule(**at(tensors, 1), output_final_state=True, backend="cpu")
+    assert none.equal(tensors["initial_state"])
+    tensors["key_log_decay"][:, 0], tensors["initial_state"][:, :, 3] = -torch.inf, torch.nan
+    o, state = decay_rule(**tensors, output_final_state=True, backend="cpu")
+    assert o.isfinite().all()
+    assert state[0, 0].equal(torch.outer(tensors["k"][0, 0, 0], tensors["v"][0, 0, 0]))
 
 
 def test_saves_only_inputs_and_checkpoints():

@@ -155,6 +155,39 @@ def test_a_part_of_a_matrix_is_unpacked(bits):
     assert few_bits.unpack(packed[16:48], part, torch.float32).equal(truth[16:48].float())
 
 
+@pytest.mark.parametrize(("n", "m"), [*SHAPES, (64, 5008)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_transposed_agrees_with_float64(n, m, rows, threads, monkeypatch):
+    monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
+    packed, scales, truth = matrix(8, n, m)
+    x = rows_of(rows, m)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = few_bits.multiply_transposed(x, packed, scales)
+    finally:
+        torch.set_num_threads(before)
+    assert found.shape == (rows, n)
+    for row, expected in zip(found, x.double() @ truth, strict=True):
+        assert error(row, expected) <= tolerances.FLOAT32
+    assert found.equal(few_bits.multiply_transposed(x, packed, scales))
+
+
+def test_transposed_has_its_numbers_next_to_nothing_and_no_others():
+    packed, scales, truth = matrix(8, 96, 80)
+    room = torch.full((5, 80), torch.nan)
+    room[1:4] = rows_of(3, 80)
+    found = few_bits.multiply_transposed(room[1:4], packed, scales)
+    assert error(found, room[1:4].double() @ truth) <= tolerances.FLOAT32
+    part = few_bits.multiply_transposed(room[1:4, 16:48], packed[16:48], scales[16:48])
+    assert error(part, room[1:4, 16:48].double() @ truth[16:48]) <= tolerances.FLOAT32
+    room[2, 40] = torch.nan
+    again = few_bits.multiply_transposed(room[1:4], packed, scales)
+    assert again[1].isnan().all()
+    assert again[[0, 2]].equal(found[[0, 2]])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_it_writes_its_own_rows_alone(bits):
     packed, scales, truth = matrix(bits, 96, 80)

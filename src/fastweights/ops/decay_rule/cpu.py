@@ -1,5 +1,8 @@
 """The decay rule on CPUs: Numba kernels as torch custom ops, with threads and gradients.
 
+A token or two of a large state that decays as a whole, as of a Fast Weight Layer that writes, go through products of
+torch's instead: they read and write it once, and kernels first copy it to where their tiles fit.
+
 Works under torch.compile, autocast and gradient checkpointing, for float32, bfloat16 and float16
 inputs; state and sums are float32. Several Python threads may call it at once, and so may a process
 after a fork.
@@ -19,13 +22,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import compute_dtype, needs_gradients
+from ..checks import LARGE, are_scalar, compute_dtype, needs_gradients
 from ..numba import calls
 from ..numba.calls import address, rows_of_float32, strides
 from ..numba.runtime import load_kernels, thread_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+_FEW = 2
+"""Tokens; of more, a kernel's few passes over a large state are the fewer."""
 
 
 def decay_rule_cpu(
@@ -61,8 +67,14 @@ def _forward_op(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final state, checkpoints of the state for the backward pass if `keep`)."""
-    kernel = load_kernels("decay_rule").cpu_forward
     o, final_state, checkpoints = calls.outputs(q, v, cu_seqlens, keep)
+    if not keep and cu_seqlens is None and _are_few(q, k, v, log_f, log_z):
+        log_decay = calls.empty(k.shape[:3]).zero_()
+        for gate in (log_f, log_z):
+            log_decay += 0.0 if gate is None else gate[..., 0]
+        _take_steps(q, k, v, log_decay.exp().tolist(), initial_state, scale, inclusive, o, final_state)
+        return o, final_state, checkpoints
+    kernel = load_kernels("decay_rule").cpu_forward
     call = _call(q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive)
     o_float32 = o if o.dtype == torch.float32 else calls.empty(o.shape)
     outputs = kernel.Outputs(o_float32.data_ptr(), final_state.data_ptr())
@@ -71,6 +83,45 @@ def _forward_op(
     if o_float32 is not o:
         o.copy_(o_float32)
     return o, final_state, checkpoints
+
+
+def _are_few(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None) -> bool:
+    return bool(
+        1 <= k.shape[1] <= _FEW
+        and k.shape[3] * v.shape[3] >= LARGE
+        and are_scalar(log_f, log_z)
+        and all(x.dtype == torch.float32 for x in (q, k, v))
+    )
+
+
+def _take_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: list[list[list[float]]],
+    initial_state: Tensor | None,
+    scale: float,
+    inclusive: bool,
+    o: Tensor,
+    final_state: Tensor,
+) -> None:
+    """One by one, into o and the final state; `torch.addr` is one pass, which leaves out what a gate of 0 forgets."""
+    (B, T, G, _), queries = k.shape, q.unflatten(2, (k.shape[2], -1))
+    outputs = o.unflatten(2, (G, -1))
+    for n in range(B):
+        for g in range(G):
+            final = final_state[n, g]
+            S = final.zero_() if initial_state is None else initial_state[n, g].float()
+            for t in range(T):
+                key, value, decay = k[n, t, g], v[n, t, g], decays[n][t][g]
+                if not inclusive:
+                    torch.mul(queries[n, t, g] @ S, scale, out=outputs[n, t, g])
+                if decay != 1 or key.any() or value.any():
+                    S = torch.addr(S, key, value, beta=decay, out=final)
+                if inclusive:
+                    torch.mul(queries[n, t, g] @ S, scale, out=outputs[n, t, g])
+            if S is not final:
+                final.copy_(S)
 
 
 @_forward_op.register_fake
