@@ -34,23 +34,24 @@ def here(log):
     yield Here()
 
 
-def test_a_process_that_ended_takes_nothing_else_with_it():
+def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
     class Killed(Here):
         def result(self, future, title):
             if future is reading or everything:
                 raise FastWeightsError(f"{title}: the process ended")
             return future.result()
 
-    said, judged = [], Judged({}, {})
+    monkeypatch.setattr("fastweights.cli.demo.answers", lambda models: {"smollm2": "Behind the door."})
+    said, models = [], None
     reading, judging, everything = Future(), Future(), False
-    judging.set_result(judged)
-    real = _real(Killed(), judging, reading, said.append)
-    assert (real.judged, real.reading, real.files) == (judged, None, [])
+    judging.set_result({})
+    real = _real(Killed(), models, judging, reading, said.append)
+    assert (real.judged, real.reading, real.files) == (Judged({}, {"smollm2": "Behind the door."}), None, [])
     assert real.plain()["reading"] is None
     assert said[-1] == "the long text is left out: the long text: the process ended"
     everything = True
-    assert _real(Killed(), judging, reading, said.append) is None
-    assert said[-1] == "it is left out: its parts and answers: the process ended"
+    assert _real(Killed(), models, judging, reading, said.append) is None
+    assert said[-1] == "it is left out: its parts: the process ended"
 
 
 @pytest.mark.timeout(300)
@@ -94,6 +95,7 @@ def test_a_small_demo_writes_all_it_promises(tmp_path, shipped, monkeypatch):
     teacher = written["decode"]["teacher"]
     assert teacher[1]["state_bytes"] == teacher[0]["state_bytes"] * 64 // 16
     assert list(written["smollm2"]["parts"]) == ["all", *PARTS]
+    assert list(written["smollm2"]["samples"]) == ["smollm2-base", "untrained window", "smollm2"]
     assert tmp_path / "demo" / "manual.memory" in result.files
     for file in result.files:
         assert file.stat().st_size > 0

