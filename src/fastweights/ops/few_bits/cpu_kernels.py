@@ -689,6 +689,16 @@ _gathered_one, _gathered_together = _gathered(1), _gathered(_GATHERED)
 
 
 @_inner
+def _any(x, count):
+    """Whether any of so many numbers at an address is not 0."""
+    numbers = carray(pointer(x), (count,))
+    found = False
+    for i in range(count):
+        found |= numbers[i] != 0
+    return found
+
+
+@_inner
 def _gather(record):
     """Take portions of the outputs until none are left."""
     r = record_at(record, Gathering)
@@ -706,6 +716,8 @@ def _gather(record):
             for b in range(r.rows):
                 x = r.x + 4 * (b * m + i * LANES)
                 to = r.out + 4 * (at * r.rows + b) * n * LANES
+                if not _any(x, together * LANES):  # as of tokens that a softmax leaves out
+                    continue
                 if together == _GATHERED:
                     _gathered_together(w, x, to, n)
                 else:
