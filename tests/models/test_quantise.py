@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -238,31 +239,66 @@ def test_an_unembedding_of_eight_bits_without_its_kernel(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "whole")
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)
     kept.save_pretrained(tmp_path / "kept")
-    logits = kept(ids).logits
+    logits, saved = kept(ids).logits, kept.lm_head.state_dict()
     monkeypatch.setattr(few_bits, "lanes", lambda: 0)
     other = load_model(tmp_path / "kept")
     assert type(other.lm_head) is Int8Linear
-    unpacked = []
-    monkeypatch.setattr(Int8Linear, "_plain", lambda self: unpacked.append(self) or self.weight)
+    unpacked, plain = [], Int8Linear._plain
+    monkeypatch.setattr(Int8Linear, "_plain", lambda self: unpacked.append(self) or plain(self))
     cache = other(ids[:, :18]).cache
     parts = [other(ids[:, t : t + 1], cache=cache).logits for t in (18, 19)]
     assert error(torch.cat(parts, 1), logits[:, 18:]) < NEAR["int8"]
     of_head = [layer for layer in unpacked if layer is other.lm_head]
     assert len(of_head) == 2  # for its logits of many, and for the layer
-    other.lm_head.load_state_dict(kept.lm_head.state_dict())
+    assert not hasattr(pickle.loads(pickle.dumps(other.lm_head)), "_whole")
+    saved["scales"] = 2 * saved["scales"]
+    other.lm_head.load_state_dict(saved)
     other(ids[:, :18])
     assert len([layer for layer in unpacked if layer is other.lm_head]) == 4
-    assert type(quantise(model, "int8").lm_head) is torch.nn.Linear
+    doubled = other.lm_head.whole().weight
+    assert doubled.equal(2 * kept.lm_head.whole().weight)
+
+
+@needs_kernels
+def test_gradients_after_an_unembedding_was_unpacked_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(few_bits, "lanes", lambda: 0)
+    model, ids = quantise(learning(), "int8"), random_ids(1, 20)
+    with torch.inference_mode():
+        model(ids)
+    model(ids).logits.sum().backward()
+    assert model.fast_weight_layer.output_scale.grad.isfinite().all()
+
+
+@needs_kernels
+@torch.no_grad()
+def test_what_watches_an_unembedding_sees_the_logits_alone():
+    model, ids, seen = quantise(learning(), "int8"), random_ids(1, 20), []
+    model.lm_head.register_forward_hook(lambda module, given, said: seen.append(said))
+    cache = model(ids[:, :18]).cache
+    logits = [model(ids[:, t : t + 1], cache=cache).logits for t in (18, 19)]
+    assert len(seen) == 3
+    assert all(a.equal(b) for a, b in zip(seen[1:], logits, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [9, 17])
+def test_many_rows_learn_from_an_unembedding_of_eight_bits(rows):
+    """Of each of which one token has a label: with 17, more than the kernels for few take."""
+    model, ids = quantise(learning(), "int8"), random_ids(rows, 16)
+    logits = model(ids, use_cache=False).logits
+    cache = model(ids[:, :12]).cache
+    parts = [model(ids[:, t : t + 1], cache=cache).logits for t in range(12, 16)]
+    assert error(torch.cat(parts, 1), logits[:, 12:]) < 1e-3
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("weights", ["bf16", "int4"])
 def test_an_unembedding_that_a_fast_weight_layer_learns_from_may_stay_whole(tmp_path, weights):
-    """In bf16 always; of a size for which there is no kernel; where it is said; and as it was saved before."""
+    """In bf16 always; where it is said; and as it was saved before. Of an odd size it is kept unpacked beside."""
     vocab_size = 272 if weights == "bf16" else 257
     model, ids = quantise(learning(vocab_size), weights), random_ids(1, 20)
-    assert type(model.lm_head) is torch.nn.Linear
-    assert model(ids).logits.isfinite().all()
+    assert type(model.lm_head) is (torch.nn.Linear if weights == "bf16" else Int8Linear)
+    assert error(model(ids).logits, learning(vocab_size)(ids).logits) < NEAR[weights]
     learning().save_pretrained(tmp_path / "whole")
     for config in (WeightsConfig("int4", ["lm_head"]), WeightsConfig("int4", modules_in_int8=["self_attn"])):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)

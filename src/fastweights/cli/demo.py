@@ -170,9 +170,9 @@ def _real(
 ) -> RealResult | None:
     """Its answers, and what came of it in the process beside; all else is worth showing without that."""
     say("it reads a letter with a question, as do the base model, and its window untrained")
-    samples = answers(models)
-    say("and in the process beside it was judged, and reads Python's manual")
     try:
+        samples = answers(models)
+        say("and in the process beside it was judged, and reads Python's manual")
         judged = Judged(other.result(judging, "its parts"), samples)
     except FastWeightsError as error:
         say(f"it is left out: {error}")

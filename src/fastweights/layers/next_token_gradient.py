@@ -84,7 +84,9 @@ def _gradient_by_eight_bits(hidden: Tensor, labels: Tensor, unembedding: Int8Lin
     """By few positions' kernels; those without a label cost nothing."""
     known = labels != NO_LABEL
     own = labels[known][:, None]
-    logits = unembedding(hidden[known]).float()
+    # Not by calling it: hooks, such as those that fetch it and send it away again, are for what the model says.
+    logits = unembedding.few(hidden[known].float())
+    logits = logits if unembedding.bias is None else logits + unembedding.bias
     if classes < unembedding.out_features:
         of_own = logits.gather(-1, own)
         logits[:, classes:] = -torch.inf

@@ -103,10 +103,11 @@ class QuantisedLinear(nn.Module):
         kept: tuple[Tensor, nn.Linear] | None = self.__dict__.get("_whole")
         if kept is not None and kept[0] is self.weight:
             return kept[1]
-        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        made.weight = nn.Parameter(self.matrix(torch.float32), requires_grad=False)
-        if self.bias is not None:
-            made.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        with torch.inference_mode(False), torch.no_grad():  # of use later, too
+            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+            made.weight = nn.Parameter(self.matrix(torch.float32), requires_grad=False)
+            if self.bias is not None:
+                made.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
         if keep:
             self.__dict__["_whole"] = self.weight, made
         return made
@@ -188,9 +189,13 @@ class QuantisedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         """Moves with `.to(...)` and is never cast."""
         block = self._block
+        self.__dict__.pop("_whole", None)
         super()._apply(lambda x: moved if (moved := fn(x)).dtype == x.dtype else x.to(moved.device), recurse)
         self._block = block
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_whole"}
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """In one order on all machines; and of a part of what was joined, its own memory: files hold no views."""

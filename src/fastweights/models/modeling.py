@@ -138,7 +138,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         """The head of the model that this one belongs to, from which a Fast Weight Layer learns, in memory.
 
         Args:
-            positions: how many it is read for.
+            positions: how many of them have a label.
 
         Raises:
             FastWeightsError: if this one is alone and its embeddings are not tied, or if the head is no matrix of ours.
@@ -390,7 +390,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
-        with self.unembedding(labels.numel()) as unembedding:
+        # A GPU is not asked: it would have to be waited for.
+        learned = int((labels != NO_LABEL).sum()) if labels.is_cpu else labels.numel()
+        with self.unembedding(learned) as unembedding:
             output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:
             block.replace(state, PendingPosition.last_of(hidden, real), length)

@@ -20,7 +20,6 @@ from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.quantised import LINEAR, QuantisedLinear, kept_as
 from fastweights.models.decoding import forget_steps
-from fastweights.ops import few_bits
 from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -38,9 +37,8 @@ class WeightsConfig(QuantizationConfigMixin):
             int8 then).
         modules_to_not_convert: names of layers, or of modules that have them inside, which stay as they are.
         modules_in_int8: likewise, which have eight bits where others have four; by default converted attention, as what
-            it learns is smaller than a step of four bits, and the unembedding where a Fast Weight Layer learns from it
-            and this machine has a kernel for that: unnamed, that one stays whole. A model that is saved in few bits
-            names its own, if any.
+            it learns is smaller than a step of four bits, and the unembedding where a Fast Weight Layer learns from
+            it, which stays whole where it is not named. A model that is saved in few bits names its own, if any.
         others: what transformers saves beside these.
 
     Raises:
@@ -193,7 +191,7 @@ def _in_int8(model: PreTrainedModel, weights: str) -> list[str]:
     modules = model.base_model.named_modules()
     names = [name for name, module in modules if isinstance(module, FastWeightAttention)] if weights == "int4" else []
     head = model.get_output_embeddings()
-    if weights != "bf16" and _learns_from_head(model) and type(head) is nn.Linear and few_bits.takes(*_sizes(head)):
+    if weights != "bf16" and _learns_from_head(model) and type(head) is nn.Linear:
         names.append(_HEAD)
     return names
 

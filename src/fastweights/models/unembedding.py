@@ -26,7 +26,7 @@ def readable(head: nn.Module, positions: int) -> Iterator[nn.Linear | Int8Linear
 
     Args:
         head: nn.Linear, nn.Embedding for one that has the same weights, or one in few bits of ours.
-        positions: how many it is read for.
+        positions: how many of them have a label.
 
     Raises:
         FastWeightsError: if its weights are no plain matrix: quantised by others, or with an adapter beside it; or
@@ -40,7 +40,8 @@ def readable(head: nn.Module, positions: int) -> Iterator[nn.Linear | Int8Linear
     if isinstance(head, QuantisedLinear):
         with align_module_device(head):
             if not isinstance(head, Int8Linear) or not head.goes_both_ways:
-                yield head.whole(keep=head.weight.is_cpu)  # to be unpacked for each token would take too long
+                # To be unpacked for each token takes too long, where it is not fetched for each anyway.
+                yield head.whole(keep=head.weight.is_cpu and not hasattr(head, "_hf_hook"))
             elif positions > FEW or is_differentiated():
                 yield head.whole()
             else:

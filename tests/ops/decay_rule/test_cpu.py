@@ -64,6 +64,19 @@ def test_a_few_tokens_of_a_large_state(T, gates, H, G, B, inclusive):
         assert state.equal(state_of_second)
 
 
+@torch.no_grad()
+def test_a_few_tokens_of_a_large_state_under_autocast_and_after_a_fork(monkeypatch):
+    tensors = inputs(Problem(1, 1024, 512, 1, 1, 1, "scalar", "none"), torch.float32)
+    o, state = decay_rule(**tensors, output_final_state=True, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        again = decay_rule(**tensors, output_final_state=True, backend="cpu")
+    assert again[0].equal(o)
+    assert again[1].equal(state)
+    monkeypatch.setattr(module, "is_fork", lambda: True)
+    monkeypatch.setattr(module, "_take_steps", None)  # whose threads are not there
+    assert error(decay_rule(**tensors, backend="cpu")[0], o) <= tolerances.FLOAT32
+
+
 def at(tensors: dict, t: int) -> dict:
     return {name: x if x is None or name == "initial_state" else x[:, t : t + 1] for name, x in tensors.items()}
 

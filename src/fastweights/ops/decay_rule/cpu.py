@@ -25,7 +25,7 @@ from torch import Tensor
 from ..checks import LARGE, are_scalar, compute_dtype, needs_gradients
 from ..numba import calls
 from ..numba.calls import address, rows_of_float32, strides
-from ..numba.runtime import load_kernels, thread_count
+from ..numba.runtime import is_fork, load_kernels, thread_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -72,7 +72,8 @@ def _forward_op(
         log_decay = calls.empty(k.shape[:3]).zero_()
         for gate in (log_f, log_z):
             log_decay += 0.0 if gate is None else gate[..., 0]
-        _take_steps(q, k, v, log_decay.exp().tolist(), initial_state, scale, inclusive, o, final_state)
+        with torch.autocast("cpu", enabled=False):
+            _take_steps(q, k, v, log_decay.exp().tolist(), initial_state, scale, inclusive, o, final_state)
         return o, final_state, checkpoints
     kernel = load_kernels("decay_rule").cpu_forward
     call = _call(q, k, v, log_f, log_z, initial_state, cu_seqlens, inclusive)
@@ -88,6 +89,7 @@ def _forward_op(
 def _are_few(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None) -> bool:
     return bool(
         1 <= k.shape[1] <= _FEW
+        and not is_fork()  # without torch's threads, which these products would wait for
         and k.shape[3] * v.shape[3] >= LARGE
         and are_scalar(log_f, log_z)
         and all(x.dtype == torch.float32 for x in (q, k, v))

@@ -171,8 +171,14 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
+def is_fork() -> bool:
+    """Whether this process is a copy of another, whose threads it does not have."""
+    return os.getpid() != _PROCESS or _forked()
+
+
+@cache
 def _forked() -> bool:
-    """Whether this process is a copy of another, whose threads it does not have (Linux's PF_FORKNOEXEC)."""
+    """Whether it was one when this was first asked (Linux's PF_FORKNOEXEC)."""
     try:
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return bool(int(fields[6]) & 0x40)
