@@ -390,8 +390,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
-        # A GPU is not asked: it would have to be waited for.
-        learned = int((labels != NO_LABEL).sum()) if labels.is_cpu else labels.numel()
+        learned = labels.numel()
+        if labels.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            learned = int((labels != NO_LABEL).sum())
         with self.unembedding(learned) as unembedding:
             output, state = layer(hidden, labels, unembedding, state, starts=starts)
         if block is not None:

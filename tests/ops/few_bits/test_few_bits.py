@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -24,6 +26,16 @@ def matrix(bits: int, n: int, m: int):
     numbers = torch.randint(-127, 128, (m, n), generator=generator, dtype=torch.int8)
     scales = torch.randn(m, generator=generator).bfloat16()
     return few_bits.pack_eight(numbers), scales, numbers.double() * scales.double()[:, None]
+
+
+@contextmanager
+def threads_of_torch(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rows_of(rows: int, n: int):
@@ -89,13 +101,10 @@ def test_few_rows_lose_less_than_many(bits):
 def test_a_row_is_the_same_bit_for_bit_beside_any_others_and_on_any_threads(bits, monkeypatch):
     monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
     packed, scales, _ = matrix(bits, 576, 192)
-    x, threads, found = rows_of(7, 576), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    x, found = rows_of(7, 576), []
+    for threads in (1, 2, 5):
+        with threads_of_torch(threads):
             found += [few_bits.multiply(x, packed, scales), few_bits.multiply(x[:3], packed, scales)]
-    finally:
-        torch.set_num_threads(threads)
     for other in found[1:]:
         assert other.equal(found[0][: len(other)])
 
@@ -138,12 +147,8 @@ def test_the_largest_sums(bits, code):
 def test_unpacked_is_what_was_packed(bits, n, m, dtype, threads, monkeypatch):
     monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
     packed, scales, truth = matrix(bits, n, m)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads_of_torch(threads):
         found = few_bits.unpack(packed, scales, dtype)
-    finally:
-        torch.set_num_threads(before)
     assert found.equal(truth.float().to(dtype))
 
 
@@ -162,12 +167,8 @@ def test_transposed_agrees_with_float64(n, m, rows, threads, monkeypatch):
     monkeypatch.setattr(few_bits, "_WORTH_A_TEAM", 1)
     packed, scales, truth = matrix(8, n, m)
     x = rows_of(rows, m)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads_of_torch(threads):
         found = few_bits.multiply_transposed(x, packed, scales)
-    finally:
-        torch.set_num_threads(before)
     assert found.shape == (rows, n)
     for row, expected in zip(found, x.double() @ truth, strict=True):
         assert error(row, expected) <= tolerances.FLOAT32
