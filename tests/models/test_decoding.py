@@ -27,7 +27,7 @@ from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from tests import tolerances
 from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
-from tests.ops.problems import error
+from tests.ops.problems import error, threads_of_torch
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 RULES = ("decay", "add", "gated", "average", "delta", "gated_delta")
@@ -596,8 +596,5 @@ def test_on_several_threads(weights, rows, monkeypatch):
     model = make_wide()
     if weights != "fp32":
         quantise(model, weights)
-    torch.set_num_threads(3)
-    try:
+    with threads_of_torch(3):
         check(model, rows, tolerance=8 * tolerances.BFLOAT16)
-    finally:
-        torch.set_num_threads(1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ops.problems import one_thread
+from tests.ops.problems import threads_of_torch
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with one_thread():
+    with threads_of_torch(1):
         yield

@@ -143,14 +143,14 @@ def same(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 
 @contextmanager
-def one_thread():
-    """Tensors of the step-by-step reference are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads_of_torch(count: int):
+    """So many, within a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _projection(x: torch.Tensor, seed: int) -> torch.Tensor:

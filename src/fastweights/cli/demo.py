@@ -129,10 +129,7 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
         models = {"teacher": load_model(source), **models}
         say("the same prompt, by all three")
         samples = {name: sample(model, source) for name, model in models.items()}
-        real_models = None if judging is None else _load_real(say)
-        real = None
-        if real_models is not None and judging is not None and reading is not None:
-            real = _real(other, real_models, judging, reading, say)
+        real = None if judging is None or reading is None else _real(other, judging, reading, say)
 
     say(f"what a token costs, and size of the state, of the small models at contexts up to {config.contexts[-1]:,}")
     decode = decode_costs(models, config.contexts, read_at_most=_READ_AT_MOST)
@@ -144,33 +141,24 @@ def _run_alone(config: DemoConfig, say: Callable[[str], None]) -> DemoResult:
     plot_comparison(compared, files[2])
     result = DemoResult(stages, decode, samples, compared, files=files)
     _write(result, files[3])
-    if real is not None and real_models is not None:
-        real = time_smollm2(real_models, real, config, say)
-        result = replace(result, real=real, files=[*files, *real.files])
+    if real is not None:
+        timed = time_smollm2(*real, config, say)
+        result = replace(result, real=timed, files=[*files, *timed.files])
         _write(result, files[3])
     return result
 
 
-def _load_real(say: Callable[[str], None]) -> RealModels | None:
-    """All else is worth showing without them."""
+def _real(
+    other: Beside, judging: Future[dict[str, Evaluation]], reading: Future[Reading], say: Callable[[str], None]
+) -> tuple[RealModels, RealResult] | None:
+    """The real model, its answers, and what came of it in the process beside.
+
+    All else is worth showing without it, or its long text.
+    """
     say("a real model: SmolLM2-135M-Instruct, and the adapter that ships with the package")
     try:
-        return load_real()
-    except FastWeightsError as error:
-        say(f"it is left out: {error}")
-        return None
-
-
-def _real(
-    other: Beside,
-    models: RealModels,
-    judging: Future[dict[str, Evaluation]],
-    reading: Future[Reading],
-    say: Callable[[str], None],
-) -> RealResult | None:
-    """Its answers, and what came of it in the process beside; all else is worth showing without that."""
-    say("it reads a letter with a question, as do the base model, and its window untrained")
-    try:
+        models = load_real()
+        say("it reads a letter with a question, as do the base model, and its window untrained")
         samples = answers(models)
         say("and in the process beside it was judged, and reads Python's manual")
         judged = Judged(other.result(judging, "its parts"), samples)
@@ -181,8 +169,8 @@ def _real(
         found = other.result(reading, "the long text")
     except FastWeightsError as error:
         say(f"the long text is left out: {error}")
-        return RealResult(judged)
-    return RealResult(judged, found, files=[found.memory])
+        return models, RealResult(judged)
+    return models, RealResult(judged, found, files=[found.memory])
 
 
 def _write(result: DemoResult, file: Path) -> None:

@@ -71,11 +71,9 @@ _STEPS = 9
 
 
 class RealModels(NamedTuple):
-    """What is asked and timed."""
+    """The real model, its base, and their tokenizer."""
 
     ours: FastWeightsForCausalLM
-    small: FastWeightsForCausalLM
-    """The same in few bits."""
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -129,7 +127,8 @@ def read_long_text(config: DemoConfig) -> Reading:
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
-    model, _, tokenizer, text = _real_model()
+    model, _, tokenizer = load_real()
+    text = _manual(tokenizer)
     # Read as the first turn of a conversation, which is kept in a file.
     conversation = _conversation(quantise(model, WEIGHTS), tokenizer)
     said = tokenizer.decode(text.tokens[: config.read_tokens], skip_special_tokens=True)
@@ -151,21 +150,21 @@ def judge(config: DemoConfig) -> dict[str, Evaluation]:
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
-    model, base, _, text = _real_model()
+    model, base, tokenizer = load_real()
+    text = _manual(tokenizer)
     settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
     with Progress("Python's manual", unit="tokens", quick=True) as progress:
         return evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
 
 
 def load_real() -> RealModels:
-    """The models that answer and are timed.
+    """The models of this half.
 
     Raises:
         FastWeightsError: they cannot be had.
     """
-    base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
-    small = quantise(load_adapter(SMOLLM2, base), WEIGHTS)
-    return RealModels(load_adapter(SMOLLM2, base), small, base, tokenizer)
+    base = load_model(SMOLLM2_BASE)
+    return RealModels(load_adapter(SMOLLM2, base), base, load_tokenizer(SMOLLM2_BASE))
 
 
 def answers(models: RealModels) -> dict[str, str]:
@@ -188,19 +187,18 @@ def time_smollm2(models: RealModels, found: RealResult, config: DemoConfig, say:
         config: its output folder exists.
         say: called with a line about each part before it begins.
     """
-    decode = _decode({SMOLLM2: models.ours, f"{SMOLLM2}, {WEIGHTS}": models.small}, models.base, config, say)
+    small = quantise(load_adapter(SMOLLM2, models.base), WEIGHTS)
+    decode = _decode({SMOLLM2: models.ours, f"{SMOLLM2}, {WEIGHTS}": small}, models.base, config, say)
     picture = config.output / "smollm2.png"
     plot_decoding(decode, models.base.config.max_position_embeddings, picture)
     return replace(found, decode=decode, files=[picture, *found.files])
 
 
-def _real_model() -> tuple[FastWeightsForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TokenizedText]:
-    """It, its base, their tokenizer and Python's manual."""
+def _manual(tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
+    """Python's."""
     if not (topics := manual()):
         raise FastWeightsError("this Python has no manual (pydoc_data): install it, or take a Python from python.org")
-    base, tokenizer = load_model(SMOLLM2_BASE), load_tokenizer(SMOLLM2_BASE)
-    text = tokenize(["\n\n".join(topics.values())], tokenizer)
-    return load_adapter(SMOLLM2, base), base, tokenizer, text
+    return tokenize(["\n\n".join(topics.values())], tokenizer)
 
 
 def _decode(

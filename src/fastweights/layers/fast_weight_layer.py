@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from fastweights.layers.quantised import Int8Linear
+    from fastweights.layers.next_token_gradient import Unembedding
 
 _EPSILON = 1e-5
 # Of W1, b1, W2, b2, γ and c, over W2's: about where training takes them. Offsets add up all steps of a text, whatever
@@ -196,7 +196,7 @@ class FastWeightLayer(nn.Module):
         self,
         hidden_states: Float[Tensor, "B T d"],
         labels: Int[Tensor, "B T"],
-        unembedding: nn.Linear | Int8Linear,
+        unembedding: Unembedding,
         state: FastWeightLayerState | None = None,
         *,
         starts: Bool[Tensor, "B T"] | None = None,
@@ -236,12 +236,7 @@ class FastWeightLayer(nn.Module):
         return FastWeightLayerState(now, now if self.settings.segment else None, like.new_zeros(B, dtype=torch.long))
 
     def _read_documents(
-        self,
-        h: Tensor,
-        labels: Tensor,
-        unembedding: nn.Linear | Int8Linear,
-        state: FastWeightLayerState,
-        starts: Tensor,
+        self, h: Tensor, labels: Tensor, unembedding: Unembedding, state: FastWeightLayerState, starts: Tensor
     ) -> tuple[Tensor, FastWeightLayerState]:
         """Piece by piece, between all places where a document of some row begins."""
         outputs, new = [], self.initial_state(h)
@@ -255,7 +250,7 @@ class FastWeightLayer(nn.Module):
         return torch.cat(outputs, 1), state
 
     def _read(
-        self, h: Tensor, labels: Tensor, unembedding: nn.Linear | Int8Linear, state: FastWeightLayerState
+        self, h: Tensor, labels: Tensor, unembedding: Unembedding, state: FastWeightLayerState
     ) -> tuple[Tensor, FastWeightLayerState]:
         known = labels != NO_LABEL
         now, seen, steps = state
@@ -284,7 +279,7 @@ class FastWeightLayer(nn.Module):
         h: Tensor,
         labels: Tensor,
         known: Tensor,
-        unembedding: nn.Linear | Int8Linear,
+        unembedding: Unembedding,
         now: FastWeights,
         seen: FastWeights | None,
     ) -> tuple[Tensor, FastWeights]:
@@ -294,7 +289,7 @@ class FastWeightLayer(nn.Module):
         return self._fast_pass(h, u, slow, known, now)
 
     def _slow_pass(
-        self, h: Tensor, u: Tensor, labels: Tensor, unembedding: nn.Linear | Int8Linear, seen: FastWeights | None
+        self, h: Tensor, u: Tensor, labels: Tensor, unembedding: Unembedding, seen: FastWeights | None
     ) -> _SlowPass:
         """Gradients of each position's loss with respect to the outputs of the block's layers; 0 without a label."""
         scale, offset = self.norm_scale, self.norm_offset

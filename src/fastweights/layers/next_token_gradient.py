@@ -8,9 +8,10 @@ Notation: B batch, T time, d width of the model, V vocabulary, U the unembedding
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastweights.layers.linear import linear
@@ -18,8 +19,9 @@ from fastweights.layers.quantised import Int8Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from torch import Tensor, nn
+    from torch import Tensor
 
+Unembedding: TypeAlias = nn.Linear | Int8Linear
 NO_LABEL = -100
 """Label of a position whose next token is not predicted, as in all of transformers."""
 # Logits in memory at once: 8 MB of fp32.
@@ -27,10 +29,7 @@ _LOGITS = 2**21
 
 
 def next_token_gradient(
-    hidden: Float[Tensor, "B T d"],
-    labels: Int[Tensor, "B T"],
-    unembedding: nn.Linear | Int8Linear,
-    vocabulary: int = 0,
+    hidden: Float[Tensor, "B T d"], labels: Int[Tensor, "B T"], unembedding: Unembedding, vocabulary: int = 0
 ) -> Float[Tensor, "B T d"]:
     """Gradient of each position's cross-entropy with respect to its hidden state; 0 where the label is -100.
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from fastweights.layers.quantised import Int8Linear
+    from fastweights.layers.next_token_gradient import Unembedding
 
 _FLOAT32_PARTS = {*NEW_PARTS, UNIT, "fast_weight_layer"}
 
@@ -134,7 +134,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         modules = attention_modules(self.base, self.architecture)
         return [module for module in modules if isinstance(module, FastWeightAttention)]
 
-    def unembedding(self, positions: int) -> AbstractContextManager[nn.Linear | Int8Linear]:
+    def unembedding(self, positions: int) -> AbstractContextManager[Unembedding]:
         """The head of the model that this one belongs to, from which a Fast Weight Layer learns, in memory.
 
         Args:

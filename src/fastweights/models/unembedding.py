@@ -16,9 +16,11 @@ from fastweights.layers.quantised import FEW, Int8Linear, QuantisedLinear
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastweights.layers.next_token_gradient import Unembedding
+
 
 @contextmanager
-def readable(head: nn.Module, positions: int) -> Iterator[nn.Linear | Int8Linear]:
+def readable(head: nn.Module, positions: int) -> Iterator[Unembedding]:
     """A head, or the embedding that it is tied to, as a linear layer whose weights can be read in this context.
 
     accelerate keeps offloaded weights elsewhere, and fetches them only where a module is called. One of few bits is

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from fastweights.ops import few_bits
 from tests import tolerances
-from tests.ops.problems import error
+from tests.ops.problems import error, threads_of_torch
 
 pytestmark = pytest.mark.skipif(not few_bits.lanes(), reason="this machine has no such kernel: it needs AVX2 and Numba")
 SHAPES = [(32, 16), (96, 80), (576, 192), (1536, 576)]
@@ -26,16 +24,6 @@ def matrix(bits: int, n: int, m: int):
     numbers = torch.randint(-127, 128, (m, n), generator=generator, dtype=torch.int8)
     scales = torch.randn(m, generator=generator).bfloat16()
     return few_bits.pack_eight(numbers), scales, numbers.double() * scales.double()[:, None]
-
-
-@contextmanager
-def threads_of_torch(threads: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def rows_of(rows: int, n: int):

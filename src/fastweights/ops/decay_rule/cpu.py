@@ -89,10 +89,10 @@ def _forward_op(
 def _are_few(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor | None, log_z: Tensor | None) -> bool:
     return bool(
         1 <= k.shape[1] <= _FEW
-        and not is_fork()  # without torch's threads, which these products would wait for
         and k.shape[3] * v.shape[3] >= LARGE
         and are_scalar(log_f, log_z)
         and all(x.dtype == torch.float32 for x in (q, k, v))
+        and not is_fork()  # without torch's threads, which these products would wait for
     )
 
 

@@ -35,7 +35,7 @@ FEW = 16
 """Rows up to which all are rounded to fifteen bits; of more, for a matrix of four, groups that matter less to eight."""
 _WORTH_A_TEAM = 500_000
 """Products, or numbers of a matrix; one thread makes fewer before others have woken up."""
-_GATHERED = 256
+_SUMMED = 256
 """Blocks of L rows of a matrix whose sum has a place of its own, whatever the number of threads."""
 _SAME_AS = 4
 """Products, that take as long as a number of a row that is rounded."""
@@ -162,11 +162,11 @@ def _unpack(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def _multiply_transposed(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     (rows, m), n = x.shape, weight.shape[1]
     weight, x = weight.contiguous(), (x.float() * scales.float()).contiguous()
-    portions = -(-m // (lanes() * _GATHERED))
+    portions = -(-m // (lanes() * _SUMMED))
     sums = torch.zeros(portions, rows, n, lanes(), dtype=torch.float32, device="cpu")
     kernels = load_kernels("few_bits")
     addresses = (tensor.data_ptr() for tensor in (weight, x, sums))
-    record = array("q", kernels.Gathering(0, _GATHERED, *addresses, rows, n, m))
+    record = array("q", kernels.Gathering(0, _SUMMED, *addresses, rows, n, m))
     run_on_team(_tasks()[3], record.buffer_info()[0], torch.get_num_threads() if n * m >= _WORTH_A_TEAM else 1)
     return sums.sum((0, 3))
 
