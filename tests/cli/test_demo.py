@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fastweights.cli.demo import _real, run_demo
-from fastweights.cli.demo_smollm2 import Judged, RealModels
+from fastweights.cli.demo_smollm2 import Judged, RealModels, load_real
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS
 from fastweights.settings.demo import DemoConfig
@@ -41,7 +41,7 @@ def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
                 raise FastWeightsError(f"{title}: the process ended")
             return future.result()
 
-    models = RealModels(None, None, None)
+    models = RealModels(None, None, None, None)
     monkeypatch.setattr("fastweights.cli.demo.load_real", lambda: models)
     monkeypatch.setattr("fastweights.cli.demo.answers", lambda models: {"smollm2": "Behind the door."})
     said = []
@@ -60,6 +60,7 @@ def test_a_process_that_ended_takes_nothing_else_with_it(monkeypatch):
 @pytest.mark.timeout(300)
 def test_a_small_demo_writes_all_it_promises(tmp_path, shipped, monkeypatch):
     monkeypatch.setattr("fastweights.cli.demo.beside", here)
+    load_real.cache_clear()
     said = []
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text("of another demo")

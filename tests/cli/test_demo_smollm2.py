@@ -26,7 +26,8 @@ from tests.conftest import hub_cache, without
 
 @pytest.fixture
 def config(tmp_path) -> DemoConfig:
-    """A demo of a model that is no larger than it."""
+    """A demo of a model that is no larger than it, and that no other test has loaded."""
+    load_real.cache_clear()
     (tmp_path / "demo").mkdir()
     return DemoConfig(output=tmp_path / "demo", contexts=(16, 64), real_held_out_tokens=300, read_tokens=2500)
 
@@ -61,6 +62,15 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
     assert [line for line in out.splitlines() if "64" in line and " - " in line]
     assert "chat smollm2 --weights int4" in out
     assert f"/load {result.reading.memory}" in out
+
+
+def test_a_process_loads_the_models_once(shipped, config):
+    models = load_real()
+    assert load_real() is models
+    assert models.small is not models.ours
+    judge(config)
+    read_long_text(config)
+    assert load_real() is models
 
 
 def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):

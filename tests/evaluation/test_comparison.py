@@ -9,7 +9,7 @@ import torch
 
 from fastweights.data import tokenize
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.comparison import compare, tune, without_layer
+from fastweights.evaluation.comparison import _downhill, compare, tune, without_layer
 from fastweights.evaluation.gains import _by_power_of_four, earlier_occurrences, gains, places
 from fastweights.evaluation.parts import PARTS, evaluate_parts
 from fastweights.evaluation.peak_memory import PeakMemory
@@ -100,6 +100,28 @@ def test_tuning_takes_the_best_of_what_it_tries(text):
             return evaluate(model, text, block_size=64, config=evaluation, dynamic_evaluation=dynamic_evaluation).loss
 
     assert loss(best) <= min(loss(DynamicEvaluationConfig(segment=16, learning_rate=x)) for x in (1e-4, 1e-1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("losses", "bottom", "asked"),
+    [
+        ([5, 4, 3, 4, 5], 2, {1, 2, 3}),
+        ([1, 2, 3, 4, 5], 0, {0, 1, 2, 3}),
+        ([5, 4, 3, 2, 1], 4, {1, 2, 3, 4}),
+        ([2, 1, math.inf, math.inf, math.inf], 1, {0, 1, 2}),
+        ([math.inf] * 5, 0, {0, 1, 2}),
+        ([3, 3, 3, 3, 3], 2, {1, 2, 3}),
+    ],
+)
+def test_a_valley_is_gone_down_from_its_middle(losses, bottom, asked):
+    tried = set()
+
+    def loss(candidate):
+        tried.add(candidate)
+        return losses[candidate]
+
+    assert _downhill(range(5), loss) == bottom
+    assert tried == asked
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from fastweights.cli.beside import Beside
     from fastweights.evaluation.perplexity import Evaluation
 
-_READ_AT_MOST = 8192
+_READ_AT_MOST = 1024
 """Tokens that the small models really read to get to a long context."""
 PROMPT = 'def read_lines(path):\n    """Read '
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastweights.cli.plots import plot_decoding
@@ -71,9 +72,10 @@ _STEPS = 9
 
 
 class RealModels(NamedTuple):
-    """The real model, its base, and their tokenizer."""
+    """The real model, in full precision and in few bits, its base, and their tokenizer."""
 
     ours: FastWeightsForCausalLM
+    small: PreTrainedModel
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -127,11 +129,11 @@ def read_long_text(config: DemoConfig) -> Reading:
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
-    model, _, tokenizer = load_real()
-    text = _manual(tokenizer)
+    models = load_real()
+    text = _manual(models.tokenizer)
     # Read as the first turn of a conversation, which is kept in a file.
-    conversation = _conversation(quantise(model, WEIGHTS), tokenizer)
-    said = tokenizer.decode(text.tokens[: config.read_tokens], skip_special_tokens=True)
+    conversation = _conversation(models.small, models.tokenizer)
+    said = models.tokenizer.decode(text.tokens[: config.read_tokens], skip_special_tokens=True)
     start = time.perf_counter()
     with Progress("reading", unit="tokens", quick=True) as progress:
         conversation.read(f"{said}\n\n{MANUAL_QUESTION}", progress=progress)
@@ -150,21 +152,23 @@ def judge(config: DemoConfig) -> dict[str, Evaluation]:
     Raises:
         FastWeightsError: the model or the manual cannot be had.
     """
-    model, base, tokenizer = load_real()
-    text = _manual(tokenizer)
+    models = load_real()
+    text = _manual(models.tokenizer)
     settings = EvaluationConfig(batch_size=1, max_tokens=config.real_held_out_tokens)
     with Progress("Python's manual", unit="tokens", quick=True) as progress:
-        return evaluate_parts(model, base, text, block_size=_BLOCK, config=settings, progress=progress)
+        return evaluate_parts(models.ours, models.base, text, block_size=_BLOCK, config=settings, progress=progress)
 
 
+@lru_cache(maxsize=1)
 def load_real() -> RealModels:
-    """The models of this half.
+    """The models of this half, loaded once in a process.
 
     Raises:
         FastWeightsError: they cannot be had.
     """
     base = load_model(SMOLLM2_BASE)
-    return RealModels(load_adapter(SMOLLM2, base), base, load_tokenizer(SMOLLM2_BASE))
+    small = quantise(load_adapter(SMOLLM2, base), WEIGHTS)
+    return RealModels(load_adapter(SMOLLM2, base), small, base, load_tokenizer(SMOLLM2_BASE))
 
 
 def answers(models: RealModels) -> dict[str, str]:
@@ -187,8 +191,7 @@ def time_smollm2(models: RealModels, found: RealResult, config: DemoConfig, say:
         config: its output folder exists.
         say: called with a line about each part before it begins.
     """
-    small = quantise(load_adapter(SMOLLM2, models.base), WEIGHTS)
-    decode = _decode({SMOLLM2: models.ours, f"{SMOLLM2}, {WEIGHTS}": small}, models.base, config, say)
+    decode = _decode({SMOLLM2: models.ours, f"{SMOLLM2}, {WEIGHTS}": models.small}, models.base, config, say)
     picture = config.output / "smollm2.png"
     plot_decoding(decode, models.base.config.max_position_embeddings, picture)
     return replace(found, decode=decode, files=[picture, *found.files])

@@ -7,6 +7,7 @@ relative to a static model that reads independent blocks.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from fastweights.reading.stream import check_block_size
 from fastweights.settings.evaluation import ComparisonConfig, DynamicEvaluationConfig, EvaluationConfig, RmsConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _LEARNING_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "rms": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)}
 _DECAYS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_FACTORS = (0.33, 0.58, 1.0, 1.73, 3.0)
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,9 @@ def tune(
 ) -> DynamicEvaluationConfig:
     """The step size, then the decay, then the step size again, that give the lowest loss on `text`.
 
+    Each is sought downhill among a few values, from one in the middle: the losses on both sides of a valley are not
+    asked for.
+
     Args:
         model: any causal LM; it stays as it is.
         text: validation text.
@@ -187,13 +192,26 @@ def tune(
                     dynamic_evaluation=dynamic_evaluation,
                     progress=progress,
                 ).loss
-        return tried[candidate] if tried[candidate] == tried[candidate] else float("inf")
+        return tried[candidate] if math.isfinite(tried[candidate]) else math.inf
 
-    best = replace(config, decay=1e-3)
-    best = min((replace(best, learning_rate=rate) for rate in _LEARNING_RATES[config.rule]), key=loss)
-    best = min((replace(best, decay=decay) for decay in _DECAYS), key=loss)
-    factors = (0.33, 0.58, 1.0, 1.73, 3.0)
-    return min((replace(best, learning_rate=best.step_size * factor) for factor in factors), key=loss)
+    best = replace(config, decay=_DECAYS[len(_DECAYS) // 2])
+    best = _downhill([replace(best, learning_rate=rate) for rate in _LEARNING_RATES[config.rule]], loss)
+    best = _downhill([replace(best, decay=decay) for decay in _DECAYS], loss)
+    return _downhill([replace(best, learning_rate=best.step_size * factor) for factor in _FACTORS], loss)
+
+
+def _downhill(
+    candidates: Sequence[DynamicEvaluationConfig], loss: Callable[[DynamicEvaluationConfig], float]
+) -> DynamicEvaluationConfig:
+    """The candidate at the bottom of the valley that the one in the middle lies in; the first, if all are infinite."""
+    at = len(candidates) // 2
+    while True:
+        # What diverges does so from some step size up.
+        beside = (at, at - 1, at + 1) if math.isfinite(loss(candidates[at])) else (at - 1, at)
+        lowest = min((i for i in beside if 0 <= i < len(candidates)), key=lambda i: loss(candidates[i]))
+        if lowest == at:
+            return candidates[at]
+        at = lowest
 
 
 @contextmanager
