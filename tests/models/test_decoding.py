@@ -45,7 +45,7 @@ FORMS = {
 
 def make(family: str = "llama", rule: str = "decay", changes: dict | None = None, **settings):
     """A model whose gates and factors say something."""
-    if "layers" in settings:
+    if "wide_window" in settings:
         settings = {**settings, "windows": [4, 16, 4]}
         del settings["layers"], settings["wide_window"]
     model = convert(FAMILIES[family](**(changes or {})), ConversionConfig(rule=rule, **settings)).eval()
@@ -116,6 +116,52 @@ def test_families(family, form):
     model = make(family, **FORMS[form])
     assert why_plain(model) is None
     check(model)
+
+
+@pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("converted", ["0,2", "1", "1-2"])
+@pytest.mark.parametrize("window", [0, 8])
+def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
+    monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
+    model = make(family, window=window, layers=converted)
+    assert why_plain(model) is None
+    for rows, start in ((1, 1), (1, 20), (3, 20)):
+        cache = check(model, rows=rows, start=start)
+        whole = model(random_ids(rows, 40)[:, :start], use_cache=True).cache
+        assert [type(layer) for layer in cache.layers] == [type(layer) for layer in whole.layers]
+
+
+@torch.no_grad()
+def test_a_layer_that_keeps_its_attention_goes_on_anywhere(monkeypatch):
+    """Rows in another order, a copy, other tokens read plainly, an emptied cache: steps go on from what is there."""
+    monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)
+    model, ids = make(window=8, layers="0,2"), random_ids(2, 40)
+
+    def read(*, fast: bool) -> list[torch.Tensor]:
+        set_fast_decoding(fast)
+        found, cache = [], FastWeightsCache(model.config)
+
+        def step(at: int, to: int) -> None:
+            found.append(model(ids[:, at:to], cache=cache).logits[:, -1])
+
+        step(0, 9)
+        for at in range(9, 13):
+            step(at, at + 1)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        step(13, 14)
+        other = copy.deepcopy(cache)
+        step(14, 15)
+        step(15, 19)
+        step(19, 20)
+        found.append(model(ids[:, 14:15], cache=other).logits[:, -1])
+        assert (cache.get_seq_length(), other.get_seq_length()) == (20, 15)
+        cache.reset()
+        step(0, 3)
+        step(3, 4)
+        return found
+
+    for plain, fast in zip(read(fast=False), read(fast=True), strict=True):
+        assert error(fast, plain) <= 2 * tolerances.FLOAT32
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -2,8 +2,9 @@
 
 A converted model of Llama's kind (RMS norms, a gated unit), GPT-2 or GPT-NeoX gets its own step for one token of each
 row, of the same weights and the same cache: products by the library that its layers have, and what lies between two
-of them by one CPU kernel (`ops/decoding`). `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing
-against it, and goes on plainly with everything else: other families, padding, gradients, hooks.
+of them by one CPU kernel (`ops/decoding`), for which a layer that keeps its softmax attention is a window that grows,
+without fast weights. `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it, and goes on
+plainly with everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
 W window, S sinks.
@@ -19,8 +20,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.feature_maps import FeatureMap, Projection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
@@ -31,6 +34,9 @@ from fastweights.models.architectures import (
     GroupedProjections,
     InterleavedProjections,
     SplitProjections,
+    attention_modules,
+    has_rotary,
+    local_windows,
 )
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
@@ -39,7 +45,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from fastweights.layers.attention import FastWeightAttention
     from fastweights.models.modeling import FastWeightsForCausalLM
 
 
@@ -109,6 +114,8 @@ _FAMILIES = {
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
 _MAPS = (FeatureMap, Projection)
 _PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections, InterleavedProjections)
+_OURS = (HybridCacheLayer, PureCacheLayer)
+"""Layers of a cache that are of layers with fast weights."""
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _DECODER = "_decoder"
 """Where a model keeps it."""
@@ -116,6 +123,8 @@ _ROOMS = 4
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
+_MORE_TOKENS = 256
+"""Room for more in a softmax layer, or a quarter of what it has, before all is copied to a larger place."""
 _WORTH_A_TEAM = 20_000
 """Numbers that a layer's kernel reads for a token; one thread has done with fewer before others have woken up."""
 _enabled = True
@@ -162,7 +171,12 @@ def decode(
     ):
         return None
     state = cache.decoding
-    if state is None or state.decoder.model is not model or not state.is_current(cache, len(input_ids)):
+    if (
+        state is None
+        or state.decoder.model is not model
+        or not state.is_current(cache, len(input_ids))
+        or not state.has_room(input_ids.shape[1])
+    ):
         with torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
             state = cache.decoding = _begin(model, cache, len(input_ids))
     if state is None or (model.max_positions is not None and state.tokens + input_ids.shape[1] > model.max_positions):
@@ -208,8 +222,10 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     if family is None:
         return f"it is of the family {config.model_type}; those that have such steps are {', '.join(_FAMILIES)}"
     layers: Any = base.get_submodule(family.layers)
-    if len(attentions) != len(layers):
-        return "not all of its layers have fast weights"
+    if not attentions:
+        return "none of its layers has fast weights"
+    if (reason := _why_not_softmax(model)) is not None:
+        return reason
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
         return "it is not in float32 on a CPU"
     activation = getattr(config, family.activation)
@@ -227,6 +243,7 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return f"its rule is {type(rule).__name__}, or has a normaliser"
         if type(attention.query_map) not in _MAPS or type(attention.key_map) not in _MAPS:
             return f"its feature map is {type(attention.query_map).__name__}"
+    for attention in _all_attentions(model):
         if type(attention.projections) not in _PROJECTIONS:
             return "its projections are other than its family's"
         if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
@@ -249,12 +266,59 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     return None
 
 
+def _why_not_softmax(model: FastWeightsForCausalLM) -> str | None:
+    """What a layer that keeps its softmax attention has beyond those of its family whose attention is known."""
+    config, row = model.config.base, model.model.architecture
+    windows = local_windows(config)
+    known = {attention.replaced for attention in model.fast_attentions()}
+    for i, attention in enumerate(attention_modules(model.model.base, row)):
+        if isinstance(attention, FastWeightAttention):
+            continue
+        if windows[i] is not None:
+            return f"layer {i} has a window of its own ({windows[i]} tokens)"
+        if type(attention) not in known:
+            return f"layer {i} has an attention of the kind {type(attention).__name__}"
+    return None
+
+
+def _all_attentions(model: FastWeightsForCausalLM) -> list[FastWeightAttention | _Softmax]:
+    """Of each layer, in order."""
+    modules = attention_modules(model.model.base, model.model.architecture)
+    return [each if isinstance(each, FastWeightAttention) else _Softmax(each, model) for each in modules]
+
+
+class _Softmax:
+    """An attention that was not converted, as a step sees those that were: a window of all tokens, no fast weights.
+
+    Args:
+        attention: of the base model.
+        model: that it is in.
+    """
+
+    rule = query_map = key_map = value_map = window_bias = None
+    window, rotary, writes_leaving = 0, True, True
+
+    def __init__(self, attention: nn.Module, model: FastWeightsForCausalLM) -> None:
+        config = model.config
+        self.get_submodule = attention.get_submodule
+        self.projections = model.model.architecture.projections
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.scaling: float = attention.scaling  # type: ignore[assignment]
+        self.rotates = has_rotary(attention)
+        self.fast_scale = self.fast_unit = _zeros(self.heads)
+        self.window_scale = _zeros(self.heads) + 1
+
+
 def _drops_out(module: nn.Module) -> bool:
     """As one may that was switched on by itself, in a model that is not trained."""
     return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
-def _multiplied(attention: FastWeightAttention) -> list[nn.Module]:
+def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
     """All that multiplies by a matrix, or is to be such a layer."""
     names: Any = attention.projections
     parts = [
@@ -356,48 +420,103 @@ class Decoder:
             room.rotary[:, 0], room.rotary[:, 1] = cos[0], sin[0]
 
 
+class GrowingWindow:
+    """A softmax layer's keys and values with room behind them; the layer's own are a view of those that there are.
+
+    Whoever gives the layer others, as transformers' modules do with each token, ends it.
+
+    Args:
+        layer: transformers', with keys and values of the same tokens.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        B, G, tokens, D = keys.shape
+        room = tokens + max(_MORE_TOKENS, tokens // 4)
+        self.k, self.v = _zeros(B, G, D, room), _zeros(B, G, room, values.shape[3])
+        self.k[..., :tokens], self.v[:, :, :tokens] = keys.transpose(2, 3), values
+        self.layer, self.room = layer, room
+        self.show(tokens)
+
+    def show(self, tokens: int) -> None:
+        """Let the layer have so many."""
+        self._shown = self.layer.keys = self.k[..., :tokens].transpose(2, 3)
+        self.layer.values = self.v[:, :, :tokens]
+
+    def is_current(self) -> bool:
+        """Whether the layer has what it was last shown."""
+        return self.layer.keys is self._shown
+
+    def ring(self) -> Ring:
+        """As the kernel takes windows: one that no token leaves."""
+        plain, sinks = self.v.new_zeros(*self.v.shape[:3], 0), self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
+        return Ring(self.k, plain, self.v, sinks, sinks, tokens=0)
+
+
 class DecodingState:
     """Where a text is, and the arguments of each layer's kernel for it: weights, and parts of a cache.
 
     Args:
         decoder: that goes on from there.
         layers: of a cache, whose windows are rings from now on.
-        rings: of these; None for a layer without a window.
+        windows: of these, rings where they have fast weights beside; None for a layer without a window.
         rows: of the cache.
     """
 
-    def __init__(self, decoder: Decoder, layers: list[Any], rings: list[Ring | None], rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, layers: list[Any], windows: list[Ring | GrowingWindow | None], rows: int
+    ) -> None:
         self.decoder, self.room, self.rows = decoder, decoder.room(rows), rows
-        self.tokens: int = layers[0].position_offset + layers[0].cumulative_length
+        self._layers, self._windows = layers, windows
+        self._recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
+        self._growing = [window for window in windows if isinstance(window, GrowingWindow)]
+        self._rings = [window for window in windows if isinstance(window, Ring)]
+        self.tokens: int = _document_length(self._recurrent[0])
         """Of their document that all rows have read."""
-        self._layers, self._rings = layers, rings
-        self._fast = [layer.own_state() for layer in layers]
-        kept = zip(self.room.layers, self._fast, rings, strict=True)
-        self.attends = [step.attend(fast, ring) for step, fast, ring in kept]
+        self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
+        kept = zip(self.room.layers, self._fast, windows, strict=True)
+        self.attends = [
+            step.attend(fast, window.ring() if isinstance(window, GrowingWindow) else window)
+            for step, fast, window in kept
+        ]
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
+    def has_room(self, tokens: int) -> bool:
+        """For so many more, in the layers that keep all."""
+        return all(self.tokens + tokens <= window.room for window in self._growing)
+
     def read_one(self) -> None:
         """Count a token."""
         self.tokens += 1
-        for layer, ring in zip(self._layers, self._rings, strict=True):
+        for layer in self._recurrent:
             layer.cumulative_length += 1
-            if ring is not None:
-                ring.tokens += 1
+        for ring in self._rings:
+            ring.tokens += 1
+        for window in self._growing:
+            window.show(self.tokens)
 
     def is_current(self, cache: FastWeightsCache, rows: int) -> bool:
         """Whether nothing else has changed the cache, nor taken the decoder's room."""
-        first = self._layers[0]
+        first = self._recurrent[0]
         if rows != self.rows or self.decoder.rooms.get(rows) is not self.room or not self.decoder.is_current():
             return False
-        if self.tokens != first.position_offset + first.cumulative_length or not first.has_previous_state[0]:
+        if self.tokens != _document_length(first) or not first.has_previous_state[0]:
             return False
-        kept = zip(cache.layers, self._layers, self._fast, self._rings, strict=False)
+        kept = zip(cache.layers, self._layers, self._fast, self._windows, strict=False)
         return all(
-            layer is ours and layer.recurrent_states[0] is fast and (ring is None or layer.ring is ring)  # type: ignore[attr-defined]
-            for layer, ours, fast, ring in kept
+            layer is ours
+            and (window.is_current() if isinstance(window, GrowingWindow) else window is None or layer.ring is window)  # type: ignore[attr-defined]
+            and (fast is None or layer.recurrent_states[0] is fast)  # type: ignore[attr-defined]
+            for layer, ours, fast, window in kept
         )
+
+
+def _document_length(layer: HybridCacheLayer | PureCacheLayer) -> int:
+    return layer.position_offset + layer.cumulative_length
 
 
 class Room:
@@ -420,12 +539,12 @@ class Room:
         """Where a unit reads what attention reads: what it is given, and what it says, which is nothing until then."""
         self.last_norm = _norm(base.get_submodule(family.last_norm))
         width = 0
+        attentions = _all_attentions(decoder.model)
         rotary = decoder.model.model.architecture.rotary
-        if rotary is not None and any(attention.rotates for attention in decoder.model.fast_attentions()):
+        if rotary is not None and any(attention.rotates for attention in attentions):
             width = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long))[0].shape[-1]
         self.rotary = _zeros(1 + len(decoder.windows), 2, width)
         """Cosines and sines of the token, then of queries for the sinks of each window."""
-        attentions = decoder.model.fast_attentions()
         places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
         self.unit = getattr(self.kernels, family.units[getattr(config.base, family.activation)])
         layers = base.get_submodule(family.layers)
@@ -452,16 +571,16 @@ class LayerStep:
         room: for what comes in and goes out.
         family: whose parts the layer has.
         layer: of the model.
-        attention: its attention.
+        attention: its attention, converted or not.
         place: of the cosines and sines for its sinks.
     """
 
-    def __init__(self, room: Room, family: _Family, layer: Any, attention: FastWeightAttention, place: int) -> None:
+    def __init__(self, room: Room, family: _Family, layer: Any, attention: Any, place: int) -> None:
         self.room, self.attention = room, attention
         self.norms = [_norm(layer.get_submodule(name)) for name in family.norms]
         rows, D = room.rows, attention.head_dim
         rule: Any = attention.rule
-        _, _, V = rule.state_shape
+        V = D if rule is None else rule.state_shape[2]
         H, G = attention.heads, attention.kv_heads
         rotary = room.rotary if attention.rotates else room.rotary[:, :, :0]
         self.rotary = [rotary[i].numpy() for i in (0, place)]
@@ -512,9 +631,11 @@ class LayerStep:
         if room.parallel:
             room.more.add_(room.again)
 
-    def attend(self, fast: Float[Tensor, "B G K V"], ring: Ring | None) -> _Attend:
+    def attend(self, fast: Float[Tensor, "B G K V"] | None, ring: Ring | None) -> _Attend:
         """What reads and changes such a state, for the number of tokens before."""
         attention, room = self.attention, self.room
+        if fast is None:
+            fast = _zeros(room.rows, attention.kv_heads, 0, attention.head_dim)
         window = [_EMPTY[4]] * 5
         if ring is not None:
             window = [x.numpy() for x in (ring.k, ring.plain_k, ring.v, ring.sink_k, ring.sink_v)]
@@ -659,14 +780,17 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) -> DecodingState | None:
     if not cache.fits(model.config) or cache.padded or cache.several_documents:
         return None
-    attentions = model.fast_attentions()
-    layers: list[Any] = cache.layers[: len(attentions)]
-    others = len(cache.layers) - len(attentions)  # of a Fast Weight Layer, or none
-    if others != (cache.block is not None) or any(
-        not isinstance(layer, HybridCacheLayer | PureCacheLayer) for layer in layers
-    ):
+    kinds = model.config.layer_types
+    layers: list[Any] = cache.layers[: len(kinds)]
+    others = len(cache.layers) - len(layers)  # of a Fast Weight Layer, or none
+    recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
+    if others != (cache.block is not None) or not recurrent:
         return None
-    if any(layer.state() is None or len(layer.state()) != rows for layer in layers):
+    if any(state is None or len(state) != rows for state in (layer.state() for layer in recurrent)):
+        return None
+    shape = (rows, _document_length(recurrent[0]))
+    softmax = [layer for layer in layers if not isinstance(layer, _OURS)]
+    if not all(type(layer) is DynamicLayer and _holds(layer, *shape) for layer in softmax):
         return None
     decoder: Decoder | None = model.__dict__.get(_DECODER)
     if decoder is None or decoder.model is not model or not decoder.is_current():
@@ -674,13 +798,26 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
             return None
         decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
-    rings = [
-        layer.as_ring(attention.head_dim) if isinstance(layer, HybridCacheLayer) else None
-        for layer, attention in zip(layers, attentions, strict=True)
-    ]
-    if any(ring is None and isinstance(layer, HybridCacheLayer) for layer, ring in zip(layers, rings, strict=True)):
+    head_dim = model.config.head_dim
+    rings = [layer.as_ring(head_dim) for layer in recurrent if isinstance(layer, HybridCacheLayer)]
+    if None in rings:
         return None
-    return DecodingState(decoder, layers, rings, rows)
+    left = iter(rings)
+    windows = [
+        next(left)
+        if isinstance(layer, HybridCacheLayer)
+        else None
+        if isinstance(layer, PureCacheLayer)
+        else GrowingWindow(layer)
+        for layer in layers
+    ]
+    return DecodingState(decoder, layers, windows, rows)
+
+
+def _holds(layer: DynamicLayer, rows: int, tokens: int) -> bool:
+    """Whether a softmax layer has keys and values of just these."""
+    keys = layer.keys
+    return keys is not None and keys.dtype == torch.float32 and keys.shape[::2] == (rows, tokens)
 
 
 def _norm(norm: Any) -> tuple[Any, Any, float]:
