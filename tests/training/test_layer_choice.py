@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from fastweights.errors import FastWeightsError
-from fastweights.evaluation.parts import without_fast_weights
 from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.layer_choice import choose_layers, layer_divergences
+from fastweights.training.calibration import fit_layers
+from fastweights.training.layer_choice import choose_layers
 from fastweights.training.next_token import divergence
+from fastweights.training.teacher import record_attention
 from tests.conftest import make_gpt2, make_llama, make_opt, make_qwen3, random_ids
 
 LENGTH = 48
@@ -28,26 +29,73 @@ def silence(model, layer):
 
 
 @torch.no_grad()
-def test_a_layer_that_says_nothing_is_not_missed(base, blocks):
+@pytest.mark.parametrize("settings", [{"window": 4, "sinks": 0}, {}], ids=["hybrid", "pure"])
+def test_a_layer_that_says_nothing_is_not_missed(base, blocks, settings):
     silence(base, 1)
-    found = layer_divergences(base, ConversionConfig(window=4, sinks=0), blocks)
+    chosen, found = choose_layers(base, ConversionConfig(layers="auto:2", **settings), blocks)
     assert len(found) == 3
-    assert found[1] < 1e-6 < min(found[0], found[2])
+    assert abs(found[1]) < 1e-6 < max(found)
+    assert chosen.layer_types[1] != "full_attention"
+
+
+def divergence_of(base, blocks, kept, settings):
+    """Of the windows alone in all layers but these, by one plain pass; of one layer of fast weights alone, fitted."""
+    settings = ConversionConfig(**settings).converting(set(range(3)) - set(kept), 3)
+    model, each = convert(base, settings).eval(), []
+    chosen = (blocks[0], blocks[1], blocks[3], blocks[4])
+    if settings.window:
+        for layer in model.fast_attentions():
+            layer.fast_scale.data.zero_()
+    else:
+        fit_layers(model, record_attention(base, torch.stack([block["input_ids"] for block in chosen])))
+    for block in chosen:
+        read = {name: block[name][None] for name in ("input_ids", "position_ids")}
+        each.append(divergence(model(**read).logits, base(**read, use_cache=False).logits))
+    return torch.stack(each).mean().item()
 
 
 @torch.no_grad()
-def test_a_divergence_is_that_of_the_window_alone(base, blocks):
-    found = layer_divergences(base, ConversionConfig(window=4), blocks)
-    for layer in range(3):
-        types = ["full_attention"] * 3
-        types[layer] = "hybrid_sliding"
-        model = convert(base, ConversionConfig(window=4, layer_types=types)).eval()
-        each = []
-        with without_fast_weights(model):
-            for block in (blocks[0], blocks[1], blocks[3], blocks[4]):
-                read = {name: block[name][None] for name in ("input_ids", "position_ids")}
-                each.append(divergence(model(**read).logits, base(**read, use_cache=False).logits))
-        assert found[layer] == pytest.approx(torch.stack(each).mean().item(), rel=1e-3, abs=1e-8)
+@pytest.mark.parametrize("wide", [0, 12])
+def test_layers_are_given_back_one_after_another(base, blocks, wide):
+    """Each is worth what it gives those that were given back before; and none is asked in vain."""
+    settings, told = {"window": 4, "wide_window": wide, "layers": "0"}, []
+    chosen, found = choose_layers(
+        base, ConversionConfig(**settings | {"layers": "auto:2"}), blocks, lambda *at: told.append(at)
+    )
+    none = divergence_of(base, blocks, [], settings)
+    first = [none - divergence_of(base, blocks, [i], settings) for i in range(3)]
+    best = max(range(3), key=lambda i: first[i])
+    others = [i for i in range(3) if i != best]
+    second = {i: none - first[best] - divergence_of(base, blocks, [best, i], settings) for i in others}
+    expected = [second.get(i, first[i]) for i in range(3)]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-8)
+    given = {best, max(others, key=lambda i: second[i])}
+    assert [i in given for i in range(3)] == [
+        window == 12 if wide else kind == "full_attention"
+        for window, kind in zip(chosen.windows or (0, 0, 0), chosen.layer_types, strict=True)
+    ]
+    assert told == [(i, 5) for i in range(1, 6)]
+
+
+@torch.no_grad()
+def test_without_a_window_each_layer_is_converted_alone(base, blocks):
+    _, found = choose_layers(base, ConversionConfig(layers="auto:1"), blocks)
+    expected = [divergence_of(base, blocks, {0, 1, 2} - {i}, {}) for i in range(3)]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-8)
+
+
+@torch.no_grad()
+def test_after_the_first_those_worth_most_are_asked_again(base, blocks, monkeypatch):
+    monkeypatch.setattr("fastweights.training.layer_choice._ASKED_AGAIN", 1)
+    once, _ = choose_layers(base, ConversionConfig(window=4, layers="auto:1"), blocks)
+    _, before = choose_layers(base, ConversionConfig(window=4, layers="auto:1"), blocks)
+    told = []
+    twice, found = choose_layers(base, ConversionConfig(window=4, layers="auto:2"), blocks, lambda *at: told.append(at))
+    assert told[-1] == (4, 4)
+    converted = twice.layer_types.index("hybrid_sliding")
+    assert found[converted] == pytest.approx(before[converted])  # not asked again
+    assert found[converted] == min(before)
+    assert once.layer_types.count("hybrid_sliding") == 2
 
 
 @pytest.mark.parametrize("settings", [{"window": 4}, {}, {"positions": "drop"}], ids=["hybrid", "pure", "dropped"])
@@ -63,6 +111,12 @@ def test_those_that_are_missed_most_stay(base, blocks, settings):
     assert chosen.layers is None
     assert all(torch.equal(before[name], x) for name, x in base.state_dict().items())
     assert len(convert(base, chosen).fast_attentions()) == 2
+
+
+def test_none_is_kept_where_none_is_asked_for(base, blocks):
+    chosen, found = choose_layers(base, ConversionConfig(window=4, layers="auto:0"), blocks)
+    assert chosen.layer_types == ["hybrid_sliding"] * 3
+    assert found == [0.0] * 3
 
 
 def test_no_layer_left_to_convert_is_refused(base, blocks):

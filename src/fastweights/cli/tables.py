@@ -48,16 +48,19 @@ def print_stages(runs: dict[str, list[StageResult]], title: str) -> None:
     Console().print(table)
 
 
-def print_layers(divergences: list[float], settings: ConversionConfig) -> None:
-    """A bar for each layer: how much converting it alone changes the model, and whether it is converted."""
-    table = Table(title="divergence, each layer converted alone", title_justify="left")
+def print_layers(worth: list[float], settings: ConversionConfig) -> None:
+    """A bar for each layer: what it is worth to leave it as it is, and what becomes of it."""
+    table = Table(title="what each layer's own attention is worth", title_justify="left")
     for column in ("layer", "nats a token"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("becomes", no_wrap=True)
-    most = max(divergences) or 1.0
-    for i, (nats, kind) in enumerate(zip(divergences, settings.layer_types or (), strict=True)):
-        table.add_row(str(i), f"{nats:.4f}", Bar(most, 0, nats, width=24), kind)
+    most = max(worth) or 1.0
+    kinds = settings.layer_types or []
+    windows = settings.windows or [settings.window if kind == "hybrid_sliding" else 0 for kind in kinds]
+    for i, (nats, kind, window) in enumerate(zip(worth, kinds, windows, strict=True)):
+        becomes = f"{kind}, {window:,}" if window else kind
+        table.add_row(str(i), f"{nats:.4f}", Bar(most, 0, max(nats, 0.0), width=24), becomes)
     Console().print(table)
 
 

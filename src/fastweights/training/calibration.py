@@ -169,6 +169,6 @@ def _sample(x: Float[Tensor, "B T d"]) -> Float[Tensor, "N d"]:
 def _least_squares(parts: Float[Tensor, "n N d"], target: Float[Tensor, "N d"]) -> Float[Tensor, " n"]:
     a = parts.flatten(1).double()
     gram = a @ a.T
-    # A little ridge, as heads may say nearly the same.
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # A little ridge, as heads may say nearly the same, or all of a layer's nothing.
+    ridge = 1e-4 * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + ridge, a @ target.flatten().double()).float()

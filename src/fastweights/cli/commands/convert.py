@@ -68,7 +68,7 @@ def _choose_layers(
 
     text = tokenize(load_documents(data), tokenizer)
     blocks = TokenBlocks(text.tokens, data.block_size, text.document_lengths)
-    with Progress("converting each layer alone", unit="layers") as progress:
-        chosen, divergences = choose_layers(base, config, blocks, progress)
-    print_layers(divergences, chosen)
+    with Progress("looking for the layers that are missed most", unit="trials") as progress:
+        chosen, worth = choose_layers(base, config, blocks, progress)
+    print_layers(worth, chosen)
     return chosen
