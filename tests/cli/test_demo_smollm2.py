@@ -64,13 +64,13 @@ def test_the_real_model_reads_answers_and_is_timed_beside_its_base(shipped, conf
     assert f"/load {result.reading.memory}" in out
 
 
-def test_a_process_loads_the_models_once(shipped, config):
-    models = load_real()
-    assert load_real() is models
-    assert models.small is not models.ours
+def test_a_process_loads_the_models_once(shipped, config, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("fastweights.cli.demo_smollm2.load_model", lambda name: loaded.append(name) or load_model(name))
     judge(config)
     read_long_text(config)
-    assert load_real() is models
+    assert load_real().small is not load_real().ours
+    assert loaded == ["smollm2-base"]
 
 
 def test_softmax_is_timed_as_far_as_memory_goes(shipped, config, monkeypatch):

@@ -10,8 +10,10 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.quantised import Int4Linear, Int8Linear
@@ -118,6 +120,7 @@ def test_families(family, form):
     check(model)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("converted", ["0,2", "1-2"])
 @pytest.mark.parametrize("window", [0, 8])
@@ -126,9 +129,76 @@ def test_layers_that_keep_their_attention(family, converted, window, monkeypatch
     model = make(family, window=window, layers=converted)
     assert why_plain(model) is None
     for rows, start in ((1, 1), (1, 20), (3, 20)):
-        cache = check(model, rows=rows, start=start)
-        whole = model(random_ids(rows, 40)[:, :start], use_cache=True).cache
-        assert [type(layer) for layer in cache.layers] == [type(layer) for layer in whole.layers]
+        check(model, rows=rows, start=start)
+        ids, cache = random_ids(rows, 40), FastWeightsCache(model.config)
+        model(ids[:, :start], cache=cache)
+        for i in range(start, start + 12):
+            model(ids[:, i : i + 1], cache=cache)
+        whole = model(ids[:, : start + 12], use_cache=True).cache
+        assert cache.decoding is not None
+        for layer, expected in zip(cache.layers, whole.layers, strict=True):
+            if type(expected) is DynamicLayer:
+                assert error(layer.keys, expected.keys) <= 2 * tolerances.FLOAT32
+                assert error(layer.values, expected.values) <= 2 * tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_what_is_changed_in_a_layer_that_keeps_its_attention_is_seen():
+    model, ids = make(window=8, layers="0,2"), random_ids(1, 40)
+    for change in ("keys", "values"):
+        found = []
+        for fast in (False, True):
+            set_fast_decoding(fast)
+            cache = FastWeightsCache(model.config)
+            model(ids[:, :9], cache=cache)
+            model(ids[:, 9:10], cache=cache)
+            setattr(cache.layers[1], change, getattr(cache.layers[1], change) * 0.1)
+            found.append(model(ids[:, 10:11], cache=cache).logits)
+        assert error(found[1], found[0]) <= 2 * tolerances.FLOAT32
+
+
+@torch.no_grad()
+def test_a_beam_goes_plainly_where_layers_keep_their_attention():
+    model, ids = make(window=8, layers="0,2"), random_ids(2, 40)
+    cache = FastWeightsCache(model.config)
+    model(ids[:, :9], cache=cache)
+    model(ids[:, 9:10], cache=cache)
+    assert cache.decoding is not None
+    cache.reorder_cache(torch.tensor([1, 0]))
+    model(ids[:, 10:11], cache=cache)
+    assert cache.decoding is None
+    cache.reset()
+    model(ids[:, :9], cache=cache)
+    model(ids[:, 9:10], cache=cache)
+    assert cache.decoding is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_attention_that_is_more_than_a_softmax_goes_plainly(family):
+    """Dropout that is on, by a number, and another function in its place: at first, and in the middle of a text."""
+
+    def halved(module, q, k, v, mask, **others):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q / 2, k, v, mask, **others)
+
+    AttentionInterface.register("halved", halved)
+    model = make(family, changes={"attention_dropout": 0.9}, window=8, layers="0,2")
+    kept = model.model.base.layers[1].get_submodule(model.model.architecture.attention)
+    ids, cache = random_ids(1, 40), FastWeightsCache(model.config)
+    model(ids[:, :9], cache=cache)
+    model(ids[:, 9:10], cache=cache)
+    assert cache.decoding is not None
+    kept.train()
+    assert why_plain(model) == "it drops out"
+    model(ids[:, 10:11], cache=cache)
+    assert cache.decoding is None
+    kept.eval()
+    model(ids[:, 11:12], cache=cache)
+    assert cache.decoding is not None
+    model.set_attn_implementation("halved")
+    assert why_plain(model) == "its softmax attention is halved"
+    model(ids[:, 12:13], cache=cache)
+    assert cache.decoding is None
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def decode_costs(
 ) -> dict[str, list[DecodeCost]]:
     """Time about `tokens` single-token steps of each model at each of the growing `contexts`, side by side.
 
-    Where a step takes seconds, two are enough.
+    Once they have taken three seconds, there are enough of them.
 
     All take turns, so that what else the machine does falls on all alike. A model with fast weights really reads random
     tokens up to there. A softmax model gets random keys and values of that length, and positions held at its last

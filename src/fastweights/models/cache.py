@@ -340,6 +340,8 @@ class FastWeightsCache(DynamicCache):
     decoding: DecodingState | None = None
     """What goes on from it token by token (`decoding.py`), while nothing else does."""
     _padded = _several_documents = False
+    reordered = False
+    """Whether rows have changed places, as those of a beam do with each token."""
 
     _saved: list[_Saved] | None = None
     """What there is to go back to; None where nobody will."""
@@ -489,8 +491,13 @@ class FastWeightsCache(DynamicCache):
     def reset(self) -> None:
         """As new."""
         super().reset()
-        self.padded = self.several_documents = False
+        self.padded = self.several_documents = self.reordered = False
         self._saved = None if self._saved is None else []
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """The rows in this order."""
+        super().reorder_cache(beam_idx)
+        self.reordered = True
 
     @property
     def position_offset(self) -> int:

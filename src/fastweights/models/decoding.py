@@ -123,6 +123,8 @@ _ROOMS = 4
 """Numbers of rows for which room is kept."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
+_SOFTMAX = (None, "sdpa", "eager")
+"""Implementations of attention that are softmax and nothing else."""
 _MORE_TOKENS = 256
 """Room for more in a softmax layer, or a quarter of what it has, before all is copied to a larger place."""
 _WORTH_A_TEAM = 20_000
@@ -177,6 +179,7 @@ def decode(
         or not state.is_current(cache, len(input_ids))
         or not state.has_room(input_ids.shape[1])
     ):
+        state = cache.decoding = None  # which may hold much: its successor is as large
         with torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
             state = cache.decoding = _begin(model, cache, len(input_ids))
     if state is None or (model.max_positions is not None and state.tokens + input_ids.shape[1] > model.max_positions):
@@ -278,6 +281,8 @@ def _why_not_softmax(model: FastWeightsForCausalLM) -> str | None:
             return f"layer {i} has a window of its own ({windows[i]} tokens)"
         if type(attention) not in known:
             return f"layer {i} has an attention of the kind {type(attention).__name__}"
+        if config._attn_implementation not in _SOFTMAX:
+            return f"its softmax attention is {config._attn_implementation}"
     return None
 
 
@@ -315,7 +320,13 @@ class _Softmax:
 
 def _drops_out(module: nn.Module) -> bool:
     """As one may that was switched on by itself, in a model that is not trained."""
-    return isinstance(module, nn.Dropout) and module.training and module.p > 0
+    return module.training and _dropout(module) > 0
+
+
+def _dropout(module: nn.Module) -> float:
+    """How much a module would drop out; softmax attentions have a number for it, and no module."""
+    share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    return share if isinstance(share, int | float) else 0.0
 
 
 def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
@@ -435,19 +446,21 @@ class GrowingWindow:
         assert values is not None
         B, G, tokens, D = keys.shape
         room = tokens + max(_MORE_TOKENS, tokens // 4)
-        self.k, self.v = _zeros(B, G, D, room), _zeros(B, G, room, values.shape[3])
+        self.k, self.v = (
+            torch.empty(B, G, *shape, dtype=torch.float32) for shape in ((D, room), (room, values.shape[3]))
+        )
         self.k[..., :tokens], self.v[:, :, :tokens] = keys.transpose(2, 3), values
         self.layer, self.room = layer, room
         self.show(tokens)
 
     def show(self, tokens: int) -> None:
         """Let the layer have so many."""
-        self._shown = self.layer.keys = self.k[..., :tokens].transpose(2, 3)
-        self.layer.values = self.v[:, :, :tokens]
+        self._shown = self.k[..., :tokens].transpose(2, 3), self.v[:, :, :tokens]
+        self.layer.keys, self.layer.values = self._shown
 
     def is_current(self) -> bool:
         """Whether the layer has what it was last shown."""
-        return self.layer.keys is self._shown
+        return self.layer.keys is self._shown[0] and self.layer.values is self._shown[1]
 
     def ring(self) -> Ring:
         """As the kernel takes windows: one that no token leaves."""
@@ -790,6 +803,8 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     shape = (rows, _document_length(recurrent[0]))
     softmax = [layer for layer in layers if not isinstance(layer, _OURS)]
+    if softmax and cache.reordered:
+        return None  # each step of a beam would copy all keys and values twice
     if not all(type(layer) is DynamicLayer and _holds(layer, *shape) for layer in softmax):
         return None
     decoder: Decoder | None = model.__dict__.get(_DECODER)
@@ -834,7 +849,7 @@ class _Watch:
         model: as it is now.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: FastWeightsForCausalLM) -> None:
         modules = [*model.modules()]
         tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
         kept = [(table, name, x) for table in tables for name, x in table.items()]
@@ -842,13 +857,16 @@ class _Watch:
         self._tables, self._names, self._things = zip(*kept, strict=True)
         self._places_of = [x.data_ptr for x in self._things if isinstance(x, torch.Tensor)]
         self._places = [place() for place in self._places_of]
-        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
+        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout) or hasattr(m, "attention_dropout")]
+        self._config: Any = model.model.base.config
+        self._implementation = self._config._attn_implementation
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def is_current(self) -> bool:
-        """Whether all of it is as it was, and there are no hooks and no dropout."""
+        """Whether all of it is as it was, and there are no hooks, no dropout and no other kind of attention."""
         return (
             not any(self._hooks)
+            and self._config._attn_implementation == self._implementation
             and not any(_drops_out(module) for module in self._dropouts)
             and all(map(is_, map(dict.get, self._tables, self._names), self._things))
             and [place() for place in self._places_of] == self._places
