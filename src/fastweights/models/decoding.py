@@ -307,11 +307,8 @@ class _Softmax:
         config = model.config
         self.get_submodule = attention.get_submodule
         self.projections = model.model.architecture.projections
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.rotates = has_rotary(attention)
         self.fast_scale = self.fast_unit = _zeros(self.heads)
@@ -814,19 +811,16 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
     head_dim = model.config.head_dim
-    rings = [layer.as_ring(head_dim) for layer in recurrent if isinstance(layer, HybridCacheLayer)]
-    if None in rings:
+    if any(layer.as_ring(head_dim) is None for layer in recurrent if isinstance(layer, HybridCacheLayer)):
         return None
-    left = iter(rings)
-    windows = [
-        next(left)
-        if isinstance(layer, HybridCacheLayer)
-        else None
-        if isinstance(layer, PureCacheLayer)
-        else GrowingWindow(layer)
-        for layer in layers
-    ]
-    return DecodingState(decoder, layers, windows, rows)
+    return DecodingState(decoder, layers, [_window(layer) for layer in layers], rows)
+
+
+def _window(layer: Any) -> Ring | GrowingWindow | None:
+    """Of a layer of a cache, where single tokens are written."""
+    if isinstance(layer, HybridCacheLayer):
+        return layer.ring
+    return None if isinstance(layer, PureCacheLayer) else GrowingWindow(layer)
 
 
 def _holds(layer: DynamicLayer, rows: int, tokens: int) -> bool:
