@@ -56,9 +56,8 @@ def print_layers(worth: list[float], settings: ConversionConfig) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("becomes", no_wrap=True)
     most = max(worth) or 1.0
-    kinds = settings.layer_types or []
-    windows = settings.windows or [settings.window if kind == "hybrid_sliding" else 0 for kind in kinds]
-    for i, (nats, kind, window) in enumerate(zip(worth, kinds, windows, strict=True)):
+    settled = settings.for_layers(len(worth))
+    for i, (nats, kind, window) in enumerate(zip(worth, settled.layer_types or (), settled.windows or (), strict=True)):
         becomes = f"{kind}, {window:,}" if window else kind
         table.add_row(str(i), f"{nats:.4f}", Bar(most, 0, max(nats, 0.0), width=24), becomes)
     Console().print(table)

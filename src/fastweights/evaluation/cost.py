@@ -79,13 +79,12 @@ def decode_costs(
     times = {turn: [] for turn in caches}
     for _ in range(-(-tokens // _STEPS_A_TURN)):
         for turn, cache in caches.items():
-            if sum(times[turn]) > _ENOUGH:
-                continue
-            model = models[turn[0]]
-            time_of_step(model, cache)  # which finds another model's weights in the processor's cache
-            for _ in range(_STEPS_A_TURN):
-                if sum(times[turn]) <= _ENOUGH:
-                    times[turn].append(time_of_step(model, cache))
+            for step in range(_STEPS_A_TURN + 1):
+                if sum(times[turn]) > _ENOUGH:
+                    break
+                taken = time_of_step(models[turn[0]], cache)
+                if step:  # the first one finds another model's weights in the processor's cache
+                    times[turn].append(taken)
     costs = {name: [] for name in models}
     for name, context in caches:
         costs[name].append(DecodeCost(context, 1000 * median(times[name, context]), sizes[name, context]))

@@ -75,6 +75,11 @@ class _Recurrent(LinearAttentionLayer):
     """Positions before the first token that the cache is said to hold."""
 
     @property
+    def next_position(self) -> int:
+        """Of the token that comes next, padding counted."""
+        return self.position_offset + self.cumulative_length
+
+    @property
     def is_compileable(self) -> bool:
         """No: each state is another tensor."""
         return False
@@ -251,7 +256,7 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
 
     def document_length(self) -> int | Int[Tensor, "B 1"]:
         """Tokens of its document that each row has read."""
-        return self.position_offset + self.cumulative_length if self.count is None else self.count
+        return self.next_position if self.count is None else self.count
 
     def with_kept(self, k: Tensor, v: Tensor) -> KeysAndValues:
         """The window's keys and values so far, and the new ones after them."""

@@ -443,9 +443,8 @@ class GrowingWindow:
         assert values is not None
         B, G, tokens, D = keys.shape
         room = tokens + max(_MORE_TOKENS, tokens // 4)
-        self.k, self.v = (
-            torch.empty(B, G, *shape, dtype=torch.float32) for shape in ((D, room), (room, values.shape[3]))
-        )
+        self.k = torch.empty(B, G, D, room, dtype=torch.float32)
+        self.v = torch.empty(B, G, room, values.shape[3], dtype=torch.float32)
         self.k[..., :tokens], self.v[:, :, :tokens] = keys.transpose(2, 3), values
         self.layer, self.room = layer, room
         self.show(tokens)
@@ -483,7 +482,7 @@ class DecodingState:
         self._recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
         self._growing = [window for window in windows if isinstance(window, GrowingWindow)]
         self._rings = [window for window in windows if isinstance(window, Ring)]
-        self.tokens: int = _document_length(self._recurrent[0])
+        self.tokens: int = self._recurrent[0].next_position
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
         kept = zip(self.room.layers, self._fast, windows, strict=True)
@@ -514,19 +513,15 @@ class DecodingState:
         first = self._recurrent[0]
         if rows != self.rows or self.decoder.rooms.get(rows) is not self.room or not self.decoder.is_current():
             return False
-        if self.tokens != _document_length(first) or not first.has_previous_state[0]:
+        if self.tokens != first.next_position or not first.has_previous_state[0]:
             return False
         kept = zip(cache.layers, self._layers, self._fast, self._windows, strict=False)
-        return all(
+        return all(window.is_current() for window in self._growing) and all(
             layer is ours
-            and (window.is_current() if isinstance(window, GrowingWindow) else window is None or layer.ring is window)  # type: ignore[attr-defined]
             and (fast is None or layer.recurrent_states[0] is fast)  # type: ignore[attr-defined]
+            and (not isinstance(window, Ring) or layer.ring is window)  # type: ignore[attr-defined]
             for layer, ours, fast, window in kept
         )
-
-
-def _document_length(layer: HybridCacheLayer | PureCacheLayer) -> int:
-    return layer.position_offset + layer.cumulative_length
 
 
 class Room:
@@ -798,7 +793,7 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     if any(state is None or len(state) != rows for state in (layer.state() for layer in recurrent)):
         return None
-    shape = (rows, _document_length(recurrent[0]))
+    shape = (rows, recurrent[0].next_position)
     softmax = [layer for layer in layers if not isinstance(layer, _OURS)]
     if softmax and cache.reordered:
         return None  # each step of a beam would copy all keys and values twice

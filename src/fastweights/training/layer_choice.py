@@ -114,12 +114,12 @@ class _Search:
         Returns:
             The layers, in the order in which they were given back, and what each layer was worth when last measured.
         """
-        again = [min(_ASKED_AGAIN, len(self.candidates) - done) for done in range(1, count)]
-        total, done = sum(again) + (len(self.candidates) if count else 0), 0
+        trials = [len(self.candidates), *(min(_ASKED_AGAIN, len(self.candidates) - turn) for turn in range(1, count))]
+        total, done = sum(trials[:count]), 0
         given: list[int] = []
         worth = dict.fromkeys(range(self.layers), 0.0)
         asked = sorted(self.candidates)
-        for turn in range(count):
+        for _ in range(count):
             before, outputs = self._measure(given, record=True)
             for layer in asked:
                 worth[layer] = before - self._measure([*given, layer], outputs, first=layer)[0]
@@ -127,8 +127,7 @@ class _Search:
                 if progress is not None:
                     progress(done, total)
             given.append(max(asked, key=lambda i: worth[i]))
-            left = sorted(self.candidates - set(given), key=lambda i: -worth[i])
-            asked = left[: again[turn]] if turn < len(again) else []
+            asked = sorted(self.candidates - set(given), key=lambda i: -worth[i])[:_ASKED_AGAIN]
         return given, list(worth.values())
 
     def _measure(
