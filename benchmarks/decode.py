@@ -1,11 +1,13 @@
-"""Decoding at batch size 1 on SmolLM2-135M's shape: softmax attention against fast weights, pure and hybrid.
+"""Decoding at batch size 1 on the shape of a real model: softmax attention against fast weights, pure and hybrid.
 
     python -m benchmarks.decode
+    python -m benchmarks.decode --shape gemma3 --weights int4 --contexts 128 1024 4096 16384
 
 Random weights do: time and memory do not depend on what the weights say. The promises checked: fast weights at any
 context up to 64k are no slower than transformers' own softmax model at 128, a token at 64k costs at most 1.05 of one at
 1k, and the state keeps its size. "softmax, our products" is the softmax model with the matrix products that all models
-of this library have (layers/linear.py). Each context is timed in rounds that take every model in turn.
+of this library have (layers/linear.py). Each context is timed in rounds that take every model in turn. Of Gemma 3's
+layers, every sixth sees all text, and is converted; the others keep their window of 512.
 """
 
 import argparse
@@ -14,13 +16,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_csv
 from fastweights.environment import environment
 from fastweights.evaluation.cost import decode_costs
 from fastweights.models import convert
+from fastweights.models.quantisation import quantise
 from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.weights import WEIGHTS
 
 CONTEXTS = (128, 1024, 4096, 16384, 65536)
 
@@ -40,10 +44,32 @@ def smollm2_shape() -> LlamaForCausalLM:
     ).eval()
 
 
+def gemma3_shape() -> Gemma3ForCausalLM:
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=262144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            sliding_window=512,
+            max_position_embeddings=32768,
+        )
+    ).eval()
+
+
+SHAPES = {"smollm2": ("SmolLM2-135M", smollm2_shape), "gemma3": ("Gemma 3 270M", gemma3_shape)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.csv"))
+    parser.add_argument("--shape", choices=[*SHAPES], default="smollm2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--weights", choices=WEIGHTS, default="fp32", help="of all models, by our products")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--tokens", type=int, default=24, help="steps timed at each context")
     parser.add_argument("--softmax-up-to", type=int, default=16384, help="longest context of the softmax model")
@@ -53,24 +79,26 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    softmax = smollm2_shape()
+    dtype, (name, shape) = getattr(torch, arguments.dtype), SHAPES[arguments.shape]
+    softmax = shape()
+    layers = softmax.config.num_hidden_layers
     models = {
         "softmax": softmax,
-        "softmax, our products": convert(softmax, ConversionConfig(layer_types=["full_attention"] * 30)),
+        "softmax, our products": convert(softmax, ConversionConfig(layer_types=["full_attention"] * layers)),
         "pure": convert(softmax),
         "hybrid (window 64)": convert(softmax, ConversionConfig(window=64, sinks=0)),
         "hybrid (window 64, 4 sinks)": convert(softmax, ConversionConfig(window=64, sinks=4)),
     }
     costs = decode_costs(
-        {name: _cast(model, dtype) for name, model in models.items()},
+        {name: quantise(_cast(model, dtype), arguments.weights) for name, model in models.items()},
         arguments.contexts,
         tokens=arguments.tokens,
         read_at_most=arguments.read_at_most,
         softmax_up_to=arguments.softmax_up_to,
     )
-    rows = [{"model": name, "dtype": arguments.dtype, **vars(cost)} for name in models for cost in costs[name]]
-    _print(rows)
+    about = {"shape": arguments.shape, "dtype": arguments.dtype, "weights": arguments.weights}
+    rows = [{"model": name, **about, **vars(cost)} for name in models for cost in costs[name]]
+    _print(rows, name)
     write_csv(arguments.output, rows, environment())
     console.print(f"written to {arguments.output}")
 
@@ -84,8 +112,8 @@ def _cast(model, dtype: torch.dtype):
     return model
 
 
-def _print(rows: list[dict]) -> None:
-    table = Table("model", title="one token at batch size 1, SmolLM2-135M's shape", title_justify="left")
+def _print(rows: list[dict], shape: str) -> None:
+    table = Table("model", title=f"one token at batch size 1, the shape of {shape}", title_justify="left")
     for column in ("context", "ms", "softmax at 128 = 1", "state, MB"):
         table.add_column(column, justify="right")
     unit = next(row["ms_per_token"] for row in rows if row["model"] == "softmax")

@@ -9,7 +9,7 @@ from fastweights.models import convert
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, state_bytes
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gpt2, random_ids
+from tests.conftest import make_gemma3, make_gpt2, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
@@ -173,3 +173,20 @@ def test_a_wider_window_in_the_config_is_for_the_next_time(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.fast_attentions()[0].window == 8
     check_pieces_equal_one_pass(loaded, tuple(range(1, 40)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_after_what_a_cache_is_not_said_to_hold(side):
+    """A layer with a window of its own sees beyond where the cache is said to begin."""
+    model = convert(make_gemma3()).eval()
+    ids, mask = random_ids(2, 40), torch.ones(2, 20, dtype=torch.long)
+    mask[1, slice(0, 3) if side == "left" else slice(17, 20)] = 0
+    cache = FastWeightsCache(model.config)
+    model(ids[:, :20], cache=cache)
+    cache.begin_here()
+    assert cache.get_seq_length() == 0
+    found = model(ids[:, 20:], attention_mask=mask, cache=cache).logits
+    whole = torch.cat((torch.ones(2, 20, dtype=torch.long), mask), 1)
+    expected = model(ids, attention_mask=whole).logits[:, 20:]
+    assert error(found[mask.bool()], expected[mask.bool()]) <= tolerances.FLOAT32

@@ -20,15 +20,16 @@ from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, co
 from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_memory
 from fastweights.reading.text import token_pieces
 from fastweights.settings.conversion import ConversionConfig
-from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.conftest import FAMILIES, MAKERS, make_gpt2, make_llama, random_ids
 from tests.forks import Forks
 
 KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]
 
 
 def make(kind: str, base=None):
-    base = make_gpt2() if base is None else base
-    model = convert(base, ConversionConfig(window=8 if "hybrid" in kind else 0, positions="drop"))
+    model = make_gpt2() if base is None else base
+    if kind != "layer":
+        model = convert(model, ConversionConfig(window=8 if "hybrid" in kind else 0, positions="drop"))
     if "layer" in kind:
         model = add_fast_weight_layer(model)
         torch.manual_seed(1)
@@ -38,9 +39,14 @@ def make(kind: str, base=None):
     return model.eval()
 
 
-@pytest.fixture(params=KINDS)
-def model(base, request):
-    return make(request.param, base)
+OWN_WINDOWS = ["gemma3_text, pure", "gemma3_text, hybrid", "mistral, layer"]
+
+
+@pytest.fixture(params=[*(f"{family}, {kind}" for family in MAKERS for kind in KINDS), *OWN_WINDOWS])
+def model(request):
+    """Two families in every form, and those whose softmax layers have windows of their own."""
+    family, kind = request.param.split(", ")
+    return make(kind, FAMILIES[family](**({} if family in MAKERS else {"sliding_window": 5})))
 
 
 ARGUMENTS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}

@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from fastweights.models.architectures import position_limit
+from fastweights.models.architectures import local_windows, position_limit
 from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.stream import Stream, reads_without_end
@@ -123,13 +123,14 @@ def caches_after(
         return {context: _random_cache(model, context, rows) for context in contexts}
     cache, read, caches = Stream(model, max(contexts)).cache, 0, {}
     if at_most is not None and isinstance(model, FastWeightsForCausalLM):
-        at_most = max(at_most, max(model.config.windows) + model.config.sinks)
+        own = (window for window in local_windows(model.config.base) if window is not None)
+        at_most = max(at_most, max(model.config.windows) + model.config.sinks, *own)
     full = False  # whether the longest window is, so that the state is of the size that it keeps
     for context in contexts:
         if at_most is not None and reads_without_end(model) and context - read > at_most:
             assert isinstance(cache, FastWeightsCache)
             read = context if full else context - at_most
-            cache.set_lengths([read] * len(cache.recurrent))
+            cache.set_lengths([read] * len(cache.counting))
             full = True
         while read < context:
             step = min(_PREFILL, context - read)
@@ -159,7 +160,7 @@ def time_of_step(model: PreTrainedModel, cache: Cache, rows: int = 1) -> float:
 
 
 def _random_cache(model: PreTrainedModel, context: int, rows: int = 1) -> Cache:
-    config = model.config
+    config = model.config.base if isinstance(model, FastWeightsForCausalLM) else model.config
     cache = DynamicCache(config=config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -169,6 +170,9 @@ def _random_cache(model: PreTrainedModel, context: int, rows: int = 1) -> Cache:
             -1, -1, -1, context, -1
         )
         cache.update(k, v, layer)
+        if cache.is_sliding[layer]:  # of which transformers keeps a view of all, until the next token comes
+            kept = cache.layers[layer]
+            kept.keys, kept.values = kept.keys.clone(), kept.values.clone()  # type: ignore[union-attr]
     return cache
 
 

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
@@ -62,15 +63,11 @@ class Ring:
         return keys, self.v[:, :, order]
 
 
-class _Recurrent(LinearAttentionLayer):
-    """States, and what they were made of."""
+class _Counting:
+    """How many tokens made a layer's state, whose own size does not tell."""
 
     cumulative_length: int
     """Tokens read, padding included."""
-    padded = False
-    """Whether padding was among them."""
-    several_documents = False
-    """Whether they are more than one document, of which softmax over all tokens would see the earlier ones."""
     position_offset = 0
     """Positions before the first token that the cache is said to hold."""
 
@@ -78,6 +75,27 @@ class _Recurrent(LinearAttentionLayer):
     def next_position(self) -> int:
         """Of the token that comes next, padding counted."""
         return self.position_offset + self.cumulative_length
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        self.change_states(lambda state: state[indices, ...])
+
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """All that is held by what `change` makes of it."""
+        raise NotImplementedError
+
+
+class _Recurrent(_Counting, LinearAttentionLayer):
+    """States, and what they were made of."""
+
+    padded = False
+    """Whether padding was among them."""
+    several_documents = False
+    """Whether they are more than one document, of which softmax over all tokens would see the earlier ones."""
 
     @property
     def is_compileable(self) -> bool:
@@ -116,14 +134,6 @@ class _Recurrent(LinearAttentionLayer):
         LinearAttentionLayer.reset(self)
         self.cumulative_length = self.position_offset = 0
         self.padded = self.several_documents = False
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
-        self.change_states(lambda state: state[indices, ...])
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """Each state by what `change` makes of it."""
@@ -171,11 +181,11 @@ class PureCacheLayer(_Recurrent, CacheLayerMixin):
     reorder_cache = LinearAttentionLayer.reorder_cache
 
 
-class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
-    """The state of a hybrid layer: fast weights, and the keys and values of the window and of sinks."""
+class _Windowed:
+    """A layer's keys and values of a window, which are a ring while single tokens come."""
 
-    count: Int[Tensor, "B 1"] | None = None
-    """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
+    sliding_window: int
+    number_of_sinks = 0
     ring: Ring | None = None
     """In the place of keys, values and sinks, while single tokens come."""
     _kept: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -245,6 +255,51 @@ class HybridCacheLayer(_Recurrent, LinearAttentionAndSlidingWindowAttentionLayer
         ring = Ring(k, plain, v, *first, tokens=tokens)
         self._kept, self._sinks, self.ring = (None, None), None, ring
         return self.ring
+
+    def document_length(self) -> int | Int[Tensor, "B 1"]:
+        """Tokens of its document that each row has read."""
+        raise NotImplementedError
+
+
+class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
+    """Keys and values of a softmax layer that has a window of its own, as most of Gemma 3's have."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """All that the new tokens see; what the window keeps of it is kept by itself, not as a view of it all."""
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] > 1 and not self.record_past:
+            self.keys, self.values = (x[:, :, -self.sliding_window + 1 :].clone() for x in seen)
+        return seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of what new tokens may see, and the position of its first, among all that were read."""
+        kept = 0 if self.keys is None else min(self.keys.shape[2], self.sliding_window - 1)
+        return kept + query_length, self.next_position - kept
+
+    def document_length(self) -> int:
+        """Tokens that each row has read."""
+        return self.next_position
+
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Keys and values, also where the layer is said to hold no tokens, by what `change` makes of them."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows in this order."""
+        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def reset(self) -> None:
+        """As new."""
+        super().reset()
+        self.position_offset = 0
+
+
+class HybridCacheLayer(_Windowed, _Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
+    """The state of a hybrid layer: fast weights, and the keys and values of the window and of sinks."""
+
+    count: Int[Tensor, "B 1"] | None = None
+    """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
 
     def __init__(self, sliding_window: int, number_of_sinks: int = 0) -> None:
         super().__init__(sliding_window=sliding_window)
@@ -407,8 +462,10 @@ class FastWeightsCache(DynamicCache):
             return
         theirs = DynamicCache(config=config.base).layers
         for i, kind in enumerate(config.layer_types):
-            if kind == "full_attention" and type(self.layers[i]) is DynamicLayer and _is_unused(self.layers[i]):
-                self.layers[i] = theirs[i]
+            layer = self.layers[i]
+            if kind == "full_attention" and type(layer) in _GROWING and not layer.is_initialized:
+                window = getattr(theirs[i], "sliding_window", None)
+                self.layers[i] = theirs[i] if window is None else SlidingCacheLayer(window)
 
     @property
     def device(self) -> torch.device:
@@ -505,16 +562,26 @@ class FastWeightsCache(DynamicCache):
         self.reordered = True
 
     @property
+    def counting(self) -> list[_Counting]:
+        """The layers whose state has a size that does not tell how many tokens made it."""
+        return [layer for layer in self.layers if isinstance(layer, _Counting)]
+
+    @property
     def position_offset(self) -> int:
         """Positions before the first token that the cache is said to hold."""
-        return max((layer.position_offset for layer in self.recurrent), default=0)
+        return max((layer.position_offset for layer in self.counting), default=0)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next token, by which a softmax layer's own window is masked."""
+        layer = self.layers[layer_idx]
+        return layer.next_position if isinstance(layer, SlidingCacheLayer) else super().get_query_offset(layer_idx)
 
     def begin_here(self) -> None:
         """Be said to hold no tokens from now on, while positions go on from where they are.
 
         For transformers' `generate`, which wants all the tokens that a cache has read.
         """
-        for layer in self.recurrent:
+        for layer in self.counting:
             layer.position_offset += layer.cumulative_length
             layer.cumulative_length = 0
 
@@ -568,17 +635,19 @@ class FastWeightsCache(DynamicCache):
         self._saved = old_enough[-_KEPT:]
 
     def lengths(self) -> list[int]:
-        """Tokens read, of each layer of ours."""
-        return [layer.cumulative_length for layer in self.recurrent]
+        """Tokens read, of each layer that counts them."""
+        return [layer.cumulative_length for layer in self.counting]
 
     def set_lengths(self, lengths: list[int]) -> None:
         """The counterpart of `lengths`."""
-        for layer, length in zip(self.recurrent, lengths, strict=True):
-            if isinstance(layer, HybridCacheLayer):
+        for layer, length in zip(self.counting, lengths, strict=True):
+            if isinstance(layer, _Windowed):
                 layer.leave_ring()  # it would lose its places
             layer.cumulative_length = length
 
 
+_GROWING = DynamicLayer, DynamicSlidingWindowLayer
+"""transformers' layers of a cache that nothing was said of."""
 _KEPT = 2
 """States that are left after each `crop`, so that memory stays as it is however long the text."""
 
@@ -593,7 +662,7 @@ class _Saved(NamedTuple):
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
-    if isinstance(layer, HybridCacheLayer):
+    if isinstance(layer, _Windowed):
         layer.leave_ring()  # which single tokens are written into
     return _copied(vars(layer))
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
-from fastweights.models.architectures import local_layers
+from fastweights.models.architectures import local_layers, local_windows
 from fastweights.settings.conversion import BEFORE, ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
@@ -129,6 +129,12 @@ class FastWeightsConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Type of each layer, under the name that transformers' caches look for."""
         return (self.conversion or {}).get("layer_types")  # type: ignore[return-value]
+
+    @property
+    def growing_layers(self) -> list[int]:
+        """Those that keep all tokens: with softmax attention, and no window of their own."""
+        windows = local_windows(self.base)
+        return [i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and windows[i] is None]
 
     @property
     def sliding_window(self) -> int:

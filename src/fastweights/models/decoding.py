@@ -1,10 +1,11 @@
 """A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
 
-A converted model of Llama's kind (RMS norms, a gated unit), GPT-2 or GPT-NeoX gets its own step for one token of each
-row, of the same weights and the same cache: products by the library that its layers have, and what lies between two
-of them by one CPU kernel (`ops/decoding`), for which a layer that keeps its softmax attention is a window that grows,
-without fast weights. `FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it, and goes on
-plainly with everything else: other families, padding, gradients, hooks.
+A converted model of Llama's kind (RMS norms, a gated unit; Gemma 3 and OLMo 2 have them in other places), GPT-2 or
+GPT-NeoX gets its own step for one token of each row, of the same weights and the same cache: products by the library
+that its layers have, and what lies between two of them by one CPU kernel (`ops/decoding`), for which a layer that keeps
+its softmax attention is a window without fast weights, which grows or is the layer's own. `FastWeightsForCausalLM`
+takes it by itself where `why_plain` has nothing against it, and goes on plainly with everything else: other families,
+padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
 W window, S sinks.
@@ -33,12 +34,13 @@ from fastweights.models.architectures import (
     FusedProjections,
     GroupedProjections,
     InterleavedProjections,
+    JointlyNormalisedProjections,
     SplitProjections,
     attention_modules,
     has_rotary,
     local_windows,
 )
-from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring
+from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring, SlidingCacheLayer
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
@@ -48,7 +50,12 @@ if TYPE_CHECKING:
     from fastweights.models.modeling import FastWeightsForCausalLM
 
 
-_GATED = {"silu": "gated_unit", "swish": "gated_unit"}
+_GATED = {
+    "silu": "gated_unit",
+    "swish": "gated_unit",
+    "gelu_new": "gated_gelu_unit",
+    "gelu_pytorch_tanh": "gated_gelu_unit",
+}
 _UNGATED = {"gelu": "exact_gelu_unit", "gelu_new": "gelu_unit", "gelu_pytorch_tanh": "gelu_unit"}
 
 
@@ -58,7 +65,10 @@ class _Family(NamedTuple):
     embed: str = "embed_tokens"
     layers: str = "layers"
     last_norm: str = "norm"
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Before its attention and before its unit; none in a family that has these after them alone."""
+    norms_after: tuple[str, ...] = ()
+    """Of what its attention and its unit say."""
     attention: str = "self_attn"
     expand: tuple[str, ...] = ("gate_proj", "up_proj")
     """Of its unit."""
@@ -80,6 +90,11 @@ class _Family(NamedTuple):
 
 _LLAMA = _Family()
 _FAMILIES = {
+    "gemma3_text": _Family(
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
+        activation="hidden_activation",
+    ),
     "gpt2": _Family(
         embed="wte",
         layers="h",
@@ -104,6 +119,7 @@ _FAMILIES = {
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo2": _Family(norms=(), norms_after=("post_attention_layernorm", "post_feedforward_layernorm")),
     "phi3": _Family(
         expand=("gate_up_proj",), others=frozenset({"activation_fn", "resid_attn_dropout", "resid_mlp_dropout"})
     ),
@@ -113,9 +129,17 @@ _FAMILIES = {
 }
 _RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
 _MAPS = (FeatureMap, Projection)
-_PROJECTIONS = (SplitProjections, FusedProjections, GroupedProjections, InterleavedProjections)
+_PROJECTIONS = (
+    SplitProjections,
+    JointlyNormalisedProjections,
+    FusedProjections,
+    GroupedProjections,
+    InterleavedProjections,
+)
 _OURS = (HybridCacheLayer, PureCacheLayer)
 """Layers of a cache that are of layers with fast weights."""
+_IN_RINGS = (HybridCacheLayer, SlidingCacheLayer)
+"""Those with a window of so many tokens."""
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _DECODER = "_decoder"
 """Where a model keeps it."""
@@ -234,7 +258,7 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     activation = getattr(config, family.activation)
     if activation not in family.units:
         return f"its activation is {activation}"
-    parts = {family.attention, "mlp", *family.norms}
+    parts = {family.attention, "mlp", *family.norms, *family.norms_after}
     unit = {*family.expand, family.contract}
     for layer in layers:
         found = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
@@ -251,10 +275,11 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return "its projections are other than its family's"
         if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
             return f"it has layers of the kind {type(module).__name__}"
-    norms = [layer.get_submodule(name) for layer in layers for name in family.norms]
+    norms = [layer.get_submodule(name) for layer in layers for name in (*family.norms, *family.norms_after)]
+    norms += [norm for attention in _all_attentions(model) for norm in _head_norms(attention)]
     for norm in (*norms, base.get_submodule(family.last_norm)):
         is_centred = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
-        if not is_centred and (not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon")):
+        if not is_centred and _rms_numbers(norm) is None:
             return f"it has norms of the kind {type(norm).__name__}"
     if any(type(layer.mlp.get_submodule(name)) not in _LINEAR for layer in layers for name in unit):
         return "it has other layers in its units"
@@ -272,13 +297,10 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
 def _why_not_softmax(model: FastWeightsForCausalLM) -> str | None:
     """What a layer that keeps its softmax attention has beyond those of its family whose attention is known."""
     config, row = model.config.base, model.model.architecture
-    windows = local_windows(config)
     known = {attention.replaced for attention in model.fast_attentions()}
     for i, attention in enumerate(attention_modules(model.model.base, row)):
         if isinstance(attention, FastWeightAttention):
             continue
-        if windows[i] is not None:
-            return f"layer {i} has a window of its own ({windows[i]} tokens)"
         if type(attention) not in known:
             return f"layer {i} has an attention of the kind {type(attention).__name__}"
         if config._attn_implementation not in _SOFTMAX:
@@ -293,7 +315,9 @@ def _all_attentions(model: FastWeightsForCausalLM) -> list[FastWeightAttention |
 
 
 class _Softmax:
-    """An attention that was not converted, as a step sees those that were: a window of all tokens, no fast weights.
+    """An attention that was not converted, as a step sees those that were: a window without fast weights.
+
+    The window is of all tokens, or the layer's own.
 
     Args:
         attention: of the base model.
@@ -346,6 +370,12 @@ def _gates(rule: Any) -> tuple[Any, Any]:
     return getattr(rule, "key_gate", None), getattr(rule, "value_gate", None)
 
 
+def _head_norms(attention: FastWeightAttention | _Softmax) -> list[Any]:
+    """Of queries and of keys, or none."""
+    names = (getattr(attention.projections, name, None) for name in ("q_norm", "k_norm"))
+    return [attention.get_submodule(name) for name in names if name is not None]
+
+
 def _inner(projections: Any) -> tuple[str, ...]:
     """The layers that make queries, keys and values."""
     split = isinstance(projections, SplitProjections)
@@ -373,7 +403,7 @@ class Decoder:
             positions = self.base.get_submodule(row.positions)
         self.embed, self._positions = self.base.get_submodule(self.family.embed), positions
         self.kernels: Any = load_kernels("decoding")
-        self.windows = sorted(set(model.config.windows) - {0})
+        self.rotaries = _rotaries(model)
         self.rooms: dict[int, Room] = {}
         self._watched = _Watch(model)
 
@@ -421,11 +451,25 @@ class Decoder:
 
     def _rotate(self, room: Room, tokens: int) -> None:
         """Cosines and sines of this position, and for each window of the one that sinks are seen from."""
-        if room.rotary.shape[2]:
-            reach = (window + self.model.config.sinks - 1 for window in self.windows)
-            positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach)]])
-            cos, sin = self.base.rotary_emb(room.x, positions)  # type: ignore[operator]
-            room.rotary[:, 0], room.rotary[:, 1] = cos[0], sin[0]
+        for rotary, (arguments, windows) in zip(room.rotaries, self.rotaries.items(), strict=True):
+            if rotary.shape[2]:
+                reach = (window + self.model.config.sinks - 1 for window in windows)
+                positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach)]])
+                cos, sin = self.base.rotary_emb(room.x, positions, *arguments)  # type: ignore[operator]
+                rotary[:, 0], rotary[:, 1] = cos[0], sin[0]
+
+
+def _rotaries(model: FastWeightsForCausalLM) -> dict[tuple[str, ...], list[int]]:
+    """What the maker of rotary embeddings is told, each with the windows of the layers that have what it makes then."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for i, window in enumerate(model.config.windows):
+        found.setdefault(_rotary_arguments(model, i), set()).add(window)
+    return {arguments: sorted(windows - {0}) for arguments, windows in found.items()}
+
+
+def _rotary_arguments(model: FastWeightsForCausalLM, layer: int) -> tuple[str, ...]:
+    """Of a family that has more than one rotary embedding, the kind of a layer."""
+    return (model.config.base.layer_types[layer],) if model.model.architecture.rotary_arguments else ()
 
 
 class GrowingWindow:
@@ -482,6 +526,7 @@ class DecodingState:
         self._recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
         self._growing = [window for window in windows if isinstance(window, GrowingWindow)]
         self._rings = [window for window in windows if isinstance(window, Ring)]
+        self._counting = self._recurrent + [layer for layer in layers if isinstance(layer, SlidingCacheLayer)]
         self.tokens: int = self._recurrent[0].next_position
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
@@ -501,7 +546,7 @@ class DecodingState:
     def read_one(self) -> None:
         """Count a token."""
         self.tokens += 1
-        for layer in self._recurrent:
+        for layer in self._counting:
             layer.cumulative_length += 1
         for ring in self._rings:
             ring.tokens += 1
@@ -534,36 +579,49 @@ class Room:
 
     def __init__(self, decoder: Decoder, rows: int) -> None:
         self.rows, self.kernels = rows, decoder.kernels
-        config = decoder.model.config
+        model, family = decoder.model, decoder.family
+        config = model.config
         base: Any = decoder.base
         self.x, self.more, self.normed = (_zeros(rows, config.hidden_size) for _ in range(3))
         self.arrays = [x.numpy() for x in (self.x, self.more, self.normed)]
-        family = decoder.family
+        self.nothing = _zeros(rows, config.hidden_size).numpy()
+        self.given = self.normed if family.norms else self.x
+        """What attention and unit read."""
         self.parallel = family.parallel is not None and bool(getattr(config.base, family.parallel))
         self.aside, self.again = (_zeros(rows, config.hidden_size if self.parallel else 0) for _ in range(2))
         """Where a unit reads what attention reads: what it is given, and what it says, which is nothing until then."""
         self.last_norm = _norm(base.get_submodule(family.last_norm))
-        width = 0
-        attentions = _all_attentions(decoder.model)
-        rotary = decoder.model.model.architecture.rotary
-        if rotary is not None and any(attention.rotates for attention in attentions):
-            width = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long))[0].shape[-1]
-        self.rotary = _zeros(1 + len(decoder.windows), 2, width)
-        """Cosines and sines of the token, then of queries for the sinks of each window."""
-        places = {0: 0} | {window: i for i, window in enumerate(decoder.windows, 1)}
+        attentions = _all_attentions(model)
+        self.rotaries = []
+        """Of each kind: cosines and sines of the token, then of queries for the sinks of each window."""
+        rotates = model.model.architecture.rotary is not None and any(attention.rotates for attention in attentions)
+        for arguments, windows in decoder.rotaries.items():
+            first = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long), *arguments)[0] if rotates else self.x[:, :0]
+            self.rotaries.append(_zeros(1 + len(windows), 2, first.shape[-1]))
+        kinds = [*decoder.rotaries]
         self.unit = getattr(self.kernels, family.units[getattr(config.base, family.activation)])
-        layers = base.get_submodule(family.layers)
-        self.layers = [
-            LayerStep(self, family, layer, attention, places[attention.window])
-            for layer, attention in zip(layers, attentions, strict=True)
-        ]
+        layers = zip(base.get_submodule(family.layers), attentions, strict=True)
+        self.layers = []
+        for i, (layer, attention) in enumerate(layers):
+            arguments = _rotary_arguments(model, i)
+            rotary = self.rotaries[kinds.index(arguments)]
+            places = 0, 1 + decoder.rotaries[arguments].index(attention.window) if attention.window else 0
+            self.layers.append(LayerStep(self, family, layer, attention, [rotary[place] for place in places]))
 
-    def normalise(self, norm: tuple[Any, Any, float]) -> None:
-        """Add what a layer's part has said to the residual stream, and normalise it for the next, by `_norm`."""
-        x, more, normed = self.arrays
-        self.kernels.add_and_normalise(x, more, *norm, normed)
+    def normalise(self, norm: _Norm | None) -> None:
+        """Add what a layer's part has said to the residual stream, and normalise it for the next, if that wants it."""
+        if norm is None:
+            self.x.add_(self.more)
+        else:
+            x, more, normed = self.arrays
+            self.kernels.add_and_normalise(x, more, *norm, normed)
 
-    def normalise_aside(self, norm: tuple[Any, Any, float]) -> None:
+    def normalise_said(self, norm: _Norm) -> None:
+        """Normalise what a layer's part has said, before it is added."""
+        said = self.arrays[1]
+        self.kernels.add_and_normalise(said, self.nothing, *norm, said)
+
+    def normalise_aside(self, norm: _Norm) -> None:
         """Normalise the residual stream as it is, for a unit beside attention."""
         self.again.zero_()
         self.kernels.add_and_normalise(self.arrays[0], self.again.numpy(), *norm, self.aside.numpy())
@@ -577,36 +635,40 @@ class LayerStep:
         family: whose parts the layer has.
         layer: of the model.
         attention: its attention, converted or not.
-        place: of the cosines and sines for its sinks.
+        rotary: (2, width) cosines and sines of the token, and of queries for its sinks.
     """
 
-    def __init__(self, room: Room, family: _Family, layer: Any, attention: Any, place: int) -> None:
+    def __init__(self, room: Room, family: _Family, layer: Any, attention: Any, rotary: list[Tensor]) -> None:
         self.room, self.attention = room, attention
-        self.norms = [_norm(layer.get_submodule(name)) for name in family.norms]
+        self.norms = [_norm(layer.get_submodule(name)) for name in family.norms] or [None, None]
+        self.norms_after = [_norm(layer.get_submodule(name)) for name in family.norms_after]
         rows, D = room.rows, attention.head_dim
         rule: Any = attention.rule
         V = D if rule is None else rule.state_shape[2]
         H, G = attention.heads, attention.kv_heads
-        rotary = room.rotary if attention.rotates else room.rotary[:, :, :0]
-        self.rotary = [rotary[i].numpy() for i in (0, place)]
+        self.rotary = [(x if attention.rotates else _zeros(2, 0)).numpy() for x in rotary]
         names: Any = attention.projections
         modules = [attention.get_submodule(name) for name in _inner(names)]
         shapes = (H, D), (G, D), (G, V)
         each = H if isinstance(names, InterleavedProjections) else 1
-        self.project = _Products(room.normed, modules, sizes=[heads * width for heads, width in shapes], each=each)
+        self.project = _Products(room.given, modules, sizes=[heads * width for heads, width in shapes], each=each)
         self.made = [x.view(rows, *shape).numpy() for x, shape in zip(self.project.outputs, shapes, strict=True)]
         self.read = _zeros(rows, H, V)
         self.output = _Products(self.read.view(rows, -1), [attention.get_submodule(names.out)], [room.more])
-        given = [getattr(names, name, None) for name in ("q_norm", "k_norm")]
-        norms = [attention.get_submodule(name) for name in given if name is not None]
-        self.head_norms = [norm.weight.detach().numpy() for norm in norms] or [_EMPTY[1], _EMPTY[1]]  # type: ignore[union-attr]
-        self.epsilon = norms[0].variance_epsilon if norms else 0.0
-        self.gates = [_Gate(gate, room.normed) for gate in _gates(rule)]
+        norms = [_norm(norm) for norm in _head_norms(attention)]
+        self.joint_norms = []
+        """Of all queries, and of all keys, at once: these, nothing to add, and the norm."""
+        if isinstance(names, JointlyNormalisedProjections):
+            parts = [x.numpy() for x in self.project.outputs[:2]]
+            self.joint_norms = [(x, x * 0, norm) for x, norm in zip(parts, norms, strict=True)]
+            norms = []
+        self.head_norms = norms or [_norm(None)] * 2
+        self.gates = [_Gate(gate, room.given) for gate in _gates(rule)]
         self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
         contract = layer.mlp.get_submodule(family.contract)
         width, _ = _sizes(contract)
         parts = [layer.mlp.get_submodule(name) for name in family.expand]
-        given, said = (room.aside, room.again) if room.parallel else (room.normed, room.more)
+        given, said = (room.aside, room.again) if room.parallel else (room.given, room.more)
         self.expand = _Products(given, parts, sizes=[width] * (2 if family.gated else 1))
         unit = _zeros(rows, width)
         self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
@@ -622,17 +684,23 @@ class LayerStep:
         room = self.room
         room.normalise(self.norms[0])
         if room.parallel:
-            room.normalise_aside(self.norms[1])
+            room.normalise_aside(self.norms[1])  # type: ignore[arg-type]
         self.project()
+        for x, nothing, norm in self.joint_norms:
+            room.kernels.add_and_normalise(x, nothing, *norm, x)
         for product in self.gate_products:
             product()
         attend(tokens)
         self.output()
+        if self.norms_after:
+            room.normalise_said(self.norms_after[0])
         if not room.parallel:
             room.normalise(self.norms[1])
         self.expand()
         room.unit(*self.unit)
         self.contract()
+        if self.norms_after:
+            room.normalise_said(self.norms_after[1])
         if room.parallel:
             room.more.add_(room.again)
 
@@ -652,14 +720,16 @@ class LayerStep:
             for x in (attention.query_map, attention.key_map, attention.value_map)
         ]
         bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
-        numbers = torch.tensor([self.epsilon, attention.scaling], dtype=torch.float32).numpy()
-        arrays = [*self.made, room.arrays[2], *self.rotary, *self.head_norms, *gates, *maps, fast.numpy()]
+        norm = self.head_norms[0]
+        numbers = torch.tensor([norm.epsilon, norm.offset, attention.scaling], dtype=torch.float32).numpy()
+        head_norms = [norm.weight for norm in self.head_norms]
+        arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, *gates, *maps, fast.numpy()]
         arrays += [*window, *scales, bias, numbers, self.read.numpy()]
         flags = {
             "rotated_fast": attention.rotary,
             "leaving": attention.writes_leaving,
             "averages": isinstance(attention.rule, AverageRule),
-            "normed": self.head_norms[0].size > 0,
+            "normed": norm.weight.size > 0,
             "delta": isinstance(attention.rule, DeltaRule),
         }
         return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
@@ -793,11 +863,11 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         return None
     if any(state is None or len(state) != rows for state in (layer.state() for layer in recurrent)):
         return None
-    shape = (rows, recurrent[0].next_position)
-    softmax = [layer for layer in layers if not isinstance(layer, _OURS)]
+    shape, windows = (rows, recurrent[0].next_position), local_windows(model.config.base)
+    softmax = [(layer, x) for layer, x in zip(layers, windows, strict=True) if not isinstance(layer, _OURS)]
     if softmax and cache.reordered:
         return None  # each step of a beam would copy all keys and values twice
-    if not all(type(layer) is DynamicLayer and _holds(layer, *shape) for layer in softmax):
+    if not all(_holds(layer, window, *shape) for layer, window in softmax):
         return None
     decoder: Decoder | None = model.__dict__.get(_DECODER)
     if decoder is None or decoder.model is not model or not decoder.is_current():
@@ -806,29 +876,59 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
     head_dim = model.config.head_dim
-    if any(layer.as_ring(head_dim) is None for layer in recurrent if isinstance(layer, HybridCacheLayer)):
+    if any(layer.as_ring(head_dim) is None for layer in layers if isinstance(layer, _IN_RINGS)):
         return None
     return DecodingState(decoder, layers, [_window(layer) for layer in layers], rows)
 
 
 def _window(layer: Any) -> Ring | GrowingWindow | None:
     """Of a layer of a cache, where single tokens are written."""
-    if isinstance(layer, HybridCacheLayer):
+    if isinstance(layer, _IN_RINGS):
         return layer.ring
     return None if isinstance(layer, PureCacheLayer) else GrowingWindow(layer)
 
 
-def _holds(layer: DynamicLayer, rows: int, tokens: int) -> bool:
-    """Whether a softmax layer has keys and values of just these."""
+def _holds(layer: DynamicLayer, window: int | None, rows: int, tokens: int) -> bool:
+    """Whether a softmax layer has keys and values of just these, or of the last of them if it has a window."""
     keys = layer.keys
-    return keys is not None and keys.dtype == torch.float32 and keys.shape[::2] == (rows, tokens)
+    if keys is None or keys.dtype != torch.float32 or len(keys) != rows:
+        return False
+    if window is None:
+        return type(layer) is DynamicLayer and keys.shape[2] == tokens
+    if not isinstance(layer, SlidingCacheLayer) or layer.record_past:
+        return False
+    return (layer.sliding_window, layer.next_position) == (window, tokens)
 
 
-def _norm(norm: Any) -> tuple[Any, Any, float]:
-    """What the kernel is given of it."""
+class _Norm(NamedTuple):
+    """What a kernel is given of one."""
+
+    weight: Any
+    bias: Any
+    """Of width 0 for a norm that does not centre."""
+    epsilon: float
+    offset: float
+    """Added to its weight."""
+
+
+def _norm(norm: Any) -> _Norm:
+    """What a kernel is given of a module; of None, that there is nothing to normalise."""
+    if norm is None:
+        return _Norm(_EMPTY[1], _EMPTY[1], 0.0, 0.0)
+    weight = norm.weight.detach().numpy()
     if isinstance(norm, nn.LayerNorm):
-        return norm.weight.detach().numpy(), norm.bias.detach().numpy(), norm.eps
-    return norm.weight.detach().numpy(), _EMPTY[1], norm.variance_epsilon
+        return _Norm(weight, norm.bias.detach().numpy(), norm.eps, 0.0)
+    numbers = _rms_numbers(norm)
+    assert numbers is not None
+    return _Norm(weight, _EMPTY[1], *numbers)
+
+
+def _rms_numbers(norm: Any) -> tuple[float, float] | None:
+    """Epsilon of a norm by the root of the mean square, and what it adds to its weight; None for another kind."""
+    kind = type(norm).__name__
+    if kind == "Gemma3RMSNorm":
+        return norm.eps, 1.0
+    return (norm.variance_epsilon, 0.0) if kind.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") else None
 
 
 class _Watch:

@@ -337,7 +337,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             return given.new_zeros(1, 1, 1, 1)
         real, starts = reading.marks
         if starts is None and not (past and cache is not None and cache.several_documents):
-            return reading.mask
+            if reading.mask is None or cache is None:
+                return reading.mask
+            return nn.functional.pad(reading.mask, (cache.position_offset, 0), value=1)
         if past or (cache is not None and not cache.remembers):
             raise FastWeightsError(
                 "several documents were packed into one row, and layers with softmax attention cannot go on after "

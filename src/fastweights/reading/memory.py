@@ -149,7 +149,8 @@ def new_memory(model: PreTrainedModel) -> Memory:
     """The memory of a model that has read nothing.
 
     Args:
-        model: one whose state has a constant size: fast weights in all layers, and no absolute positions.
+        model: one whose state has a constant size: fast weights, or a window of its own, in all layers, and no absolute
+            positions.
 
     Returns:
         A memory of no tokens, which can read.
@@ -204,7 +205,7 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         # A copy: the file's own pages would change with the file.
         _restore(layer, {name: tensor.to(model.device, copy=True) for name, tensor in own.items()})
-    memory.cache.set_lengths([_tokens_in_cache(memory.tokens)] * len(memory.cache.recurrent))
+    memory.cache.set_lengths([_tokens_in_cache(memory.tokens)] * len(memory.cache.counting))
     return memory
 
 

@@ -1,8 +1,8 @@
 """Reading a text without end, piece by piece: what a model can carry from one piece to the next, it carries.
 
-Fast weights in the place of attention, and those of a Fast Weight Layer, go on for ever at constant memory. Softmax
-over all tokens, and absolute positions, end somewhere: these start anew every `context` tokens, as when blocks are read
-one by one, while a Fast Weight Layer above them goes on.
+Fast weights in the place of attention, and those of a Fast Weight Layer, go on for ever at constant memory, and so does
+attention that sees the last tokens alone. Softmax over all tokens, and absolute positions, end somewhere: these start
+anew every `context` tokens, as when blocks are read one by one, while a Fast Weight Layer above them goes on.
 """
 
 from __future__ import annotations
@@ -80,11 +80,7 @@ class Stream:
 
 def reads_without_end(model: PreTrainedModel) -> bool:
     """Whether all that a model knows of the text before is a state of constant size."""
-    return (
-        isinstance(model, FastWeightsForCausalLM)
-        and model.max_positions is None
-        and "full_attention" not in model.config.layer_types
-    )
+    return isinstance(model, FastWeightsForCausalLM) and model.max_positions is None and not model.config.growing_layers
 
 
 def last_position(model: PreTrainedModel) -> int | None:

@@ -70,13 +70,13 @@ def _rotate(x, cos, sin, out):
 
 
 @_inner
-def _normalise(x, weight, epsilon):
+def _normalise(x, weight, epsilon, offset):
     total = float32(0.0)
     for i in range(x.shape[0]):
         total += x[i] * x[i]
     factor = float32(1.0) / math.sqrt(total / float32(x.shape[0]) + epsilon)
     for i in range(x.shape[0]):
-        x[i] = x[i] * factor * weight[i]
+        x[i] = x[i] * factor * (offset + weight[i])
 
 
 @_inner
@@ -187,9 +187,12 @@ def _add_weighted(v, weights, out):
             out[j] += weights[w] * v[w, j]
 
 
-@_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4, f4[:,::1])")
-def add_and_normalise(x, more, weight, bias, epsilon, out):
-    """x += more; out = x / rms(x) * weight, for each row; with a bias x is centred first, and that is added."""
+@_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4, f4, f4[:,::1])")
+def add_and_normalise(x, more, weight, bias, epsilon, offset, out):
+    """x += more; out = x / rms(x) * (offset + weight), for each row; out may be x.
+
+    With a bias x is centred first, and that is added.
+    """
     for b in range(x.shape[0]):
         mean = total = float32(0.0)
         for i in range(x.shape[1]):
@@ -204,7 +207,7 @@ def add_and_normalise(x, more, weight, bias, epsilon, out):
             total += (x[b, i] - mean) * (x[b, i] - mean)
         factor = float32(1.0) / math.sqrt(total / float32(x.shape[1]) + epsilon)
         for i in range(x.shape[1]):
-            out[b, i] = (x[b, i] - mean) * factor * weight[i]
+            out[b, i] = (x[b, i] - mean) * factor * (offset + weight[i])
         for i in range(bias.shape[0]):
             out[b, i] += bias[i]
 
@@ -222,18 +225,32 @@ def gated_unit(gate, up, out):
             out[b, i] = gate[b, i] * share / (float32(1.0) + small) * up[b, i]
 
 
+@_inner
+def _gelu(x, out):
+    """out = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): gelu by its tanh."""
+    for i in range(x.shape[0]):
+        out[i] = -abs(_GELU * (x[i] + float32(0.044715) * x[i] * x[i] * x[i]))
+    _exponentials(out)
+    for i in range(x.shape[0]):
+        small = out[i]  # exp(-2|u|), which cannot overflow
+        share = float32(1.0) if x[i] >= 0 else small
+        out[i] = x[i] * share / (float32(1.0) + small)
+
+
 @_kernel("void(f4[:,::1], f4[:,::1])")
 def gelu_unit(x, out):
-    """out = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): gelu by its tanh."""
+    """out = gelu(x), by its tanh"""
     for b in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            value = x[b, i]
-            out[b, i] = -abs(_GELU * (value + float32(0.044715) * value * value * value))
-        _exponentials(out[b])
-        for i in range(x.shape[1]):
-            small = out[b, i]  # exp(-2|u|), which cannot overflow
-            share = float32(1.0) if x[b, i] >= 0 else small
-            out[b, i] = x[b, i] * share / (float32(1.0) + small)
+        _gelu(x[b], out[b])
+
+
+@_kernel("void(f4[:,::1], f4[:,::1], f4[:,::1])")
+def gated_gelu_unit(gate, up, out):
+    """out = gelu(gate) * up, by its tanh"""
+    for b in range(gate.shape[0]):
+        _gelu(gate[b], out[b])
+        for i in range(gate.shape[1]):
+            out[b, i] *= up[b, i]
 
 
 @_kernel("void(f4[:,::1], f4[:,::1])")
@@ -352,7 +369,7 @@ def _compile(version: int) -> Any:
         query_map, key_map, value_map: (H * D, D), (G * D, D), (G * V, V) the matrices of each head's queries, keys and
             values for the fast weights; of width 0 for none.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
-        numbers: the norms' epsilon, and the factor of q·k.
+        numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
         leaving: whether they are written what leaves the window, and read before that.
         averages: whether they are written under k * (1 - gate).
@@ -381,7 +398,7 @@ def _attend(record):
     ring_v, sink_k, sink_v = _blocks(record, 22), _blocks(record, 23), _blocks(record, 24)
     fast_scale, fast_unit, window_scale = _line(record, 25), _line(record, 26), _line(record, 27)
     window_bias, numbers, out = _plane(record, 28), _line(record, 29), _block(record, 30)
-    epsilon, scale = numbers[0], numbers[1]
+    epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
     R, W, S = H // G, ring_k.shape[3], sink_k.shape[2]
@@ -413,11 +430,11 @@ def _attend(record):
             for i in range(value_low.shape[0]):
                 value_low[i] = _dot(value_down[i], x[b])
         if normed:
-            _normalise(k[b, g], k_norm, epsilon)
+            _normalise(k[b, g], k_norm, epsilon, offset)
         _rotate(k[b, g], rotary[0], rotary[1], rotated_k)
         for r in range(R):
             if normed:
-                _normalise(q[b, g * R + r], q_norm, epsilon)
+                _normalise(q[b, g * R + r], q_norm, epsilon, offset)
             _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
             _map(query_map, g * R + r, rotated_q[r] if rotated_fast else q[b, g * R + r], fast_q[r])
             for j in range(V):
