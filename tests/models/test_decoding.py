@@ -121,12 +121,13 @@ def test_families(family, form):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("converted", ["0,2", "2"])
+@pytest.mark.parametrize("converted", ["0,2", "2", None])
 @pytest.mark.parametrize("window", [0, 8])
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
-    """One of Gemma's has a window of its own, shorter than the texts."""
+    """One of Gemma's has a window of its own, shorter than the texts; None: all keep it."""
     monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
-    model = make(family, window=window, layers=converted)
+    chosen = {"layer_types": ["full_attention"] * 3} if converted is None else {"window": window, "layers": converted}
+    model = make(family, **chosen)
     assert why_plain(model) is None
     for rows, start in ((1, 1), (1, 20), (3, 20)):
         check(model, rows=rows, start=start)
@@ -295,10 +296,12 @@ def test_activations(activation):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("settings", [{"segment": 4}, {"segment": 0, "decay": "channel"}, {"updates": False}])
-def test_a_fast_weight_layer_goes_on_learning(family, rows, settings):
+def test_a_fast_weight_layer_goes_on_learning(family, rows, kept, settings):
+    """On fast weights, with a window or without, and on a model that keeps its softmax attention."""
     window = {"window": 8} if rows == 1 else {}
-    model = with_layer(make(family, positions="drop", **window), **settings)
+    model = with_layer(FAMILIES[family]() if kept else make(family, positions="drop", **window), **settings)
     cache = check(model, rows)
     assert cache.block is not None
     learned = settings.get("updates", True)
@@ -484,6 +487,9 @@ def test_what_is_no_case_for_it():
     assert len(seen) == 2
     dropping = make("gpt2")
     dropout(dropping)
+    other = make(layers="0,2")
+    kept = other.model.base.layers[1].self_attn
+    kept.__class__ = type("OtherAttention", (type(kept),), {})
     for model, reason in (
         (make("opt"), "family opt"),
         (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),
@@ -491,6 +497,8 @@ def test_what_is_no_case_for_it():
         (make("llama").bfloat16(), "float32"),
         (convert(make_gpt2(activation_function="relu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is relu"),
         (dropping, "drops out"),
+        (other, "layer 1 has an attention of the kind OtherAttention"),
+        (with_layer(FAMILIES["gemma3_text"](use_bidirectional_attention=True)), "layer 0 sees tokens to come"),
     ):
         assert reason in why_plain(model)
         assert plain(model)

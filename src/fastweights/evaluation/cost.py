@@ -7,11 +7,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from fastweights.models.architectures import local_windows, position_limit
 from fastweights.models.cache import FastWeightsCache, state_bytes
@@ -160,8 +161,9 @@ def time_of_step(model: PreTrainedModel, cache: Cache, rows: int = 1) -> float:
 
 
 def _random_cache(model: PreTrainedModel, context: int, rows: int = 1) -> Cache:
-    config = model.config.base if isinstance(model, FastWeightsForCausalLM) else model.config
-    cache = DynamicCache(config=config)
+    config = model.config
+    ours = isinstance(model, FastWeightsForCausalLM)
+    cache = FastWeightsCache(model.config) if ours else DynamicCache(config=config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
@@ -170,9 +172,9 @@ def _random_cache(model: PreTrainedModel, context: int, rows: int = 1) -> Cache:
             -1, -1, -1, context, -1
         )
         cache.update(k, v, layer)
-        if cache.is_sliding[layer]:  # of which transformers keeps a view of all, until the next token comes
-            kept = cache.layers[layer]
-            kept.keys, kept.values = kept.keys.clone(), kept.values.clone()  # type: ignore[union-attr]
+        kept: Any = cache.layers[layer]
+        if type(kept) is DynamicSlidingWindowLayer:  # it keeps a view of all, until the next token comes
+            kept.keys, kept.values = (x.clone() for x in (kept.keys, kept.values))  # type: ignore[union-attr]
     return cache
 
 

@@ -223,8 +223,7 @@ def decode(
 
 def _goes_on(cache: FastWeightsCache, shape: tuple[int, ...], mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether a mask hides nothing, and positions are the next ones, counted as a cache counts its tokens."""
-    layers, (rows, tokens) = cache.recurrent, shape
-    past = layers[0].cumulative_length if layers else 0
+    past, (rows, tokens) = cache.get_seq_length(), shape
     if mask is not None and not (tuple(mask.shape) in {(rows, tokens), (rows, past + tokens)} and bool(mask.all())):
         return False
     return position_ids is None or bool((position_ids - past == torch.arange(tokens, device=position_ids.device)).all())
@@ -249,8 +248,6 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     if family is None:
         return f"it is of the family {config.model_type}; those that have such steps are {', '.join(_FAMILIES)}"
     layers: Any = base.get_submodule(family.layers)
-    if not attentions:
-        return "none of its layers has fast weights"
     if (reason := _why_not_softmax(model)) is not None:
         return reason
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in model.parameters()):
@@ -295,14 +292,15 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
 
 
 def _why_not_softmax(model: FastWeightsForCausalLM) -> str | None:
-    """What a layer that keeps its softmax attention has beyond those of its family whose attention is known."""
-    config, row = model.config.base, model.model.architecture
-    known = {attention.replaced for attention in model.fast_attentions()}
-    for i, attention in enumerate(attention_modules(model.model.base, row)):
+    """What a layer that keeps its softmax attention has beyond what its family's own has."""
+    base, config = model.model.base, model.config.base
+    for i, attention in enumerate(attention_modules(base, model.model.architecture)):
         if isinstance(attention, FastWeightAttention):
             continue
-        if type(attention) not in known:
+        if type(attention).__module__ != type(base).__module__:
             return f"layer {i} has an attention of the kind {type(attention).__name__}"
+        if not attention.is_causal:
+            return f"layer {i} sees tokens to come"
         if config._attn_implementation not in _SOFTMAX:
             return f"its softmax attention is {config._attn_implementation}"
     return None
@@ -527,7 +525,7 @@ class DecodingState:
         self._growing = [window for window in windows if isinstance(window, GrowingWindow)]
         self._rings = [window for window in windows if isinstance(window, Ring)]
         self._counting = self._recurrent + [layer for layer in layers if isinstance(layer, SlidingCacheLayer)]
-        self.tokens: int = self._recurrent[0].next_position
+        self.tokens = _position(layers)
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
         kept = zip(self.room.layers, self._fast, windows, strict=True)
@@ -555,10 +553,9 @@ class DecodingState:
 
     def is_current(self, cache: FastWeightsCache, rows: int) -> bool:
         """Whether nothing else has changed the cache, nor taken the decoder's room."""
-        first = self._recurrent[0]
         if rows != self.rows or self.decoder.rooms.get(rows) is not self.room or not self.decoder.is_current():
             return False
-        if self.tokens != first.next_position or not first.has_previous_state[0]:
+        if self.tokens != _position(self._layers) or not all(x.has_previous_state[0] for x in self._recurrent[:1]):
             return False
         kept = zip(cache.layers, self._layers, self._fast, self._windows, strict=False)
         return all(window.is_current() for window in self._growing) and all(
@@ -859,11 +856,11 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     layers: list[Any] = cache.layers[: len(kinds)]
     others = len(cache.layers) - len(layers)  # of a Fast Weight Layer, or none
     recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
-    if others != (cache.block is not None) or not recurrent:
+    if others != (cache.block is not None):
         return None
     if any(state is None or len(state) != rows for state in (layer.state() for layer in recurrent)):
         return None
-    shape, windows = (rows, recurrent[0].next_position), local_windows(model.config.base)
+    shape, windows = (rows, _position(layers)), local_windows(model.config.base)
     softmax = [(layer, x) for layer, x in zip(layers, windows, strict=True) if not isinstance(layer, _OURS)]
     if softmax and cache.reordered:
         return None  # each step of a beam would copy all keys and values twice
@@ -879,6 +876,12 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     if any(layer.as_ring(head_dim) is None for layer in layers if isinstance(layer, _IN_RINGS)):
         return None
     return DecodingState(decoder, layers, [_window(layer) for layer in layers], rows)
+
+
+def _position(layers: list[Any]) -> int:
+    """Of the next token, as these layers of a cache have it."""
+    counting = next((layer for layer in layers if isinstance(layer, (*_OURS, SlidingCacheLayer))), None)
+    return layers[0].get_seq_length() if counting is None else counting.next_position
 
 
 def _window(layer: Any) -> Ring | GrowingWindow | None:
