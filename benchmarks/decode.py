@@ -5,9 +5,9 @@
 
 Random weights do: time and memory do not depend on what the weights say. The promises checked: fast weights at any
 context up to 64k are no slower than transformers' own softmax model at 128, a token at 64k costs at most 1.05 of one at
-1k, and the state keeps its size. "softmax, our products" is the softmax model with the matrix products that all models
-of this library have (layers/linear.py). Each context is timed in rounds that take every model in turn. Of Gemma 3's
-layers, every sixth sees all text, and is converted; the others keep their window of 512.
+1k, and the state keeps its size. "softmax, our steps" is the softmax model with the matrix products and the steps that
+all models of this library have (models/decoding.py). Each context is timed in rounds that take every model in turn. Of
+Gemma 3's layers, every sixth sees all text, and is converted; the others keep their window of 512.
 """
 
 import argparse
@@ -81,10 +81,9 @@ def main() -> None:
     torch.manual_seed(0)
     dtype, (name, shape) = getattr(torch, arguments.dtype), SHAPES[arguments.shape]
     softmax = shape()
-    layers = softmax.config.num_hidden_layers
     models = {
         "softmax": softmax,
-        "softmax, our products": convert(softmax, ConversionConfig(layer_types=["full_attention"] * layers)),
+        "softmax, our steps": convert(softmax, ConversionConfig(layers="none")),
         "pure": convert(softmax),
         "hybrid (window 64)": convert(softmax, ConversionConfig(window=64, sinks=0)),
         "hybrid (window 64, 4 sinks)": convert(softmax, ConversionConfig(window=64, sinks=4)),

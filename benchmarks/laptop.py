@@ -9,9 +9,10 @@ Every contender has the same weights (`smollm2-base`; what converts it is the sh
 training, whose cost is the same) and takes turns with the others, a few tokens each. llama.cpp reads the .gguf file
 itself, with flash attention; it is optional: `pip install llama-cpp-python`, which compiles for a quarter of an hour.
 Its context is really read, and that is timed too; of ours as much as fills the longest window, as what comes before
-costs nothing more, and the time is the median of three pieces. "+ layer" has a Fast Weight Layer as in
-recipes/smollm2-layer.toml, untrained, which learns from each token. With --batch so many texts go on side by side, a
-token each; llama.cpp reads one and copies it.
+costs nothing more, and the time is the median of three pieces. "softmax" goes by transformers' modules; with "short
+steps" it goes as our other models do (models/decoding.py), and keeps all its attention. "+ layer" has a Fast Weight
+Layer as in recipes/smollm2-layer.toml, untrained, which learns from each token. With --batch so many texts go on side
+by side, a token each; llama.cpp reads one and copies it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ _ALL_BUT_FOUR = "0-16,19,21-22,24-29"
 LLAMA_CPP = "llama.cpp"
 _MAKERS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "softmax": deepcopy,
+    "softmax, short steps": lambda base: convert(base, ConversionConfig(layers="none")),
     "pure": lambda base: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)),
     "window 128": lambda base: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)),
     "window 128, four full layers": lambda base: convert(

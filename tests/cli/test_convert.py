@@ -9,6 +9,7 @@ import pytest
 
 from fastweights.files import only_run
 from fastweights.models import FastWeightsForCausalLM, load_model
+from fastweights.models.decoding import why_plain
 from tests.cli.test_cli import run
 
 
@@ -63,6 +64,16 @@ def test_the_model_itself_stays(monkeypatch, capsys, model_folder):
         code, _, err = run(monkeypatch, capsys, "convert", model_folder, output, "--overwrite")
         assert code == 1
         assert "stays as it is" in err
+
+
+def test_no_layer_is_converted(convert, tmp_path):
+    """As whoever wants this library's steps of decoding for softmax attention does."""
+    code, out, _ = convert("--layers", "none")
+    assert code == 0
+    model = load_model(tmp_path / "converted")
+    assert set(model.config.layer_types) == {"full_attention"}
+    assert why_plain(model) is None
+    assert f"next: fastweights generate {tmp_path / 'converted'}" in " ".join(out.split())
 
 
 def test_layers_are_chosen_by_a_text(convert, tmp_path):

@@ -121,13 +121,12 @@ def test_families(family, form):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("converted", ["0,2", "2", None])
+@pytest.mark.parametrize("converted", ["0,2", "2", "none"])
 @pytest.mark.parametrize("window", [0, 8])
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
-    """One of Gemma's has a window of its own, shorter than the texts; None: all keep it."""
+    """One of Gemma's has a window of its own, shorter than the texts."""
     monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
-    chosen = {"layer_types": ["full_attention"] * 3} if converted is None else {"window": window, "layers": converted}
-    model = make(family, **chosen)
+    model = make(family, window=0 if converted == "none" else window, layers=converted)
     assert why_plain(model) is None
     for rows, start in ((1, 1), (1, 20), (3, 20)):
         check(model, rows=rows, start=start)

@@ -144,7 +144,7 @@ def test_named_layers_are_converted(base, layers, converted):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"layers": "0,x"}, "layers is 0,x; allowed are numbers such as 0,4-9, and auto:N"),
+        ({"layers": "0,x"}, "layers is 0,x; allowed are numbers such as 0,4-9, auto:N, and none"),
         ({"layers": ""}, "allowed are numbers such as"),
         ({"layers": "2-1"}, "the base model has layers 0 to 2"),
         ({"layers": "0,2-1"}, "layers is 0,2-1; the base model has layers 0 to 2"),

@@ -85,8 +85,7 @@ def add_fast_weight_layer(
     settings = settings or FastWeightLayerSettings()
     model = _own(model)
     if not isinstance(model, FastWeightsForCausalLM):
-        softmax = ConversionConfig(layer_types=["full_attention"] * model.config.num_hidden_layers)
-        return with_config(model, softmax, settings)
+        return with_config(model, ConversionConfig(layers="none"), settings)
     if model.fast_weight_layer is not None:
         raise FastWeightsError("the model has a Fast Weight Layer already; give the model that it was added to")
     model.config.fast_weight_layer = asdict(settings)

@@ -27,7 +27,8 @@ ADDED = {"value_map": False}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTO = "auto:"
-_LAYERS = re.compile(r"auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
+_NONE = "none"
+_LAYERS = re.compile(r"none|auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class SharedConversion:
     layer_types: list[str] | None = None
     """Per layer linear_attention, hybrid_sliding or full_attention; by default all that see all text are converted."""
     layers: str | None = None
-    """Which to convert: numbers such as 0,4-9, or auto:4 for all but the 4 that are missed most; by default all."""
+    """Which to convert: numbers such as 0,4-9, auto:4 for all but the 4 that are missed most, or none; else all."""
     wide_window: int = 0
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
     value_gate: bool = True
@@ -87,7 +88,7 @@ class SharedConversion:
         if self.layer_types is not None:
             raise FastWeightsError("layers and layer_types were given, which say the same: leave one out")
         if not _LAYERS.fullmatch(layers):
-            raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, and auto:N")
+            raise FastWeightsError(f"layers is {layers}; allowed are numbers such as 0,4-9, auto:N, and none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,8 @@ class ConversionConfig(SharedConversion):
             raise FastWeightsError(
                 f"layers is {self.layers}, which takes a model and a text: use fastweights convert, or choose_layers"
             )
+        if self.layers == _NONE:
+            return set()
         spans = [[int(end) for end in span.split("-")] for span in self.layers.split(",")]
         if any(not span[0] <= span[-1] < layers for span in spans):
             raise FastWeightsError(f"layers is {self.layers}; the base model has layers 0 to {layers - 1}")

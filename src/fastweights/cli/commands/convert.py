@@ -51,9 +51,10 @@ def convert(
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
     new = sum(model.get_parameter(name).numel() for name in model.new_parameter_names())
+    then = f"train --model {output}" if new else f"generate {output}"
     say(
         f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
-        f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights train --model {output}"
+        f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights {then}"
     )
 
 
