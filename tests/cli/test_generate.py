@@ -14,9 +14,11 @@ import torch
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from fastweights.embedded import byte_tokenizer
+from fastweights.files import save_model
 from fastweights.models import load_model
+from fastweights.models.decoding import Decoder
 from tests.cli.test_cli import run
-from tests.conftest import make_llama
+from tests.conftest import FAMILIES, make_llama
 
 FEW = ("--max-new-tokens", 6, "--temperature", 0)
 
@@ -92,6 +94,24 @@ def test_models_of_both_kinds_say_what_transformers_says(monkeypatch, capsys, en
         assert code == 0
         (answer,) = answers(out)
         assert answer["text"] == byte_tokenizer().decode(whole[0, 5:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral", "opt"])
+def test_softmax_models_take_our_steps(monkeypatch, capsys, tmp_path, family, weights):
+    """Those of families that have them; a Mistral of windows alone is of constant memory then."""
+    model = FAMILIES[family](**({"sliding_window": 5} if family == "mistral" else {}))
+    save_model(model, byte_tokenizer(), tmp_path / "model")
+    ids = byte_tokenizer()("def f", return_tensors="pt")["input_ids"]
+    plain = load_model(tmp_path / "model", weights=weights)
+    whole = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    arguments = ("generate", tmp_path / "model", "--prompt", "def f", "--json", "--weights", weights, *FEW)
+    made, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *given: made.append(1) or step(*given))
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert answers(out)[0]["text"] == byte_tokenizer().decode(whole[0, 5:], skip_special_tokens=True)
+    assert len(made) == (0 if family == "opt" else 6)
 
 
 def test_bare_generate_says_something(monkeypatch, capsys):

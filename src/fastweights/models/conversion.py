@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import check_known
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.window import window_attention
 from fastweights.models.architectures import architecture_of, attention_modules, local_windows
 from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.decoding import why_plain
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
-from fastweights.models.quantisation import check_not_quantised
+from fastweights.models.quantisation import check_not_quantised, quantise, weights_of
 from fastweights.models.recording import record_calls
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
+from fastweights.settings.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,6 +134,33 @@ def with_config(
     model = FastWeightsForCausalLM(config, base=base)
     use_onednn(model)
     return model
+
+
+def load_for_decoding(source: str | Path, weights: str | None = None) -> PreTrainedModel:
+    """As `load_model`, and a softmax model as `layers="none"` has it if it then decodes by this library's steps.
+
+    Args:
+        source: as there.
+        weights: as there.
+
+    Raises:
+        FastWeightsError: as there.
+    """
+    check_name("weights", weights or "fp32", WEIGHTS)
+    model = load_model(source)
+    whole = weights_of(model) == "fp32"
+    return quantise(_by_our_steps(model) if whole else model, weights or "fp32")
+
+
+def _by_our_steps(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that takes them, or the model as it is."""
+    if isinstance(model, FastWeightsForCausalLM):
+        return model
+    try:
+        ours = with_config(model, ConversionConfig(layers="none")).eval()
+    except FastWeightsError:  # it has more than its family's row says
+        return model
+    return ours if why_plain(ours) is None else model
 
 
 @torch.no_grad()

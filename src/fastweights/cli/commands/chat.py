@@ -80,12 +80,13 @@ def chat(
 
     from transformers import set_seed
 
-    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.models.conversion import load_for_decoding
+    from fastweights.models.loading import load_tokenizer, resolve_model
     from fastweights.reading.conversation import Conversation
     from fastweights.reading.text import STANDARD_INPUT, check_text, text_lines
 
     check_text(STANDARD_INPUT)
-    tokenizer, loaded = load_tokenizer(model), load_model(model, weights=weights)
+    tokenizer, loaded = load_tokenizer(model), load_for_decoding(model, weights)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens)
     conversation = Conversation(loaded, tokenizer, settings, system=system)
     if conversation.template.plain:

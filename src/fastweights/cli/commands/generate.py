@@ -86,10 +86,11 @@ def generate(
     from transformers import set_seed
 
     from fastweights.cli.answers import Speaker
-    from fastweights.models.loading import load_model, load_tokenizer
+    from fastweights.models.conversion import load_for_decoding
+    from fastweights.models.loading import load_tokenizer
     from fastweights.reading.memory import load_memory
 
-    tokenizer, loaded = load_tokenizer(model), load_model(model, weights=weights)
+    tokenizer, loaded = load_tokenizer(model), load_for_decoding(model, weights)
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens, beams=beams)
     line = Line()
