@@ -254,10 +254,23 @@ def test_the_windows_of_layers_that_keep_them():
     kept = cache.layers[1]
     assert kept.ring is not None
     kept.activate_past_recording()  # transformers' way back, for which more than the window is kept
-    model(ids[:, 36:38], cache=cache)
-    model(ids[:, 38:39], cache=cache)
+    for i in range(36, 39):
+        model(ids[:, i : i + 1], cache=cache)
     assert cache.decoding is None
     assert kept.keys.shape[2] == 7
+
+
+def test_a_softmax_layers_own_window_of_one_token():
+    check(make("gemma3_text", changes={"sliding_window": 1}, window=8), start=7)
+
+
+@torch.no_grad()
+def test_positions_of_softmax_over_all_tokens_begin_nowhere_else():
+    model = make(layers="0,2")
+    cache = FastWeightsCache(model.config)
+    model(random_ids(1, 9), cache=cache)
+    with pytest.raises(FastWeightsError, match="cannot begin anew"):
+        cache.begin_here()
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -12,7 +12,7 @@ from fastweights.models.cache import FastWeightsCache
 from fastweights.models.documents import read_tokens
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gpt2, make_llama, make_mistral, make_qwen3, random_ids
+from tests.conftest import make_gemma3, make_gpt2, make_llama, make_mistral, make_qwen3, random_ids
 from tests.models.test_fast_weight_layer import trained
 from tests.ops.problems import error
 
@@ -95,6 +95,54 @@ def test_the_last_document_goes_on_in_the_next_call(base, kind, block):
     assert error(found, model(torch.cat((documents[-1], more), 1)).logits[:, -5:]) <= tolerances.FLOAT32
     found = model(more, position_ids=torch.arange(5)[None], cache=cache).logits  # and here one begins
     assert error(found, model(more).logits) <= tolerances.FLOAT32
+
+
+OWN_WINDOWS = {
+    "gemma3, pure": (make_gemma3, ConversionConfig()),
+    "gemma3, hybrid": (make_gemma3, ConversionConfig(window=8)),
+    "mistral": (make_mistral, ConversionConfig(layers="none")),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OWN_WINDOWS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_with_windows_of_their_own_go_on_after_several_documents(kind, padded):
+    """In pieces, in rows with borders at different places, which change theirs."""
+    make, settings = OWN_WINDOWS[kind]
+    model = convert(make(sliding_window=5), settings).eval()
+    _, row, positions = packed()
+    ids = torch.cat((row, random_ids(1, 33, seed=7)))
+    positions = torch.cat((positions, torch.cat((torch.arange(20), torch.arange(13)))[None]))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 11:13] = mask[1, 26] = mask[1, 32] = 0
+    whole = model(ids, position_ids=positions, attention_mask=mask).logits
+    for cache in (FastWeightsCache(model.config), DynamicCache(config=model.config)):
+        at, order = 0, torch.arange(2)
+        for size in (3, 5, 1, 1, 10, 2, 11):
+            of, told = slice(at, at + size), {"attention_mask": mask[order, : at + size], "cache": cache}
+            found = model(ids[order, of], position_ids=positions[order, of], **told).logits
+            real = mask[order, of].bool()
+            assert error(found[real], whole[order, of][real]) <= tolerances.FLOAT32
+            at += size
+            cache.reorder_cache(torch.tensor([1, 0]))
+            order = order.flip(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OWN_WINDOWS)
+def test_documents_begin_after_what_a_cache_is_not_said_to_hold(kind):
+    make, settings = OWN_WINDOWS[kind]
+    model = convert(make(sliding_window=5), settings).eval()
+    ids, cache = random_ids(1, 30), FastWeightsCache(model.config)
+    starts = torch.zeros(1, 22, dtype=torch.bool)
+    starts[0, 9] = True
+    model(ids[:, :8], cache=cache)
+    cache.begin_here()
+    found = model(ids[:, 8:], document_starts=starts, cache=cache).logits
+    assert error(found[:, :9], model(ids[:, :17]).logits[:, 8:]) <= tolerances.FLOAT32
+    assert error(found[:, 9:], model(ids[:, 17:]).logits) <= tolerances.FLOAT32
 
 
 @torch.no_grad()

@@ -18,13 +18,13 @@ from fastweights.training import train
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.meta import BlocksInRuns, MetaTrainer, RunSampler
 from fastweights.training.next_token import next_token_loss
-from tests.conftest import make_gpt2, random_ids
+from tests.conftest import make_gemma3, make_gpt2, make_llama, random_ids
 from tests.training.test_trainer import told_to_stop
 
 
-def trainer(folder, model, **settings):
+def trainer(folder, model, documents=None, **settings):
     config = MetaConfig(**{"batch_size": 2, "steps": 4, "learning_rate": 1e-3, **settings})
-    data = TokenBlocks(random_ids(1, 640)[0], 32)
+    data = TokenBlocks(random_ids(1, 640)[0], 32, documents)
     run = RunConfig(save_every=2, log_every=1)
     return MetaTrainer(model, config, run, folder, data, byte_tokenizer(), title="meta")
 
@@ -93,6 +93,30 @@ def test_fast_weights_go_on_from_step_to_step(tmp_path, kind):
     assert losses == pytest.approx(expected, abs=1e-5)
     # One was due after steps 2 and 4, but within a run; the Trainer saves the last step in any case.
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gemma3])
+def test_documents_begin_within_the_blocks_of_a_stream(tmp_path, make):
+    """Also under softmax layers with windows of their own, which go on from block to block as fast weights do."""
+    model = add_fast_weight_layer(convert(make(), ConversionConfig(window=4)), FastWeightLayerSettings(segment=8))
+    with torch.no_grad():
+        model.fast_weight_layer.output_scale.normal_()
+    lengths = [40, 7, 20, 3, 11, 50] * 5
+    stage = trainer(tmp_path, model, lengths[:-1], steps=6, blocks=3, learning_rate=1e-12, new_learning_rate=1e-12)
+    stage.run(resume=False)
+    losses = [entry["loss"] for entry in stage.state.log_history if "loss" in entry]
+    positions = torch.cat([torch.arange(n) for n in lengths])[:640]
+    order, expected = list(stage._get_train_sampler()), []
+    for run in (order[:6], order[6:12]):
+        places = torch.stack([torch.arange(32 * run[lane], 32 * run[lane] + 96) for lane in range(2)])
+        at = positions[places]
+        at[:, :] -= at[:, :1] * (at == at[:, :1] + torch.arange(96))  # a document that began before begins here
+        ids = random_ids(1, 640)[0][places]
+        with torch.no_grad():
+            logits = model(ids, position_ids=at).logits
+        labels = ids.masked_fill(at == 0, -100)
+        expected += [next_token_loss(logits[:, i : i + 32], labels[:, i : i + 32]).item() for i in (0, 32, 64)]
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_resumed_run_ends_where_one_in_one_piece_does(tmp_path, monkeypatch):

@@ -264,12 +264,21 @@ class _Windowed:
 class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
     """Keys and values of a softmax layer that has a window of its own, as most of Gemma 3's have."""
 
+    documents: Int[Tensor, "B L"] | None = None
+    """By number the document of each token that is kept, -1 for padding; None while there was only one."""
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """All that the new tokens see; what the window keeps of it is kept by itself, not as a view of it all."""
         seen = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] > 1 and not self.record_past:
-            self.keys, self.values = (x[:, :, -self.sliding_window + 1 :].clone() for x in seen)
+        if not self.record_past and (key_states.shape[2] > 1 or self.sliding_window == 1):
+            room = self.sliding_window - 1
+            self.keys, self.values = (x[:, :, max(0, x.shape[2] - room) :].clone() for x in seen)
         return seen
+
+    def activate_past_recording(self) -> None:
+        """Keep more than the window until `crop`, which a ring cannot."""
+        self.leave_ring()
+        super().activate_past_recording()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of what new tokens may see, and the position of its first, among all that were read."""
@@ -281,9 +290,10 @@ class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
         return self.next_position
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Keys and values, also where the layer is said to hold no tokens, by what `change` makes of them."""
+        """All that is held, also where the layer is said to hold no tokens, by what `change` makes of it."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
+        self.documents = None if self.documents is None else change(self.documents)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows in this order."""
@@ -292,7 +302,7 @@ class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
     def reset(self) -> None:
         """As new."""
         super().reset()
-        self.position_offset = 0
+        self.position_offset, self.documents = 0, None
 
 
 class HybridCacheLayer(_Windowed, _Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
@@ -526,7 +536,8 @@ class FastWeightsCache(DynamicCache):
     @property
     def several_documents(self) -> bool:
         """Whether the tokens so far are more than one document."""
-        return self._several_documents or any(layer.several_documents for layer in self.recurrent)
+        several = (layer.several_documents for layer in self.recurrent)
+        return self._several_documents or any(several) or any(layer.documents is not None for layer in self._sliding)
 
     @several_documents.setter
     def several_documents(self, value: bool) -> None:
@@ -550,6 +561,11 @@ class FastWeightsCache(DynamicCache):
         if several != self.several_documents:
             self.several_documents = several
 
+    def note_documents(self, numbers: Int[Tensor, "B L"]) -> None:
+        """Which document each of the last tokens is of, for layers with windows of their own."""
+        for layer in self._sliding:
+            layer.documents = numbers[:, max(0, numbers.shape[1] - layer.sliding_window + 1) :]
+
     def reset(self) -> None:
         """As new."""
         super().reset()
@@ -560,6 +576,10 @@ class FastWeightsCache(DynamicCache):
         """The rows in this order."""
         super().reorder_cache(beam_idx)
         self.reordered = True
+
+    @property
+    def _sliding(self) -> list[SlidingCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SlidingCacheLayer)]
 
     @property
     def counting(self) -> list[_Counting]:
@@ -580,7 +600,15 @@ class FastWeightsCache(DynamicCache):
         """Be said to hold no tokens from now on, while positions go on from where they are.
 
         For transformers' `generate`, which wants all the tokens that a cache has read.
+
+        Raises:
+            FastWeightsError: a layer with softmax over all tokens has read some, whose number its positions go by.
         """
+        if any(layer.get_seq_length() for layer in self.layers if not isinstance(layer, _Counting)):
+            raise FastWeightsError(
+                "a layer with softmax attention over all tokens cannot begin anew with the others: begin_here is for "
+                "models whose memory has a constant size"
+            )
         for layer in self.counting:
             layer.position_offset += layer.cumulative_length
             layer.cumulative_length = 0

@@ -178,42 +178,65 @@ def _after_what_was_read(
     return position_ids + cache.position_offset * goes_on
 
 
-def documents_mask(
-    starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype, window: int | None = None
-) -> Tensor:
-    """What softmax attention adds to q·k, (B, 1, T, T): 0 where a token sees another of its document, else -max.
+class Numbers(NamedTuple):
+    """Which document each token is of, by numbers that grow, and -1 for padding."""
+
+    seen: Int[Tensor, "B L"]
+    """Of the tokens that are seen: of those that were read before, the last; then all new ones."""
+    own: Int[Tensor, "B T"]
+    """Of the new tokens, padding among them as if it were none."""
+
+    @classmethod
+    def of(
+        cls,
+        starts: Bool[Tensor, "B T"],
+        real: Bool[Tensor, "B T"] | None,
+        before: Int[Tensor, "B _"] | None = None,
+    ) -> Numbers:
+        """Count documents.
+
+        Args:
+            starts: True where one begins.
+            real: False where a token is padding.
+            before: numbers of tokens before; by default none.
+        """
+        own = starts.cumsum(1)
+        if before is None or not before.shape[1]:
+            return cls(own if real is None else own.masked_fill(~real, -1), own)
+        own = own + before.amax(1, keepdim=True).clamp(min=0)
+        return cls(torch.cat((before, own if real is None else own.masked_fill(~real, -1)), 1), own)
+
+
+def documents_mask(numbers: Numbers, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """What softmax attention adds to q·k, (B, 1, T, L): 0 where a token sees another of its document, else -max.
 
     Args:
-        starts: True where a document begins.
-        real: False where a token is padding.
+        numbers: of the documents.
         dtype: of the mask.
         window: how many tokens each sees, itself among them; None for all before it.
     """
-    document = starts.cumsum(1)
-    T = starts.shape[1]
-    seen = document[:, :, None] == document[:, None, :]
-    near = torch.ones(T, T, dtype=torch.bool, device=starts.device).tril()
-    seen = seen & (near if window is None else near.triu(1 - window))
-    if real is not None:
-        seen = seen & real[:, None, :]
-    return torch.zeros(seen.shape, dtype=dtype, device=starts.device).masked_fill(~seen, torch.finfo(dtype).min)[
-        :, None
-    ]
+    T, L = numbers.own.shape[1], numbers.seen.shape[1]
+    near = torch.ones(T, L, dtype=torch.bool, device=numbers.own.device).tril(L - T)
+    near = near if window is None else near.triu(L - T + 1 - window)
+    seen = near & (numbers.own[:, :, None] == numbers.seen[:, None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def documents_masks(
-    config: PreTrainedConfig, starts: Bool[Tensor, "B T"], real: Bool[Tensor, "B T"] | None, dtype: torch.dtype
+    config: PreTrainedConfig, numbers: Numbers, dtype: torch.dtype, in_windows: Numbers | None = None
 ) -> Tensor | dict[str, Tensor]:
     """What a base model takes as its mask; for each type of layer one, if some of its layers alone have windows.
 
     Args:
         config: of the base model.
-        starts: True where a document begins.
-        real: False where a token is padding.
+        numbers: of the documents.
         dtype: of the mask.
+        in_windows: the same for layers with windows of their own, which see tokens that were read before; by default
+            these see none.
     """
     windows = local_windows(config)
-    masks = {window: documents_mask(starts, real, dtype, window) for window in set(windows)}
+    in_windows = numbers if in_windows is None else in_windows
+    masks = {w: documents_mask(numbers if w is None else in_windows, dtype, w) for w in set(windows)}
     if len(masks) == 1:
         return masks[windows[0]]
     return {kind: masks[window] for kind, window in zip(config.layer_types, windows, strict=True)}

@@ -23,10 +23,10 @@ from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
-from fastweights.models.cache import FastWeightsCache, PendingPosition
+from fastweights.models.cache import FastWeightsCache, PendingPosition, SlidingCacheLayer
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.decoding import decode
-from fastweights.models.documents import Reading, documents_masks, next_real_tokens, read_tokens
+from fastweights.models.documents import Numbers, Reading, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, keep_frequencies, replace_attention
 from fastweights.models.unembedding import readable
@@ -263,9 +263,10 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
         if self._positional:
             kwargs["feature_positions"] = position_ids
+        in_windows = _documents_in_windows(reading, ours, given)
         outputs = self.base(
             input_ids=input_ids,
-            attention_mask=self._softmax_mask(reading, ours, past, given),
+            attention_mask=self._softmax_mask(reading, ours, past, given, in_windows),
             position_ids=position_ids,
             cache=ours,
             inputs_embeds=inputs_embeds,
@@ -274,6 +275,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         )
         if ours is not None:
             ours.note(past=past, padded=reading.mask is not None, starts=starts)
+            if in_windows is not None:
+                ours.note_documents(in_windows.seen)
         hidden = outputs.last_hidden_state
         if self.fast_weight_layer is not None:
             hidden = self.read_and_learn(hidden, input_ids, real, starts, ours)
@@ -329,7 +332,12 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             )
 
     def _softmax_mask(
-        self, reading: Reading, cache: FastWeightsCache | None, past: int, given: Tensor
+        self,
+        reading: Reading,
+        cache: FastWeightsCache | None,
+        past: int,
+        given: Tensor,
+        in_windows: Numbers | None,
     ) -> Tensor | dict[str, Tensor] | None:
         """What the base model's own attention is to see; a mask of four dimensions is passed on as it is."""
         if "full_attention" not in self.config.layer_types:
@@ -337,10 +345,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             return given.new_zeros(1, 1, 1, 1)
         real, starts = reading.marks
         if starts is None and not (past and cache is not None and cache.several_documents):
-            if reading.mask is None or cache is None:
-                return reading.mask
-            return nn.functional.pad(reading.mask, (cache.position_offset, 0), value=1)
-        if past or (cache is not None and not cache.remembers):
+            return _mask_of_all(reading, cache)
+        is_known = in_windows is not None and not self.config.growing_layers
+        if not is_known and (past or (cache is not None and not cache.remembers)):
             raise FastWeightsError(
                 "several documents were packed into one row, and layers with softmax attention cannot go on after "
                 "that, nor begin it after other tokens: give them without a cache, or convert all layers"
@@ -350,8 +357,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "several documents were packed into one row, which layers with softmax attention tell apart only with "
                 'attn_implementation "sdpa" or "eager": give one document a row'
             )
-        assert starts is not None
-        return documents_masks(self.config.base, starts, real, self.dtype)
+        if starts is None:
+            starts = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
+        return documents_masks(self.config.base, Numbers.of(starts, real), self.dtype, in_windows)
 
     def read_and_learn(
         self,
@@ -568,6 +576,34 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant and not ours.get_seq_length():
                 ours.save_states()
         return result
+
+
+def _mask_of_all(reading: Reading, cache: FastWeightsCache | None) -> Tensor | None:
+    """False where a token is padding, of all that were read, as layers with windows of their own count them."""
+    if reading.mask is None or cache is None:
+        return reading.mask
+    return nn.functional.pad(reading.mask, (cache.position_offset, 0), value=True)
+
+
+def _documents_in_windows(reading: Reading, cache: FastWeightsCache | None, given: Tensor) -> Numbers | None:
+    """Documents that layers with windows of their own see; None where they see one, or there are no such layers."""
+    starts = reading.marks.starts
+    layer = None if cache is None else next((x for x in cache.layers if isinstance(x, SlidingCacheLayer)), None)
+    if layer is None or (starts is None and layer.documents is None):
+        return None
+    if starts is not None and not layer.next_position and not starts[:, 1:].any():
+        return None  # one that begins where nothing was read
+    if starts is None:
+        starts = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
+    T = starts.shape[1]
+    kept = layer.get_mask_sizes(T)[0] - T
+    before = layer.documents
+    if before is None:
+        before = torch.zeros(len(starts), kept, dtype=torch.long, device=given.device)
+        mask = _mask_of_all(reading, cache)
+        if mask is not None:
+            before = before.masked_fill(~mask[:, -T - kept : -T], -1)
+    return Numbers.of(starts, reading.marks.real, before)
 
 
 def _check_others(kwargs: dict[str, Any], cu_seq_lens_q: Tensor | None) -> None:

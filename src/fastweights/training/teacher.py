@@ -8,7 +8,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.architectures import architecture_of, position_vectors
-from fastweights.models.documents import documents_masks
+from fastweights.models.documents import Numbers, documents_masks
 from fastweights.models.loading import load_model
 from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
 from fastweights.models.recording import record_calls
@@ -38,7 +38,9 @@ def documents_apart(
     teacher: PreTrainedModel, position_ids: Int[Tensor, "B T"] | None
 ) -> Tensor | dict[str, Tensor] | None:
     """The mask that keeps packed documents apart; OPT would not do so by their positions. None for one document."""
-    return None if position_ids is None else documents_masks(teacher.config, position_ids == 0, None, teacher.dtype)
+    if position_ids is None:
+        return None
+    return documents_masks(teacher.config, Numbers.of(position_ids == 0, None), teacher.dtype)
 
 
 @torch.no_grad()
