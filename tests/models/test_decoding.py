@@ -121,12 +121,11 @@ def test_families(family, form):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("converted", ["0,2", "2", "none"])
-@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize(("converted", "window"), [("0,2", 0), ("0,2", 8), ("2", 8), ("none", 0)])
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
     """One of Gemma's has a window of its own, shorter than the texts."""
     monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
-    model = make(family, window=0 if converted == "none" else window, layers=converted)
+    model = make(family, window=window, layers=converted)
     assert why_plain(model) is None
     for rows, start in ((1, 1), (1, 20), (3, 20)):
         check(model, rows=rows, start=start)
