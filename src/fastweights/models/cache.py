@@ -63,7 +63,7 @@ class Ring:
         return keys, self.v[:, :, order]
 
 
-class _Counting:
+class Counting:
     """How many tokens made a layer's state, whose own size does not tell."""
 
     cumulative_length: int
@@ -75,6 +75,10 @@ class _Counting:
     def next_position(self) -> int:
         """Of the token that comes next, padding counted."""
         return self.position_offset + self.cumulative_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows in this order."""
+        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
@@ -89,7 +93,7 @@ class _Counting:
         raise NotImplementedError
 
 
-class _Recurrent(_Counting, LinearAttentionLayer):
+class _Recurrent(Counting, LinearAttentionLayer):
     """States, and what they were made of."""
 
     padded = False
@@ -178,10 +182,9 @@ class PureCacheLayer(_Recurrent, CacheLayerMixin):
 
     offload = LinearAttentionLayer.offload
     prefetch = LinearAttentionLayer.prefetch
-    reorder_cache = LinearAttentionLayer.reorder_cache
 
 
-class _Windowed:
+class Windowed:
     """A layer's keys and values of a window, which are a ring while single tokens come."""
 
     sliding_window: int
@@ -261,7 +264,7 @@ class _Windowed:
         raise NotImplementedError
 
 
-class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
+class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
     """Keys and values of a softmax layer that has a window of its own, as most of Gemma 3's have."""
 
     documents: Int[Tensor, "B L"] | None = None
@@ -295,17 +298,13 @@ class SlidingCacheLayer(_Counting, _Windowed, DynamicSlidingWindowLayer):
             self.keys, self.values = change(self.keys), change(self.values)
         self.documents = None if self.documents is None else change(self.documents)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows in this order."""
-        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
     def reset(self) -> None:
         """As new."""
         super().reset()
         self.position_offset, self.documents = 0, None
 
 
-class HybridCacheLayer(_Windowed, _Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
+class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAttentionLayer):
     """The state of a hybrid layer: fast weights, and the keys and values of the window and of sinks."""
 
     count: Int[Tensor, "B 1"] | None = None
@@ -341,10 +340,6 @@ class HybridCacheLayer(_Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtt
         LinearAttentionAndSlidingWindowAttentionLayer.reset(self)
         _Recurrent.reset(self)
         self.sinks = self.count = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows in this order."""
-        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """All that is held by what `change` makes of it; transformers passes over keys of no tokens."""
@@ -582,9 +577,9 @@ class FastWeightsCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, SlidingCacheLayer)]
 
     @property
-    def counting(self) -> list[_Counting]:
+    def counting(self) -> list[Counting]:
         """The layers whose state has a size that does not tell how many tokens made it."""
-        return [layer for layer in self.layers if isinstance(layer, _Counting)]
+        return [layer for layer in self.layers if isinstance(layer, Counting)]
 
     @property
     def position_offset(self) -> int:
@@ -604,7 +599,7 @@ class FastWeightsCache(DynamicCache):
         Raises:
             FastWeightsError: a layer with softmax over all tokens has read some, whose number its positions go by.
         """
-        if any(layer.get_seq_length() for layer in self.layers if not isinstance(layer, _Counting)):
+        if any(layer.get_seq_length() for layer in self.layers if not isinstance(layer, Counting)):
             raise FastWeightsError(
                 "a layer with softmax attention over all tokens cannot begin anew with the others: begin_here is for "
                 "models whose memory has a constant size"
@@ -669,7 +664,7 @@ class FastWeightsCache(DynamicCache):
     def set_lengths(self, lengths: list[int]) -> None:
         """The counterpart of `lengths`."""
         for layer, length in zip(self.counting, lengths, strict=True):
-            if isinstance(layer, _Windowed):
+            if isinstance(layer, Windowed):
                 layer.leave_ring()  # it would lose its places
             layer.cumulative_length = length
 
@@ -690,7 +685,7 @@ class _Saved(NamedTuple):
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
-    if isinstance(layer, _Windowed):
+    if isinstance(layer, Windowed):
         layer.leave_ring()  # which single tokens are written into
     return _copied(vars(layer))
 

@@ -40,7 +40,15 @@ from fastweights.models.architectures import (
     has_rotary,
     local_windows,
 )
-from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, Ring, SlidingCacheLayer
+from fastweights.models.cache import (
+    Counting,
+    FastWeightsCache,
+    HybridCacheLayer,
+    PureCacheLayer,
+    Ring,
+    SlidingCacheLayer,
+    Windowed,
+)
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
@@ -138,8 +146,6 @@ _PROJECTIONS = (
 )
 _OURS = (HybridCacheLayer, PureCacheLayer)
 """Layers of a cache that are of layers with fast weights."""
-_IN_RINGS = (HybridCacheLayer, SlidingCacheLayer)
-"""Those with a window of so many tokens."""
 _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _DECODER = "_decoder"
 """Where a model keeps it."""
@@ -243,7 +249,7 @@ def _is_plain_call() -> bool:
 
 def why_plain(model: FastWeightsForCausalLM) -> str | None:
     """Why a model's steps go through transformers' modules; None where they do not."""
-    base, attentions, config = model.model.base, model.fast_attentions(), model.config.base
+    base, config = model.model.base, model.config.base
     family = _FAMILIES.get(config.model_type)
     if family is None:
         return f"it is of the family {config.model_type}; those that have such steps are {', '.join(_FAMILIES)}"
@@ -261,19 +267,20 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         found = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
         if any(has - family.others != needs for has, needs in zip(found, (parts, unit), strict=True)):
             return "its layers have other parts than its family's"
-    for attention in attentions:
+    for attention in model.fast_attentions():
         rule = attention.rule
         if type(rule) not in _RULES or rule.shape.normaliser:
             return f"its rule is {type(rule).__name__}, or has a normaliser"
         if type(attention.query_map) not in _MAPS or type(attention.key_map) not in _MAPS:
             return f"its feature map is {type(attention.query_map).__name__}"
-    for attention in _all_attentions(model):
+    attentions = _all_attentions(model)
+    for attention in attentions:
         if type(attention.projections) not in _PROJECTIONS:
             return "its projections are other than its family's"
         if (module := next((x for x in _multiplied(attention) if type(x) not in _LINEAR), None)) is not None:
             return f"it has layers of the kind {type(module).__name__}"
     norms = [layer.get_submodule(name) for layer in layers for name in (*family.norms, *family.norms_after)]
-    norms += [norm for attention in _all_attentions(model) for norm in _head_norms(attention)]
+    norms += [norm for attention in attentions for norm in _head_norms(attention)]
     for norm in (*norms, base.get_submodule(family.last_norm)):
         is_centred = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
         if not is_centred and _rms_numbers(norm) is None:
@@ -524,7 +531,7 @@ class DecodingState:
         self._recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
         self._growing = [window for window in windows if isinstance(window, GrowingWindow)]
         self._rings = [window for window in windows if isinstance(window, Ring)]
-        self._counting = self._recurrent + [layer for layer in layers if isinstance(layer, SlidingCacheLayer)]
+        self._counting = [layer for layer in layers if isinstance(layer, Counting)]
         self.tokens = _position(layers)
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
@@ -586,7 +593,7 @@ class Room:
         """What attention and unit read."""
         self.parallel = family.parallel is not None and bool(getattr(config.base, family.parallel))
         self.aside, self.again = (_zeros(rows, config.hidden_size if self.parallel else 0) for _ in range(2))
-        """Where a unit reads what attention reads: what it is given, and what it says, which is nothing until then."""
+        """Where a unit reads what attention reads: what it is given, and what it says."""
         self.last_norm = _norm(base.get_submodule(family.last_norm))
         attentions = _all_attentions(model)
         self.rotaries = []
@@ -620,8 +627,7 @@ class Room:
 
     def normalise_aside(self, norm: _Norm) -> None:
         """Normalise the residual stream as it is, for a unit beside attention."""
-        self.again.zero_()
-        self.kernels.add_and_normalise(self.arrays[0], self.again.numpy(), *norm, self.aside.numpy())
+        self.kernels.add_and_normalise(self.arrays[0], self.nothing, *norm, self.aside.numpy())
 
 
 class LayerStep:
@@ -873,20 +879,20 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
         decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
     head_dim = model.config.head_dim
-    if any(layer.as_ring(head_dim) is None for layer in layers if isinstance(layer, _IN_RINGS)):
+    if any(layer.as_ring(head_dim) is None for layer in layers if isinstance(layer, Windowed)):
         return None
     return DecodingState(decoder, layers, [_window(layer) for layer in layers], rows)
 
 
 def _position(layers: list[Any]) -> int:
     """Of the next token, as these layers of a cache have it."""
-    counting = next((layer for layer in layers if isinstance(layer, (*_OURS, SlidingCacheLayer))), None)
+    counting = next((layer for layer in layers if isinstance(layer, Counting)), None)
     return layers[0].get_seq_length() if counting is None else counting.next_position
 
 
 def _window(layer: Any) -> Ring | GrowingWindow | None:
     """Of a layer of a cache, where single tokens are written."""
-    if isinstance(layer, _IN_RINGS):
+    if isinstance(layer, Windowed):
         return layer.ring
     return None if isinstance(layer, PureCacheLayer) else GrowingWindow(layer)
 

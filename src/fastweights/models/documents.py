@@ -222,21 +222,17 @@ def documents_mask(numbers: Numbers, dtype: torch.dtype, window: int | None = No
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def documents_masks(
-    config: PreTrainedConfig, numbers: Numbers, dtype: torch.dtype, in_windows: Numbers | None = None
-) -> Tensor | dict[str, Tensor]:
+def documents_masks(config: PreTrainedConfig, numbers: Numbers, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """What a base model takes as its mask; for each type of layer one, if some of its layers alone have windows.
 
     Args:
         config: of the base model.
-        numbers: of the documents.
+        numbers: of the documents. Layers with windows of their own alone see tokens that were read before.
         dtype: of the mask.
-        in_windows: the same for layers with windows of their own, which see tokens that were read before; by default
-            these see none.
     """
     windows = local_windows(config)
-    in_windows = numbers if in_windows is None else in_windows
-    masks = {w: documents_mask(numbers if w is None else in_windows, dtype, w) for w in set(windows)}
+    new = Numbers(numbers.seen[:, -numbers.own.shape[1] :], numbers.own)
+    masks = {w: documents_mask(new if w is None else numbers, dtype, w) for w in set(windows)}
     if len(masks) == 1:
         return masks[windows[0]]
     return {kind: masks[window] for kind, window in zip(config.layer_types, windows, strict=True)}

@@ -357,9 +357,10 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "several documents were packed into one row, which layers with softmax attention tell apart only with "
                 'attn_implementation "sdpa" or "eager": give one document a row'
             )
-        if starts is None:
-            starts = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
-        return documents_masks(self.config.base, Numbers.of(starts, real), self.dtype, in_windows)
+        if in_windows is None:
+            assert starts is not None
+            in_windows = Numbers.of(starts, real)
+        return documents_masks(self.config.base, in_windows, self.dtype)
 
     def read_and_learn(
         self,
