@@ -4,8 +4,10 @@
 
 12 heads of 64, causal, float32, as in GPT-2: softmax (torch's scaled_dot_product_attention), the decay rule with both
 gates as vectors on the backends "cpu" and "chunked", and without gates on "cpu"; the delta rule with a decay (gated
-delta) on both backends, and without it on "cpu". Every backend is first checked against the reference in float64; on a
-failed check no timing is reported.
+delta) on both backends, and without it on "cpu". Rows of one head lie apart in memory, as projections give them, so
+that nearly each is on a page of its own; "decay, cpu, heads first" is the same call with a head's rows side by side:
+what a host's page tables cost. Every backend is first checked against the reference in float64; on a failed check no
+timing is reported.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ def measure(B: int, T: int, repeats: int) -> list[dict]:
             softmax,
         ),
         "decay, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], decay),
+        "decay, cpu, heads first": (lambda *x: decay_rule(*x, backend="cpu")[0], [_heads_first(x) for x in decay]),
         "decay, chunked": (lambda *x: decay_rule(*x, backend="chunked")[0], decay),
         "additive, cpu": (lambda *x: decay_rule(*x, backend="cpu")[0], decay[:3]),
         "gated delta, cpu": (lambda *x: delta_rule(*x, backend="cpu")[0], delta),
@@ -79,6 +82,11 @@ def measure(B: int, T: int, repeats: int) -> list[dict]:
             ms = {f"{p}_ms": round(value, 2) for p, value in quantiles.items()}
             rows.append({"mode": mode, "B": B, "T": T, "what": name, **ms, "times_faster_than_softmax": faster})
     return rows
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """The same (B, T, H, D) with memory in the order (B, H, T, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def show(rows: list[dict]) -> None:

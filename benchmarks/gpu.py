@@ -123,7 +123,7 @@ def main() -> None:
         check_device(device)
     except FastWeightsError as error:
         sys.exit(f"benchmarks.gpu: {error}")
-    T, H, D = (257, 2, 64) if device.is_gpu else (20, 1, 16)
+    T, H, D = (257, 2, 64) if device.is_gpu else (8, 1, 16)
     for dtype, tolerance in TOLERANCES.items():
         q, k, v, *logs = inputs(1, T, H, D, device.name, dtype)
         for gates, there in GATES.items():
@@ -173,7 +173,7 @@ def _all(device: Device, limits: dict[str, float], delta: bool) -> Iterator[tupl
     """Each group of rows, and what measures it."""
     shapes, steps, lengths, contexts = SHAPES, STEPS, [(max(1, TOKENS // T), T, 16, 64) for T in LENGTHS], CONTEXTS
     if not device.is_gpu:
-        shapes, steps, lengths, contexts = ((1, 20, 1, 16),), ((1, 1, 16),), [(1, 16, 1, 16)], (32,)
+        shapes, steps, lengths, contexts = ((1, 8, 1, 16),), ((1, 1, 16),), [(1, 4, 1, 16)], (32,)
     common: dict[str, Any] = {"device": device, "limits": limits, "delta": delta}
     for shape in shapes:
         yield (*shape, False, False), partial(measure, *shape, **common)

@@ -1,4 +1,5 @@
-"""Shapes and dtypes that annotations promise, checked while the tests run: the first calls of each function in a test.
+"""Shapes and dtypes that annotations promise, checked while the tests run: the first calls of each function in a test
+that differ in their arguments' shapes or dtypes.
 
 jaxtyping's own import hook decorates functions before their module is whole, which torch's custom ops do not survive,
 and needs at run time what these modules import for type checkers alone. So functions are decorated here once everything
@@ -29,6 +30,7 @@ CALLS = 20
 """Of each function that are checked in a test: all would take a third of the tests' time."""
 _SHAPED = re.compile(r"\b(Float|Int|Bool)\[")
 _calls: Counter[FunctionType] = Counter()
+_seen: set[tuple] = set()
 
 
 def check_annotations() -> int:
@@ -53,6 +55,7 @@ def check_annotations() -> int:
 def begin_test() -> None:
     """Check the first calls anew."""
     _calls.clear()
+    _seen.clear()
 
 
 def _modules() -> list[ModuleType]:
@@ -91,8 +94,16 @@ def _decorated(function: FunctionType) -> FunctionType:
         # torch.compile cannot look into the checks.
         if torch.compiler.is_compiling() or _calls[function] >= CALLS:
             return function(*args, **kwargs)
+        kind = (function, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items()))
+        if kind in _seen:
+            return function(*args, **kwargs)
+        _seen.add(kind)
         _calls[function] += 1
         return checked(*args, **kwargs)
 
     call.is_checked = True
     return call  # type: ignore[return-value]
+
+
+def _kind(x: object) -> object:
+    return (x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x)

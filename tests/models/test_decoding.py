@@ -101,8 +101,7 @@ def test_rules_and_windows(rule, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", ["average", "gated_delta"])
-@pytest.mark.parametrize("value_map", [False, True])
+@pytest.mark.parametrize(("rule", "value_map"), [("average", False), ("gated_delta", True)])
 def test_queries_keys_and_values_of_their_own(rule, form, value_map):
     model = make(rule=rule, feature_map="linear", value_map=value_map, **FORMS[form])
     assert why_plain(model) is None

@@ -14,9 +14,9 @@ from tests.conftest import make_gpt2, make_llama, random_ids
 LONGEST = 512
 MODELS = {
     "pure": lambda: convert(make_gpt2(n_positions=LONGEST), ConversionConfig(positions="drop")),
-    "hybrid": lambda: convert(make_llama(max_position_embeddings=LONGEST), ConversionConfig(window=8)),
-    "hybrid, no sinks": lambda: convert(make_llama(), ConversionConfig(window=8, sinks=0)),
-    "averages of low rank": lambda: convert(make_llama(), ConversionConfig(window=8, rule="average", gate_rank=2)),
+    "averages of low rank, no sinks": lambda: convert(
+        make_llama(max_position_embeddings=LONGEST), ConversionConfig(window=8, sinks=0, rule="average", gate_rank=2)
+    ),
     "gated delta": lambda: convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="dpfp")),
     "two windows": lambda: convert(make_llama(), ConversionConfig(window=8, wide_window=16, layers="0,2")),
     "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
