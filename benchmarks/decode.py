@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode
     python -m benchmarks.decode --shape gemma3 --weights int4 --contexts 128 1024 4096 16384
+    python -m benchmarks.decode --shape opt --weights int4 --contexts 128 1024 1984
 
 Random weights do: time and memory do not depend on what the weights say. The promises checked: fast weights at any
 context up to 64k are no slower than transformers' own softmax model at 128, a token at 64k costs at most 1.05 of one at
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from benchmarks.common import write_csv
 from fastweights.environment import environment
@@ -61,7 +62,15 @@ def gemma3_shape() -> Gemma3ForCausalLM:
     ).eval()
 
 
-SHAPES = {"smollm2": ("SmolLM2-135M", smollm2_shape), "gemma3": ("Gemma 3 270M", gemma3_shape)}
+def opt_shape() -> OPTForCausalLM:
+    return OPTForCausalLM(OPTConfig(vocab_size=50272, max_position_embeddings=2048)).eval()  # else its defaults
+
+
+SHAPES = {
+    "smollm2": ("SmolLM2-135M", smollm2_shape),
+    "gemma3": ("Gemma 3 270M", gemma3_shape),
+    "opt": ("OPT-125M, whose positions end at 2,048", opt_shape),
+}
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def test_families(family, form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"])
 @pytest.mark.parametrize(("converted", "window"), [("0,2", 0), ("0,2", 8), ("2", 8), ("none", 0)])
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
     """One of Gemma's has a window of its own, shorter than the texts."""
@@ -273,11 +273,13 @@ def test_positions_of_softmax_over_all_tokens_begin_nowhere_else():
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("form", ["pure", "window", "no sinks", "writes all", "several windows"])
-@pytest.mark.parametrize("positions", ["keep", "drop"])
-def test_gpt2(positions, form, rows):
+@pytest.mark.parametrize(
+    ("family", "positions"), [("gpt2", "keep"), ("gpt2", "drop"), ("opt", "keep"), ("opt", "drop")]
+)
+def test_absolute_positions(family, positions, form, rows):
     """With positions in the residual stream, or biases in the window."""
     for start in (1, 20):
-        check(make("gpt2", positions=positions, **FORMS[form]), rows, start)
+        check(make(family, positions=positions, **FORMS[form]), rows, start)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
@@ -293,13 +295,13 @@ def test_gpt_neox(form, rows, parallel):
     check(make("gpt_neox", changes={"use_parallel_residual": parallel}, **FORMS[form]), rows)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 @torch.no_grad()
 def test_activations(activation):
     check(make("gpt2", changes={"activation_function": activation}, positions="drop"))
     x = torch.linspace(-12, 12, 4001)[None]
     out, kernels = torch.empty_like(x), load_kernels("decoding")
-    unit = kernels.exact_gelu_unit if activation == "gelu" else kernels.gelu_unit
+    unit = {"gelu": kernels.exact_gelu_unit, "relu": kernels.relu_unit}.get(activation, kernels.gelu_unit)
     unit(x.numpy(), out.numpy())
     assert error(out, ACT2FN[activation](x.double())) <= tolerances.FLOAT32 / 10
 
@@ -367,7 +369,7 @@ def test_gates(settings):
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 20])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3_text", "olmo2", "opt"])
 def test_quantised(family, weights, rows):
     check(quantise(make(family, window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
 
@@ -501,11 +503,12 @@ def test_what_is_no_case_for_it():
     kept = other.model.base.layers[1].self_attn
     kept.__class__ = type("OtherAttention", (type(kept),), {})
     for model, reason in (
-        (make("opt"), "family opt"),
+        (make("opt", changes={"do_layer_norm_before": False}), "do_layer_norm_before is False"),
+        (make("opt", changes={"word_embed_proj_dim": 16}), "embedding is of another width"),
         (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),
-        (convert(make_gpt2(activation_function="relu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is relu"),
+        (convert(make_gpt2(activation_function="silu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is silu"),
         (dropping, "drops out"),
         (other, "layer 1 has an attention of the kind OtherAttention"),
         (with_layer(FAMILIES["gemma3_text"](use_bidirectional_attention=True)), "layer 0 sees tokens to come"),

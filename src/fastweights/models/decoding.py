@@ -1,11 +1,11 @@
 """A step of decoding in few and large operations: what one token costs on a CPU is otherwise mostly Python.
 
-A converted model of Llama's kind (RMS norms, a gated unit; Gemma 3 and OLMo 2 have them in other places), GPT-2 or
-GPT-NeoX gets its own step for one token of each row, of the same weights and the same cache: products by the library
-that its layers have, and what lies between two of them by one CPU kernel (`ops/decoding`), for which a layer that keeps
-its softmax attention is a window without fast weights, which grows or is the layer's own. `FastWeightsForCausalLM`
-takes it by itself where `why_plain` has nothing against it, and goes on plainly with everything else: other families,
-padding, gradients, hooks.
+A converted model of Llama's kind (RMS norms, a gated unit; Gemma 3 and OLMo 2 have them in other places), GPT-2,
+GPT-NeoX or OPT gets its own step for one token of each row, of the same weights and the same cache: products by the
+library that its layers have, and what lies between two of them by one CPU kernel (`ops/decoding`), for which a layer
+that keeps its softmax attention is a window without fast weights, which grows or is the layer's own.
+`FastWeightsForCausalLM` takes it by itself where `why_plain` has nothing against it, and goes on plainly with
+everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
 W window, S sinks.
@@ -39,6 +39,7 @@ from fastweights.models.architectures import (
     attention_modules,
     has_rotary,
     local_windows,
+    position_vectors,
 )
 from fastweights.models.cache import (
     Counting,
@@ -64,7 +65,12 @@ _GATED = {
     "gelu_new": "gated_gelu_unit",
     "gelu_pytorch_tanh": "gated_gelu_unit",
 }
-_UNGATED = {"gelu": "exact_gelu_unit", "gelu_new": "gelu_unit", "gelu_pytorch_tanh": "gelu_unit"}
+_UNGATED = {
+    "gelu": "exact_gelu_unit",
+    "gelu_new": "gelu_unit",
+    "gelu_pytorch_tanh": "gelu_unit",
+    "relu": "relu_unit",
+}
 
 
 class _Family(NamedTuple):
@@ -78,6 +84,8 @@ class _Family(NamedTuple):
     norms_after: tuple[str, ...] = ()
     """Of what its attention and its unit say."""
     attention: str = "self_attn"
+    unit: str = "mlp"
+    """What its unit is in; nothing where its parts are the layer's own."""
     expand: tuple[str, ...] = ("gate_proj", "up_proj")
     """Of its unit."""
     contract: str = "down_proj"
@@ -89,6 +97,8 @@ class _Family(NamedTuple):
     """Where its config says which activation it has."""
     parallel: str | None = None
     """Where its config says that a layer's unit reads what its attention reads, and both are added."""
+    settings: tuple[tuple[str, object], ...] = ()
+    """Of its config, that its models have but for a few."""
 
     @property
     def units(self) -> dict[str, str]:
@@ -128,6 +138,19 @@ _FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo2": _Family(norms=(), norms_after=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "opt": _Family(
+        embed="decoder.embed_tokens",
+        layers="decoder.layers",
+        last_norm="decoder.final_layer_norm",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        unit="",
+        expand=("fc1",),
+        contract="fc2",
+        gated=False,
+        others=frozenset({"activation_fn"}),
+        activation="activation_function",
+        settings=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
+    ),
     "phi3": _Family(
         expand=("gate_up_proj",), others=frozenset({"activation_fn", "resid_attn_dropout", "resid_mlp_dropout"})
     ),
@@ -155,6 +178,8 @@ _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
 _SOFTMAX = (None, "sdpa", "eager")
 """Implementations of attention that are softmax and nothing else."""
+_DROPOUTS = "attention_dropout", "dropout", "layerdrop"
+"""Numbers that modules have in the place of one that drops out."""
 _MORE_TOKENS = 256
 """Room for more in a softmax layer, or a quarter of what it has, before all is copied to a larger place."""
 _WORTH_A_TEAM = 20_000
@@ -253,6 +278,11 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     family = _FAMILIES.get(config.model_type)
     if family is None:
         return f"it is of the family {config.model_type}; those that have such steps are {', '.join(_FAMILIES)}"
+    for name, usual in family.settings:
+        if getattr(config, name) != usual:
+            return f"its {name} is {getattr(config, name)}"
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        return "its embedding is of another width than its layers"
     layers: Any = base.get_submodule(family.layers)
     if (reason := _why_not_softmax(model)) is not None:
         return reason
@@ -261,11 +291,12 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
     activation = getattr(config, family.activation)
     if activation not in family.units:
         return f"its activation is {activation}"
-    parts = {family.attention, "mlp", *family.norms, *family.norms_after}
+    parts = {family.attention, *family.norms, *family.norms_after}
     unit = {*family.expand, family.contract}
+    parts |= {family.unit} if family.unit else unit
     for layer in layers:
-        found = {name for name, _ in layer.named_children()}, {name for name, _ in layer.mlp.named_children()}
-        if any(has - family.others != needs for has, needs in zip(found, (parts, unit), strict=True)):
+        found = [(layer, parts), (layer.get_submodule(family.unit), unit)] if family.unit else [(layer, parts)]
+        if any({name for name, _ in module.named_children()} - family.others != needs for module, needs in found):
             return "its layers have other parts than its family's"
     for attention in model.fast_attentions():
         rule = attention.rule
@@ -285,7 +316,8 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         is_centred = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
         if not is_centred and _rms_numbers(norm) is None:
             return f"it has norms of the kind {type(norm).__name__}"
-    if any(type(layer.mlp.get_submodule(name)) not in _LINEAR for layer in layers for name in unit):
+    units = [layer.get_submodule(family.unit) for layer in layers]
+    if any(type(each.get_submodule(name)) not in _LINEAR for each in units for name in unit):
         return "it has other layers in its units"
     for module in model.modules():
         forward = vars(module).get("forward")
@@ -350,9 +382,11 @@ def _drops_out(module: nn.Module) -> bool:
 
 
 def _dropout(module: nn.Module) -> float:
-    """How much a module would drop out; softmax attentions have a number for it, and no module."""
-    share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-    return share if isinstance(share, int | float) else 0.0
+    """How much a module would drop out; softmax attentions and OPT's layers have a number for it, and no module."""
+    if isinstance(module, nn.Dropout):
+        return module.p
+    shares = [getattr(module, name, 0.0) for name in _DROPOUTS]
+    return max(share if isinstance(share, int | float) else 0.0 for share in shares)
 
 
 def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
@@ -403,10 +437,14 @@ class Decoder:
         self.lock = threading.Lock()
         self.model, self.base = model, model.model.base
         self.family = _FAMILIES[model.config.base.model_type]
-        positions, row = None, model.model.architecture
+        row = model.model.architecture
+        self.embed = self.base.get_submodule(self.family.embed)
+        self._positions = None
+        """Of each position, or of all, which is added to the embedding."""
         if row.positions is not None:
-            positions = self.base.get_submodule(row.positions)
-        self.embed, self._positions = self.base.get_submodule(self.family.embed), positions
+            module = self.base.get_submodule(row.positions)
+            kept = isinstance(module, nn.Embedding)
+            self._positions = position_vectors(self.base, row) if kept else module.weight
         self.kernels: Any = load_kernels("decoding")
         self.rotaries = _rotaries(model)
         self.rooms: dict[int, Room] = {}
@@ -442,7 +480,7 @@ class Decoder:
         room = state.room
         room.x.copy_(self.embed(ids[:, 0]))
         if self._positions is not None:
-            room.x += self._positions(torch.tensor([[state.tokens]]))[0]
+            room.x += self._positions[min(state.tokens, len(self._positions) - 1)]
         room.more.zero_()
         self._rotate(room, state.tokens)
         for layer, attend in zip(room.layers, state.attends, strict=True):
@@ -668,14 +706,15 @@ class LayerStep:
         self.head_norms = norms or [_norm(None)] * 2
         self.gates = [_Gate(gate, room.given) for gate in _gates(rule)]
         self.gate_products = [gate.product for gate in self.gates if gate.product is not None]
-        contract = layer.mlp.get_submodule(family.contract)
+        unit: Any = layer.get_submodule(family.unit)
+        contract = unit.get_submodule(family.contract)
         width, _ = _sizes(contract)
-        parts = [layer.mlp.get_submodule(name) for name in family.expand]
+        parts = [unit.get_submodule(name) for name in family.expand]
         given, said = (room.aside, room.again) if room.parallel else (room.given, room.more)
         self.expand = _Products(given, parts, sizes=[width] * (2 if family.gated else 1))
-        unit = _zeros(rows, width)
-        self.unit = [x.numpy() for x in (*self.expand.outputs, unit)]
-        self.contract = _Products(unit, [contract], [said])
+        result = _zeros(rows, width)
+        self.unit = [x.numpy() for x in (*self.expand.outputs, result)]
+        self.contract = _Products(result, [contract], [said])
 
     def __call__(self, tokens: int, attend: _Attend) -> None:
         """From the residual stream to what the layer adds to it.
@@ -955,7 +994,9 @@ class _Watch:
         self._tables, self._names, self._things = zip(*kept, strict=True)
         self._places_of = [x.data_ptr for x in self._things if isinstance(x, torch.Tensor)]
         self._places = [place() for place in self._places_of]
-        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout) or hasattr(m, "attention_dropout")]
+        self._dropouts = [
+            m for m in modules if isinstance(m, nn.Dropout) or any(hasattr(m, name) for name in _DROPOUTS)
+        ]
         self._config: Any = model.model.base.config
         self._implementation = self._config._attn_implementation
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]

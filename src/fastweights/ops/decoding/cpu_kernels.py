@@ -272,6 +272,14 @@ def exact_gelu_unit(x, out):
             out[b, i] = x[b, i] * share
 
 
+@_kernel("void(f4[:,::1], f4[:,::1])")
+def relu_unit(x, out):
+    """out = max(x, 0)"""
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            out[b, i] = max(x[b, i], float32(0.0))
+
+
 ARRAYS = [
     "q",
     "k",
