@@ -304,6 +304,9 @@ def test_activations(activation):
     unit = {"gelu": kernels.exact_gelu_unit, "relu": kernels.relu_unit}.get(activation, kernels.gelu_unit)
     unit(x.numpy(), out.numpy())
     assert error(out, ACT2FN[activation](x.double())) <= tolerances.FLOAT32 / 10
+    x[0, ::7] = torch.nan
+    unit(x.numpy(), out.numpy())
+    assert out.isnan().equal(x.isnan())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -274,10 +274,10 @@ def exact_gelu_unit(x, out):
 
 @_kernel("void(f4[:,::1], f4[:,::1])")
 def relu_unit(x, out):
-    """out = max(x, 0)"""
+    """out = max(x, 0); NaN stays what it is."""
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
-            out[b, i] = max(x[b, i], float32(0.0))
+            out[b, i] = float32(0.0) if x[b, i] < 0 else x[b, i]
 
 
 ARRAYS = [
