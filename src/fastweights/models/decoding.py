@@ -442,9 +442,9 @@ class Decoder:
         self._positions = None
         """Of each position, or of all, which is added to the embedding."""
         if row.positions is not None:
-            module = self.base.get_submodule(row.positions)
-            kept = isinstance(module, nn.Embedding)
-            self._positions = position_vectors(self.base, row) if kept else module.weight
+            kept = isinstance(self.base.get_submodule(row.positions), nn.Embedding)
+            all_positions = self.base.get_parameter(f"{row.positions}.weight")
+            self._positions = position_vectors(self.base, row) if kept else all_positions
         self.kernels: Any = load_kernels("decoding")
         self.rotaries = _rotaries(model)
         self.rooms: dict[int, Room] = {}
