@@ -1,5 +1,5 @@
-"""Shapes and dtypes that annotations promise, checked while the tests run: the first calls of each function in a test
-that differ in their arguments' shapes or dtypes.
+"""Shapes and dtypes that annotations promise, checked while the tests run: the first calls of each function in a test,
+and some more that differ in their arguments' shapes or dtypes.
 
 jaxtyping's own import hook decorates functions before their module is whole, which torch's custom ops do not survive,
 and needs at run time what these modules import for type checkers alone. So functions are decorated here once everything
@@ -26,8 +26,9 @@ import fastweights
 
 SELF_CHECKED = {"decay_rule", "delta_rule"}
 """Doors that refuse wrong shapes in words of their own."""
-CALLS = 20
-"""Of each function that are checked in a test: all would take a third of the tests' time."""
+FIRST, CALLS = 10, 20
+"""Of each function that are checked in a test: so many whatever they are given, then those given other shapes or dtypes
+than those after the first, up to so many. All would take a third of the tests' time."""
 _SHAPED = re.compile(r"\b(Float|Int|Bool)\[")
 _calls: Counter[FunctionType] = Counter()
 _seen: set[tuple] = set()
@@ -94,10 +95,11 @@ def _decorated(function: FunctionType) -> FunctionType:
         # torch.compile cannot look into the checks.
         if torch.compiler.is_compiling() or _calls[function] >= CALLS:
             return function(*args, **kwargs)
-        kind = (function, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items()))
-        if kind in _seen:
-            return function(*args, **kwargs)
-        _seen.add(kind)
+        if _calls[function] >= FIRST:
+            kind = (function, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items()))
+            if kind in _seen:
+                return function(*args, **kwargs)
+            _seen.add(kind)
         _calls[function] += 1
         return checked(*args, **kwargs)
 

@@ -226,3 +226,14 @@ def test_what_another_machine_packed_is_multiplied_all_the_same(kind, monkeypatc
             assert error(layer(x), expected) <= 2 * tolerances.BFLOAT16
             for name, tensor in layer.state_dict().items():
                 assert tensor.equal(state[name]), name
+
+
+@pytest.mark.parametrize("weights", LINEAR)
+@torch.no_grad()
+def test_called_with_the_same_numbers_in_other_tensors(weights):
+    """Detached they know nothing of their order; a copy of what is saved is in that of files."""
+    layer, x = LINEAR[weights].of(nn.Linear(64, 64)), torch.randn(3, 64)
+    detached = {name: buffer.detach() for name, buffer in layer.named_buffers()}
+    assert torch.func.functional_call(layer, detached, (x,)).equal(layer(x))
+    assert error(torch.func.functional_call(layer, layer.state_dict(), (x,)), layer(x)) <= 2 * tolerances.BFLOAT16
+    assert copy.deepcopy(layer)(x).equal(layer(x))

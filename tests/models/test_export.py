@@ -8,6 +8,7 @@ from torch.export import Dim, export, load, save
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import add_fast_weight_layer, convert
+from fastweights.models.quantisation import quantise
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 
@@ -37,6 +38,19 @@ def test_one_program_reads_texts_of_every_length(name, tmp_path):
         ids = random_ids(2, length, seed=length)
         expected = model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@torch.no_grad()
+def test_in_few_bits(weights):
+    model = quantise(MODELS["gated delta"]().eval(), weights)
+    given = {"input_ids": random_ids(1, 40), "use_cache": False}
+    if weights != "bf16":
+        with pytest.raises(FastWeightsError, match="cannot be exported"):
+            export(model, (), given)
+        return
+    program = export(model, (), given).module()
+    torch.testing.assert_close(program(**given).logits, model(**given).logits)
 
 
 def test_a_fast_weight_layer_is_refused():

@@ -7,7 +7,9 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from transformers import AutoModel, AutoModelForCausalLM
 
+from fastweights.errors import FastWeightsError
 from fastweights.models import convert
+from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, make_gpt2, random_ids
 from tests.models.test_fast_weight_layer import trained
@@ -54,6 +56,20 @@ def test_offloaded_it_says_the_same(family, kind, tmp_path, way):
     assert loaded(ids).logits.equal(model(ids).logits)
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     assert loaded.generate(ids, attention_mask=torch.ones_like(ids), **arguments).equal(expected)
+
+
+@torch.no_grad()
+def test_few_bits(tmp_path):
+    """Saved so they are offloaded; what is not in memory is not rounded."""
+    model = make("llama", "hybrid")
+    model.save_pretrained(tmp_path / "model")
+    places = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(FastWeightsError, match="are not in memory"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=WeightsConfig("int8"), **places)
+    quantise(model, "int8").save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **places)
+    ids = random_ids(2, 20)
+    assert loaded(ids).logits.equal(model(ids).logits)
 
 
 @torch.no_grad()

@@ -109,6 +109,19 @@ def test_torchao_of_an_object(kind):
     check(quantised, model, BITS_8)
 
 
+def test_torchao_in_four_bits(tmp_path):
+    """By its prototype: its other four bits are not for CPUs."""
+    package("torchao")
+    prototype = pytest.importorskip("torchao.prototype.quantization.int4")
+    model = make("llama", "hybrid")
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(prototype.PrototypeInt4WeightOnlyConfig(group_size=32))
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    for name in matrices(model):
+        assert type(quantised.model.base.get_submodule(name).weight).__name__ == "Int4OpaqueTensor", name
+    check(quantised, model, BITS_4)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "block"])
 def test_torchao_of_a_folder(tmp_path, kind):
     package("torchao")

@@ -9,13 +9,14 @@ to fifteen bits; elsewhere by torch's, in bf16 with sums in float32. Many are mu
 or to float32 where the machine has no products of bf16; there those of four bits take their kernel at any number, which
 rounds some of many tokens' numbers to eight bits.
 torchao has torch's kernel for int8, behind a class of tensors that takes longer to find it than the product does, and
-none for int4 on a CPU (docs/log.md).
+for int4 on a CPU a prototype alone (docs/log.md).
 
 Notation: n inputs, m outputs, g numbers in a group.
 """
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from fastweights.errors import check_name
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.linear import linear as linear_of_float32
 from fastweights.layers.linear import needs_derivatives
 from fastweights.ops import few_bits
@@ -54,6 +55,8 @@ class QuantisedLinear(nn.Module):
     """
 
     bias: Float[Tensor, " m"] | None
+    is_integer = True
+    """Whether it keeps whole numbers, with scales."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -64,13 +67,21 @@ class QuantisedLinear(nn.Module):
     def _block(self) -> int:
         """Rows that packed numbers mix; 0 while they are as they are saved.
 
-        It is the tensor's, as others may put what is saved in its place, such as accelerate's offload.
+        It is the tensor's, as others may put what is saved in its place, such as accelerate's offload; or the same
+        memory without what the tensor knows, such as `torch.func.functional_call` of a detached one.
         """
-        return getattr(self._buffers["weight"], "_rows_packed", 0)
+        weight: Any = self._buffers["weight"]
+        rows = getattr(weight, "_rows_packed", None)
+        if rows is not None:
+            return rows
+        own = self.__dict__.get("_packed", lambda: None)()
+        return own._rows_packed if own is not None and own.data_ptr() == weight.data_ptr() else 0
 
     @_block.setter
     def _block(self, rows: int) -> None:
-        self._buffers["weight"]._rows_packed = rows  # type: ignore[union-attr]
+        weight: Any = self._buffers["weight"]
+        weight._rows_packed = rows
+        self.__dict__["_packed"] = weakref.ref(weight)
 
     @classmethod
     @torch.no_grad()
@@ -195,7 +206,7 @@ class QuantisedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_whole"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_packed")}
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """In one order on all machines; and of a part of what was joined, its own memory: files hold no views."""
@@ -216,6 +227,11 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """In the dtype of the input."""
+        if self.is_integer and torch.compiler.is_exporting():
+            raise FastWeightsError(
+                "matrices of int8 and int4 are in the order of this machine's kernels, and cannot be exported: export "
+                "the model in fp32 or bf16"
+            )
         rows = prod(input.shape[:-1])
         if input.is_cpu and (rows <= FEW or self._takes_any_number()) and not needs_derivatives(input):
             x = input.reshape(rows, self.in_features).float()
@@ -235,6 +251,7 @@ class BFloat16Linear(QuantisedLinear):
     """Of bf16 numbers, beside a model whose other parts are in float32."""
 
     weight: Float[Tensor, "m n"]
+    is_integer = False
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)

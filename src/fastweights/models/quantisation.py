@@ -202,7 +202,13 @@ def _is_among(name: str, parts: list[str]) -> bool:
 
 
 def _replace(model: PreTrainedModel, config: WeightsConfig) -> None:
-    for name, layer in linear_layers(model, config).items():
+    layers = linear_layers(model, config)
+    if away := [name for name, layer in layers.items() if layer.weight.is_meta]:
+        raise FastWeightsError(
+            f"{len(away)} matrices are not in memory, such as {away[0]}, and cannot be rounded to {config.weights} "
+            "there: load the model without offloading, save it in few bits, and load that with this device_map"
+        )
+    for name, layer in layers.items():
         _put(model, name, _kind(model, name, layer, config).of(layer))
 
 
