@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import convert
+from fastweights.models import convert, load_model
 from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, make_gpt2, random_ids
@@ -67,9 +67,25 @@ def test_few_bits(tmp_path):
     with pytest.raises(FastWeightsError, match="are not in memory"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=WeightsConfig("int8"), **places)
     quantise(model, "int8").save_pretrained(tmp_path / "small")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **places)
     ids = random_ids(2, 20)
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small", **places),
+        load_model(tmp_path / "small", **places),
+    ):
+        assert loaded(ids).logits.equal(model(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_our_own_loading_takes_places(place, tmp_path):
+    model, ids = make("llama", "mixed"), random_ids(2, 20)
+    model.save_pretrained(tmp_path / "model")
+    places = {"device_map": {"": place}, "offload_folder": tmp_path / "offload"}
+    loaded = load_model(tmp_path / "model", **places)
+    assert all(parameter.is_meta == (place == "disk") for parameter in loaded.parameters())
     assert loaded(ids).logits.equal(model(ids).logits)
+    with pytest.raises(FastWeightsError, match="smollm2 is an adapter"):
+        load_model("smollm2", **places)
 
 
 @torch.no_grad()

@@ -81,7 +81,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, weights: str | None = None, gguf_file: str | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weights: str | None = None,
+    gguf_file: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, converted or not, in evaluation mode.
 
@@ -94,24 +100,37 @@ def load_model(
         weights: "bf16", "int8" or "int4" to keep the matrices of linear layers so, "fp32" or None to keep them as they
             are; a model that was saved so has them so in any case.
         gguf_file: name of a GGUF file inside `source`.
+        device_map: where the parts of the model lie, as transformers' `from_pretrained` takes it; of no adapter, which
+            is added to its base model in memory, nor with `weights` that are to be rounded there.
+        offload_folder: for the parts that lie on disk.
 
     Returns:
         The model, whose linear layers take oneDNN's products where these are faster (`layers/linear.py`).
 
     Raises:
         FastWeightsError: there is no such model, it is of no known family, or its weights are damaged or not those of
-            its config.
+            its config; or it is an adapter, and a `device_map` is given.
     """
     check_name("weights", weights or "fp32", WEIGHTS)
-    return quantise(_load_whole(source, dtype, gguf_file), weights or "fp32")
+    places = {"device_map": device_map, "offload_folder": offload_folder}
+    places = {name: value for name, value in places.items() if value is not None}
+    return quantise(_load_whole(source, dtype, gguf_file, places), weights or "fp32")
 
 
-def _load_whole(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
+def _load_whole(
+    source: str | Path, dtype: torch.dtype, gguf_file: str | None, places: dict[str, Any]
+) -> PreTrainedModel:
     if gguf_file is None and _adapter(source) is not None:
         from fastweights.models.adapters import load_adapter  # which loads its base model from here
 
+        if places:
+            raise FastWeightsError(
+                f"{source} is an adapter, which is added to its base model in memory: make it a model with "
+                f"`fastweights merge`, and give that with {next(iter(places))}"
+            )
         return load_adapter(source, dtype=dtype)
     name, arguments = _located(source, gguf_file)
+    arguments |= places
     gguf_file = arguments.get("gguf_file")
     try:
         with nullcontext() if gguf_file is None else _read_once():
