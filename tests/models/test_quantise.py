@@ -313,6 +313,11 @@ def test_what_is_refused(tmp_path):
         load_model("embedded", weights="int3")
     with pytest.raises(FastWeightsError, match="weights 'fp32' is unknown"):
         WeightsConfig("fp32")
+    make("llama", converted=True).save_pretrained(tmp_path)
+    with pytest.raises(FastWeightsError, match="modules_in_int8 has 'nosuch', and the model no linear layer"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=WeightsConfig("int4", modules_in_int8=["nosuch"])
+        )
     model = quantise(MAKERS["llama"](), "int4")
     with pytest.raises(FastWeightsError, match="weights are int4, and conversion needs them whole"):
         convert(model)

@@ -42,7 +42,7 @@ class WeightsConfig(QuantizationConfigMixin):
         others: what transformers saves beside these.
 
     Raises:
-        FastWeightsError: `weights` is none of these.
+        FastWeightsError: `weights` is none of these; once a model is loaded, it has no such module.
     """
 
     modules_in_int8: list[str] | None = None
@@ -77,8 +77,17 @@ class WeightsQuantizer(HfQuantizer):
                 columns, rows = _sizes(layer)
                 with torch.device("meta"):
                     _put(model, name, kind(columns, rows, bias=layer.bias is not None))
-        elif config.modules_in_int8 is None and (names := _in_int8(model, config.weights)):
-            config.modules_in_int8 = names
+        elif config.modules_in_int8 is None:
+            if names := _in_int8(model, config.weights):
+                config.modules_in_int8 = names
+        else:
+            layers = linear_layers(model, config)
+            for part in config.modules_in_int8:
+                if part != _HEAD and not any(_is_among(name, [part]) for name in layers):
+                    raise FastWeightsError(
+                        f"modules_in_int8 has {part!r}, and the model no linear layer of that name, nor a module with "
+                        f"such layers inside; it has {next(iter(layers), 'none at all')}, for example"
+                    )
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
