@@ -152,7 +152,7 @@ class Ours:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/laptop.csv"))
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096, 16384])
     parser.add_argument("--weights", nargs="+", default=["fp32", "int8", "int4"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=8, help="turns of three tokens at each context")
