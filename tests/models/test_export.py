@@ -49,7 +49,8 @@ def test_in_few_bits(weights):
         with pytest.raises(FastWeightsError, match="cannot be exported"):
             export(model, (), given)
         return
-    program = export(model, (), given).module()
+    model.generate(random_ids(1, 4), max_new_tokens=2)  # which joins matrices
+    program = export(model.to("cpu"), (), given).module()
     torch.testing.assert_close(program(**given).logits, model(**given).logits)
 
 

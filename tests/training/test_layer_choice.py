@@ -119,6 +119,11 @@ def test_none_is_kept_where_none_is_asked_for(base, blocks):
     assert found == [0.0] * 3
 
 
+def test_a_model_without_a_head_is_refused(base, blocks):
+    with pytest.raises(FastWeightsError, match="has no unembedding: give the causal language model"):
+        choose_layers(base.base_model, ConversionConfig(layers="auto:1", window=4), blocks)
+
+
 def test_no_layer_left_to_convert_is_refused(base, blocks):
     with pytest.raises(FastWeightsError, match="has fast weights already; give the model that it was converted from"):
         choose_layers(convert(base), ConversionConfig(layers="auto:1"), blocks)

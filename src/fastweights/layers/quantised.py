@@ -72,8 +72,8 @@ class QuantisedLinear(nn.Module):
         """
         weight: Any = self._buffers["weight"]
         rows = getattr(weight, "_rows_packed", None)
-        if rows is not None:
-            return rows
+        if rows is not None or not self.is_integer:
+            return rows or 0
         own = self.__dict__.get("_packed", lambda: None)()
         return own._rows_packed if own is not None and own.data_ptr() == weight.data_ptr() else 0
 

@@ -99,18 +99,27 @@ def _own(model: str | Path | PreTrainedModel) -> PreTrainedModel:
     """A causal language model to change, from its name or as a copy."""
     if isinstance(model, (str, PathLike)):
         return load_model(model)  # type: ignore[arg-type]
+    check_causal_model(model)
+    return copy.deepcopy(model)
+
+
+def check_causal_model(model: object) -> None:
+    """Refuse what is no causal language model with a head, or has an adapter of peft's in it.
+
+    Args:
+        model: whatever was given for one.
+    """
     kind = type(model).__name__
     merged = "merge its adapter with peft's merge_and_unload(), and give what that returns"
     if not isinstance(model, PreTrainedModel):
         what = merged if hasattr(model, "peft_config") else "give a folder, a hub name or a causal language model"
         raise FastWeightsError(f"a {kind} was given: {what}")
     if isinstance(model, FastWeightsForCausalLM):
-        return copy.deepcopy(model)
+        return
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise FastWeightsError(f"{kind} has a peft adapter in its layers: {merged}")
     if model.get_output_embeddings() is None:
         raise FastWeightsError(f"{kind} has no unembedding: give the causal language model, with its head")
-    return copy.deepcopy(model)
 
 
 def with_config(

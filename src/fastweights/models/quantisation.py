@@ -42,7 +42,8 @@ class WeightsConfig(QuantizationConfigMixin):
         others: what transformers saves beside these.
 
     Raises:
-        FastWeightsError: `weights` is none of these; once a model is loaded, it has no such module.
+        FastWeightsError: `weights` is none of these; once whole weights are loaded, none is in a module that
+            `modules_in_int8` names.
     """
 
     modules_in_int8: list[str] | None = None
@@ -85,8 +86,8 @@ class WeightsQuantizer(HfQuantizer):
             for part in config.modules_in_int8:
                 if part != _HEAD and not any(_is_among(name, [part]) for name in layers):
                     raise FastWeightsError(
-                        f"modules_in_int8 has {part!r}, and the model no linear layer of that name, nor a module with "
-                        f"such layers inside; it has {next(iter(layers), 'none at all')}, for example"
+                        f"modules_in_int8 has {part!r}, and the model no linear layer of that name that is to have few "
+                        f"bits, nor a module with such layers; there is {next(iter(layers), 'none')}, for example"
                     )
         return model
 

@@ -17,7 +17,7 @@ import torch
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import without_fast_weights
 from fastweights.models.architectures import architecture_of, local_layers
-from fastweights.models.conversion import check_softmax, convert
+from fastweights.models.conversion import check_causal_model, check_softmax, convert
 from fastweights.reading.stream import check_block_size
 from fastweights.training.blocks import positions_if_packed
 from fastweights.training.calibration import fit_layers
@@ -66,6 +66,7 @@ def choose_layers(
         FastWeightsError: more layers are to be kept than the model has, the blocks reach beyond its absolute positions,
             or as `convert` does.
     """
+    check_causal_model(model)
     check_softmax(model, model.name_or_path or type(model).__name__)
     layers, kept = model.config.num_hidden_layers, settings.layers_kept or 0
     local = local_layers(model.config)
