@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
@@ -237,3 +240,7 @@ def test_called_with_the_same_numbers_in_other_tensors(weights):
     assert torch.func.functional_call(layer, detached, (x,)).equal(layer(x))
     assert error(torch.func.functional_call(layer, layer.state_dict(), (x,)), layer(x)) <= 2 * tolerances.BFLOAT16
     assert copy.deepcopy(layer)(x).equal(layer(x))
+    sent = pickle.loads(ForkingPickler.dumps(layer))  # as torch.multiprocessing sends it
+    assert sent(x).equal(layer(x))
+    sent.load_state_dict(layer.state_dict())
+    assert sent(x).equal(layer(x))

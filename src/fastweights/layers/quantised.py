@@ -206,7 +206,15 @@ class QuantisedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_packed")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_packed")}
+        return kept | {"_rows": self._block}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors that were sent to another process know nothing of their order."""
+        rows = state.pop("_rows", 0)
+        super().__setstate__(state)
+        if rows:
+            self._block = rows
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """In one order on all machines; and of a part of what was joined, its own memory: files hold no views."""
