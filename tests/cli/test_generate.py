@@ -99,8 +99,9 @@ def test_models_of_both_kinds_say_what_transformers_says(monkeypatch, capsys, en
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral", "opt"])
 def test_softmax_models_take_our_steps(monkeypatch, capsys, tmp_path, family, weights):
-    """Those of families that have them; a Mistral of windows alone is of constant memory then."""
-    model = FAMILIES[family](**({"sliding_window": 5} if family == "mistral" else {}))
+    """Those that have them; a Mistral of windows alone is of constant memory then, and an OPT may have norms after."""
+    changes = {"mistral": {"sliding_window": 5}, "opt": {"do_layer_norm_before": False}}
+    model = FAMILIES[family](**changes.get(family, {}))
     save_model(model, byte_tokenizer(), tmp_path / "model")
     ids = byte_tokenizer()("def f", return_tensors="pt")["input_ids"]
     plain = load_model(tmp_path / "model", weights=weights)
