@@ -70,10 +70,12 @@ class QuantisedLinear(nn.Module):
         It is the tensor's, as others may put what is saved in its place, such as accelerate's offload; or the same
         memory without what the tensor knows, such as `torch.func.functional_call` of a detached one.
         """
+        if not self.is_integer:
+            return 0
         weight: Any = self._buffers["weight"]
         rows = getattr(weight, "_rows_packed", None)
-        if rows is not None or not self.is_integer:
-            return rows or 0
+        if rows is not None:
+            return rows
         own = self.__dict__.get("_packed", lambda: None)()
         return own._rows_packed if own is not None and own.data_ptr() == weight.data_ptr() else 0
 

@@ -234,8 +234,13 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 
 def position_vectors(headless: nn.Module, row: Architecture) -> Float[Tensor, "positions d"]:
-    """The learned embedding of each absolute position of a headless model whose family has these."""
-    return headless.get_parameter(f"{row.positions}.weight")[row.position_offset :]
+    """The learned embedding of each absolute position of a headless model whose family has these.
+
+    Where they were dropped, the one that stands for all.
+    """
+    vectors = headless.get_parameter(f"{row.positions}.weight")
+    kept = isinstance(headless.get_submodule(str(row.positions)), nn.Embedding)
+    return vectors[row.position_offset :] if kept else vectors
 
 
 def local_windows(config: PreTrainedConfig) -> list[int | None]:

@@ -439,12 +439,8 @@ class Decoder:
         self.family = _FAMILIES[model.config.base.model_type]
         row = model.model.architecture
         self.embed = self.base.get_submodule(self.family.embed)
-        self._positions = None
-        """Of each position, or of all, which is added to the embedding."""
-        if row.positions is not None:
-            kept = isinstance(self.base.get_submodule(row.positions), nn.Embedding)
-            all_positions = self.base.get_parameter(f"{row.positions}.weight")
-            self._positions = position_vectors(self.base, row) if kept else all_positions
+        self._positions = None if row.positions is None else position_vectors(self.base, row)
+        """What is added to the embedding at each position, or at all."""
         self.kernels: Any = load_kernels("decoding")
         self.rotaries = _rotaries(model)
         self.rooms: dict[int, Room] = {}

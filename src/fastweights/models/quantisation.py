@@ -82,13 +82,7 @@ class WeightsQuantizer(HfQuantizer):
             if names := _in_int8(model, config.weights):
                 config.modules_in_int8 = names
         else:
-            layers = linear_layers(model, config)
-            for part in config.modules_in_int8:
-                if part != _HEAD and not any(_is_among(name, [part]) for name in layers):
-                    raise FastWeightsError(
-                        f"modules_in_int8 has {part!r}, and the model no linear layer of that name that is to have few "
-                        f"bits, nor a module with such layers; there is {next(iter(layers), 'none')}, for example"
-                    )
+            _check_modules(config.modules_in_int8, [*linear_layers(model, config)])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -209,6 +203,16 @@ def _in_int8(model: PreTrainedModel, weights: str) -> list[str]:
 def _is_among(name: str, parts: list[str]) -> bool:
     """Whether a layer is one of these, or in one of these modules."""
     return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _check_modules(parts: list[str], layers: list[str]) -> None:
+    """Refuse one that no layer is in, but for the head, which a headless model has not."""
+    for part in parts:
+        if part != _HEAD and not any(_is_among(name, [part]) for name in layers):
+            raise FastWeightsError(
+                f"modules_in_int8 has {part!r}, and the model no linear layer of that name that is to have few bits, "
+                f"nor a module with such layers; there is {next(iter(layers), 'none')}, for example"
+            )
 
 
 def _replace(model: PreTrainedModel, config: WeightsConfig) -> None:
