@@ -72,6 +72,15 @@ def test_rows_at_different_places_and_padding(monkeypatch):
     assert flash[1, :7].eq(0).all()
 
 
+def test_channels_may_lie_apart_in_memory(monkeypatch):
+    """Of a text that needs no padding, which is a copy."""
+    tensors, settings = problem(32, 8, 4, 0)
+    apart = [x.mT.contiguous().mT for x in tensors]
+    assert all(x.stride(3) != 1 for x in apart)
+    flash, truth = both(monkeypatch, apart, settings)
+    assert error(flash, truth) <= tolerances.FLOAT32
+
+
 def test_bfloat16(monkeypatch):
     tensors, settings = problem(90, 40, 4, 500, dtype=torch.bfloat16)
     flash, truth = both(monkeypatch, tensors, settings)

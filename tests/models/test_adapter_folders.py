@@ -32,7 +32,7 @@ KINDS = {
     "pure": ConversionConfig(positions="drop", gate_rank=2),
     "hybrid": ConversionConfig(window=8),
     "gated": ConversionConfig(window=8, rule="gated", feature_map="softmax"),
-    "delta": ConversionConfig(window=8, rule="gated_delta", feature_map="linear", value_map=True),
+    "delta": ConversionConfig(window=8, rule="gated_delta", feature_map="linear", value_map=True, conv_size=4),
     "partly": ConversionConfig(
         window=8, positions="drop", layer_types=["full_attention", "hybrid_sliding", "linear_attention"]
     ),

@@ -110,6 +110,16 @@ def test_queries_keys_and_values_of_their_own(rule, form, value_map):
     check(model, rows=3)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("family", "size"), [("llama", 4), ("qwen3", 2), ("olmo2", 4), ("gpt2", 7), ("phi3", 4)])
+def test_short_convolutions(family, size, form):
+    model = make(family, rule="gated_delta", conv_size=size, **FORMS[form])
+    assert why_plain(model) is None
+    for start in (1, 20):
+        check(model, start=start)
+    check(model, rows=3)
+
+
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 @pytest.mark.parametrize("form", ["pure", "window, no rotary"])
 def test_families(family, form):

@@ -19,7 +19,7 @@ from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert
 from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_memory
 from fastweights.reading.text import token_pieces
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.conversion import ADDED, ConversionConfig
 from tests.conftest import FAMILIES, MAKERS, make_gpt2, make_llama, random_ids
 from tests.forks import Forks
 
@@ -131,10 +131,12 @@ def test_a_config_that_computes_otherwise_is_another_model():
 def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
     model = convert(make_llama())
     now = fingerprint(model)
-    assert model.config.conversion.pop("value_map") is False
-    assert fingerprint(model) == now
-    model.config.conversion["value_map"] = True
-    assert fingerprint(model) != now
+    for name, given in (("value_map", True), ("conv_size", 4)):
+        assert model.config.conversion.pop(name) == ADDED[name]
+        assert fingerprint(model) == now
+        model.config.conversion[name] = given
+        assert fingerprint(model) != now
+        model.config.conversion[name] = ADDED[name]
 
 
 def test_models_without_a_constant_state_are_refused():

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from fastweights.layers.convolution import ShortConvolution
     from fastweights.layers.feature_maps import FeatureMap, Projection
     from fastweights.layers.rules import Rule
     from fastweights.layers.window import KeysAndValues
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 UNIT = "fast_unit"
 """Buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
 
-NEW_MODULES = ("rule", "query_map", "key_map", "value_map")
+NEW_MODULES = ("rule", "query_map", "key_map", "value_map", "convolution")
 """Of a layer, that the base model does not have; there need not be all."""
 NEW_PARTS = (*NEW_MODULES, "fast_scale", "window_scale", "window_bias")
 """These, and its own parameters."""
@@ -73,6 +74,14 @@ class StateCache(Protocol):
 
     def write(self, state: Tensor, tokens: int) -> None:
         """Take the place of the state before, `tokens` tokens on."""
+        ...
+
+    def tail(self) -> Tensor | None:
+        """(B, (H + 2G) D, n - 1) of the last tokens, which a short convolution goes on from; None before the first."""
+        ...
+
+    def put_tail(self, tail: Tensor) -> None:
+        """Take the place of the tail before."""
         ...
 
 
@@ -118,6 +127,7 @@ class FastWeightAttention(KeepsFloat32):
         query_map: feature map of the queries that read them.
         key_map: of the keys that they are written under.
         value_map: of the values that are written, which the window has as they are; None for none.
+        convolution: of all queries, keys and values, of the window as well; None for none.
         shape: sizes of `attention`.
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
@@ -145,6 +155,7 @@ class FastWeightAttention(KeepsFloat32):
         query_map: FeatureMap,
         key_map: FeatureMap,
         value_map: Projection | None = None,
+        convolution: ShortConvolution | None = None,
         *,
         shape: AttentionShape,
         layer_idx: int,
@@ -163,6 +174,7 @@ class FastWeightAttention(KeepsFloat32):
             self.add_module(name, module)
         self.projections, self.rule = projections, rule
         self.query_map, self.key_map, self.value_map = query_map, key_map, value_map
+        self.convolution = convolution
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
         self.writes_leaving = bool(window) and write == "leaving"
@@ -186,7 +198,7 @@ class FastWeightAttention(KeepsFloat32):
         if self.window_bias is not None:
             self.window_bias.zero_()
 
-    def new_modules(self) -> list[Rule | FeatureMap]:
+    def new_modules(self) -> list[Rule | FeatureMap | ShortConvolution]:
         """Those that the base model does not have."""
         return [module for name in NEW_MODULES if (module := getattr(self, name)) is not None]
 
@@ -257,6 +269,8 @@ class FastWeightAttention(KeepsFloat32):
         marks = TokenMarks() if marks is None else marks
         position_embeddings = position_embeddings if self.rotates else None
         q, k, v = self.project(x)
+        if self.convolution is not None:
+            q, k, v = self._convolved(self.convolution, (q, k, v), cache, marks)
         rotated, sink_q = (q, k), q
         if position_embeddings is not None and (self.rotary or self.window):
             rotated = self.projections.rotate(q, k, position_embeddings)
@@ -300,6 +314,21 @@ class FastWeightAttention(KeepsFloat32):
             cache.write(state, x.shape[1])
         return fast, window
 
+    def _convolved(
+        self,
+        convolution: ShortConvolution,
+        parts: tuple[Tensor, Tensor, Tensor],
+        cache: StateCache | None,
+        marks: TokenMarks,
+    ) -> list[Tensor]:
+        """q, k and v, each head's channels of them by themselves."""
+        joined = torch.cat([part.flatten(2) for part in parts], -1)
+        joined, tail = convolution(joined, None if cache is None else cache.tail(), marks)
+        if cache is not None:
+            cache.put_tail(tail)
+        widths = [part.shape[2] * part.shape[3] for part in parts]
+        return [new.unflatten(2, old.shape[2:]) for new, old in zip(joined.split(widths, 2), parts, strict=True)]
+
     def _features(
         self, q: Float[Tensor, "B T H D"], k: Float[Tensor, "B T G D"], positions: Int[Tensor, "_ T"] | None
     ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T G K"]]:
@@ -314,7 +343,7 @@ class FastWeightAttention(KeepsFloat32):
     def project(
         self, x: Float[Tensor, "B T d"]
     ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G V"]]:
-        """q, k and v, before the rotary embedding."""
+        """q, k and v, before a convolution and the rotary embedding."""
         return self.projections.project(self, x, self.head_dim)
 
     def output(self, y: Float[Tensor, "B T HV"]) -> Float[Tensor, "B T d"]:

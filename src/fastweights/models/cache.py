@@ -121,6 +121,23 @@ class _Recurrent(Counting, LinearAttentionLayer):
         self.recurrent_states[state_idx] = state
         self.has_previous_state[state_idx] = True
 
+    def tail(self) -> Tensor | None:
+        """What a short convolution goes on from; None before the first token."""
+        return self.conv_states[0] if self.has_previous_state[0] else None
+
+    def put_tail(self, tail: Tensor) -> None:
+        """Take the place of the tail before."""
+        self.conv_states[0] = tail
+        self.conv_kernel_size[0] = tail.shape[-1]
+        self.is_conv_states_initialized[0] = True
+
+    def own_tail(self) -> Tensor:
+        """As `own_state`, of the tail, in float32."""
+        tail = self.tail()
+        assert tail is not None
+        self.put_tail(tail.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
+        return self.conv_states[0]  # type: ignore[return-value]
+
     def own_state(self) -> Tensor:
         """The state in memory that nobody else holds, so that it may be written over, as single tokens then do."""
         state = self.state()
@@ -141,8 +158,9 @@ class _Recurrent(Counting, LinearAttentionLayer):
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """Each state by what `change` makes of it."""
-        for i, state in self.recurrent_states.items():
-            self.recurrent_states[i] = None if state is None else change(state)
+        for states in (self.recurrent_states, self.conv_states):
+            for i, state in states.items():
+                states[i] = None if state is None else change(state)
 
 
 class PureCacheLayer(_Recurrent, CacheLayerMixin):
@@ -734,6 +752,7 @@ def detach(cache: Cache) -> None:
 def layer_tensors(layer) -> dict[str, Tensor]:
     """All that a layer of any cache holds between two tokens: its states, and its keys and values."""
     found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
+    found["tail"] = getattr(layer, "conv_states", {}).get(0)
     found |= {name: getattr(layer, name, None) for name in ("keys", "values", "count")}
     if isinstance(layer, HybridCacheLayer) and layer.sinks is not None:
         found |= {"sink_keys": layer.sinks.k, "sink_values": layer.sinks.v}

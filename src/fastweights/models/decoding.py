@@ -8,7 +8,7 @@ that keeps its softmax attention is a window without fast weights, which grows o
 everything else: other families, padding, gradients, hooks.
 
 Notation: B rows, d width of the model, H query heads, G key/value heads, D width of a head, K key width, V value width,
-W window, S sinks.
+W window, S sinks, C channels of a short convolution and N tokens before its own.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ class _Softmax:
         model: that it is in.
     """
 
-    rule = query_map = key_map = value_map = window_bias = None
+    rule = query_map = key_map = value_map = convolution = window_bias = None
     window, rotary, writes_leaving = 0, True, True
 
     def __init__(self, attention: nn.Module, model: FastWeightsForCausalLM) -> None:
@@ -569,10 +569,12 @@ class DecodingState:
         self.tokens = _position(layers)
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
-        kept = zip(self.room.layers, self._fast, windows, strict=True)
+        convolved = decoder.model.config.settings.conv_size > 0
+        self._tails = [layer.own_tail() if convolved and isinstance(layer, _OURS) else None for layer in layers]
+        kept = zip(self.room.layers, self._fast, self._tails, windows, strict=True)
         self.attends = [
-            step.attend(fast, window.ring() if isinstance(window, GrowingWindow) else window)
-            for step, fast, window in kept
+            step.attend(fast, tail, window.ring() if isinstance(window, GrowingWindow) else window)
+            for step, fast, tail, window in kept
         ]
 
     def __reduce__(self) -> Any:
@@ -598,12 +600,13 @@ class DecodingState:
             return False
         if self.tokens != _position(self._layers) or not all(x.has_previous_state[0] for x in self._recurrent[:1]):
             return False
-        kept = zip(cache.layers, self._layers, self._fast, self._windows, strict=False)
+        kept = zip(cache.layers, self._layers, self._fast, self._tails, self._windows, strict=False)
         return all(window.is_current() for window in self._growing) and all(
             layer is ours
             and (fast is None or layer.recurrent_states[0] is fast)  # type: ignore[attr-defined]
+            and (tail is None or layer.conv_states[0] is tail)  # type: ignore[attr-defined]
             and (not isinstance(window, Ring) or layer.ring is window)  # type: ignore[attr-defined]
-            for layer, ours, fast, window in kept
+            for layer, ours, fast, tail, window in kept
         )
 
 
@@ -742,7 +745,9 @@ class LayerStep:
         if room.parallel:
             room.more.add_(room.again)
 
-    def attend(self, fast: Float[Tensor, "B G K V"] | None, ring: Ring | None) -> _Attend:
+    def attend(
+        self, fast: Float[Tensor, "B G K V"] | None, tail: Float[Tensor, "B C N"] | None, ring: Ring | None
+    ) -> _Attend:
         """What reads and changes such a state, for the number of tokens before."""
         attention, room = self.attention, self.room
         if fast is None:
@@ -750,6 +755,11 @@ class LayerStep:
         window = [_EMPTY[4]] * 5
         if ring is not None:
             window = [x.numpy() for x in (ring.k, ring.plain_k, ring.v, ring.sink_k, ring.sink_v)]
+        taps, tails = _EMPTY[3], _EMPTY[4]
+        if tail is not None:
+            heads = attention.heads + 2 * attention.kv_heads, attention.head_dim
+            taps = attention.convolution.weight.detach().unflatten(0, heads).numpy()
+            tails = tail.unflatten(1, heads).numpy()
         scales = attention.fast_scale, attention.fast_unit, attention.window_scale
         scales = [_EMPTY[1] if x is None else x.detach().numpy() for x in scales]
         gates = [array for gate in self.gates for array in gate.arrays]
@@ -761,7 +771,7 @@ class LayerStep:
         norm = self.head_norms[0]
         numbers = torch.tensor([norm.epsilon, norm.offset, attention.scaling], dtype=torch.float32).numpy()
         head_norms = [norm.weight for norm in self.head_norms]
-        arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, *gates, *maps, fast.numpy()]
+        arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, taps, tails, *gates, *maps, fast.numpy()]
         arrays += [*window, *scales, bias, numbers, self.read.numpy()]
         flags = {
             "rotated_fast": attention.rotary,
@@ -882,7 +892,7 @@ def _sizes(layer: Any) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
-_EMPTY = {n: torch.zeros((0,) * n, dtype=torch.float32).numpy() for n in (1, 2, 4)}
+_EMPTY = {n: torch.zeros((0,) * n, dtype=torch.float32).numpy() for n in (1, 2, 3, 4)}
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -302,6 +302,8 @@ def _restore(layer, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("state"):
             layer.put(tensor, int(name.removeprefix("state")))
+    if "tail" in tensors:
+        layer.put_tail(tensors["tail"])
     if "keys" in tensors:
         layer.update(tensors["keys"], tensors["values"])
     if "sink_keys" in tensors:

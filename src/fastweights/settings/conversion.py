@@ -23,7 +23,7 @@ _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-ADDED = {"value_map": False}
+ADDED = {"value_map": False, "conv_size": 0}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTO = "auto:"
@@ -55,6 +55,8 @@ class SharedConversion:
     """Decay per value channel too, as in the paper."""
     value_map: bool = False
     """Give the fast weights values of their own by a matrix for each head, which starts as the identity."""
+    conv_size: int = 0
+    """Tokens that a short convolution makes each query, key and value of, 4 in Gated DeltaNet; 0 for none."""
     rotary: bool = True
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: tuple[float, float] = (2.0, 6.0)
@@ -77,6 +79,8 @@ class SharedConversion:
             check_name("write", self.write, WRITES)
         if self.gate_rank < 0:
             raise FastWeightsError(f"gate_rank is {self.gate_rank}; allowed are 0 (full) and ranks of 1 up")
+        if self.conv_size < 0 or self.conv_size == 1:
+            raise FastWeightsError(f"conv_size is {self.conv_size}; allowed are 0 (none) and 2 or more tokens")
         if self.layers is not None:
             self._check_layers(self.layers)
         if self.sinks is not None and self.sinks < 0:

@@ -92,7 +92,8 @@ def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
         layer.fast_scale.requires_grad_(False).zero_()
         layer.window_only = True
         for module in layer.new_modules():
-            module.requires_grad_(False)
+            if module is not layer.convolution:  # which is the window's as well
+                module.requires_grad_(False)
 
 
 def peak_rates(student: FastWeightsForCausalLM, config: ConversionStageConfig) -> dict[str, float]:

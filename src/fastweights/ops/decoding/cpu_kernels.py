@@ -80,6 +80,21 @@ def _normalise(x, weight, epsilon, offset):
 
 
 @_inner
+def _convolve(x, taps, tail):
+    """x = its short convolution with the tokens of the tail, the oldest first, to which x comes and the oldest goes."""
+    room = taps.shape[1] - 1
+    for i in range(x.shape[0]):
+        now = x[i]
+        value = taps[i, room] * now
+        for j in range(room):
+            value += taps[i, j] * tail[i, j]
+        for j in range(room - 1):
+            tail[i, j] = tail[i, j + 1]
+        tail[i, room - 1] = now
+        x[i] = value
+
+
+@_inner
 def _dot(x, y):
     total = float32(0.0)
     for i in range(x.shape[0]):
@@ -289,6 +304,8 @@ ARRAYS = [
     "sink_rotary",
     "q_norm",
     "k_norm",
+    "taps",
+    "tails",
     "key_logits",
     "key_down",
     "key_up",
@@ -374,6 +391,8 @@ def _compile(version: int) -> Any:
         key_logits, value_logits: (B, _) what other gates are made of, bias included.
         rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
         key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
+        taps, tails: (H + 2G, D, n) and (B, H + 2G, D, n - 1) the short convolution of all heads' queries, keys and
+            values, in this order, and the tokens before; of width 0 for none.
         query_map, key_map, value_map: (H * D, D), (G * D, D), (G * V, V) the matrices of each head's queries, keys and
             values for the fast weights; of width 0 for none.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
@@ -398,14 +417,16 @@ def _attend(record):
     q, k, v = _block(record, 0), _block(record, 1), _block(record, 2)
     x, rotary, sink_rotary = _plane(record, 3), _plane(record, 4), _plane(record, 5)
     q_norm, k_norm = _line(record, 6), _line(record, 7)
-    key_logits, key_down, key_up, key_bias = _plane(record, 8), _plane(record, 9), _plane(record, 10), _line(record, 11)
-    value_logits, value_down = _plane(record, 12), _plane(record, 13)
-    value_up, value_bias = _plane(record, 14), _line(record, 15)
-    query_map, key_map, value_map = _plane(record, 16), _plane(record, 17), _plane(record, 18)
-    fast, ring_k, plain_k = _blocks(record, 19), _blocks(record, 20), _blocks(record, 21)
-    ring_v, sink_k, sink_v = _blocks(record, 22), _blocks(record, 23), _blocks(record, 24)
-    fast_scale, fast_unit, window_scale = _line(record, 25), _line(record, 26), _line(record, 27)
-    window_bias, numbers, out = _plane(record, 28), _line(record, 29), _block(record, 30)
+    taps, tails = _block(record, 8), _blocks(record, 9)
+    key_logits, key_down = _plane(record, 10), _plane(record, 11)
+    key_up, key_bias = _plane(record, 12), _line(record, 13)
+    value_logits, value_down = _plane(record, 14), _plane(record, 15)
+    value_up, value_bias = _plane(record, 16), _line(record, 17)
+    query_map, key_map, value_map = _plane(record, 18), _plane(record, 19), _plane(record, 20)
+    fast, ring_k, plain_k = _blocks(record, 21), _blocks(record, 22), _blocks(record, 23)
+    ring_v, sink_k, sink_v = _blocks(record, 24), _blocks(record, 25), _blocks(record, 26)
+    fast_scale, fast_unit, window_scale = _line(record, 27), _line(record, 28), _line(record, 29)
+    window_bias, numbers, out = _plane(record, 30), _line(record, 31), _block(record, 32)
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
@@ -439,10 +460,15 @@ def _attend(record):
                 value_low[i] = _dot(value_down[i], x[b])
         if normed:
             _normalise(k[b, g], k_norm, epsilon, offset)
+        if taps.shape[2] > 0:
+            _convolve(k[b, g], taps[H + g], tails[b, H + g])
+            _convolve(v[b, g], taps[H + G + g], tails[b, H + G + g])
         _rotate(k[b, g], rotary[0], rotary[1], rotated_k)
         for r in range(R):
             if normed:
                 _normalise(q[b, g * R + r], q_norm, epsilon, offset)
+            if taps.shape[2] > 0:
+                _convolve(q[b, g * R + r], taps[g * R + r], tails[b, g * R + r])
             _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
             _map(query_map, g * R + r, rotated_q[r] if rotated_fast else q[b, g * R + r], fast_q[r])
             for j in range(V):
