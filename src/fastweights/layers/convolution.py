@@ -1,6 +1,7 @@
 """ShortConvolution: each query, key and value is made of the last few tokens' and not of its own token's alone.
 
-Notation: B batch, T time, C channels, n tokens that the convolution sees, its own included, N = n - 1 before it.
+Notation: B batch, T time, C channels, n tokens that the convolution sees, its own included, N = n - 1 before it,
+L = N + T.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import conv1d
 
 from fastweights.layers.precision import KeepsFloat32
 from fastweights.layers.rules import TokenMarks
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -58,13 +58,12 @@ class ShortConvolution(KeepsFloat32):
         """
         real, starts = TokenMarks() if marks is None else marks
         room = self.weight.shape[1] - 1
-        new = x.mT
-        before = new.new_zeros(*new.shape[:2], room) if tail is None else tail.to(x.dtype)
+        before = x.new_zeros(len(x), room, x.shape[2]) if tail is None else tail.mT.to(x.dtype)
         places = None
         if real is not None:  # real tokens first, in their order
             places = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-            new = _in_order(new, places)
-        seen = torch.cat((before, new), -1)
+            x = _in_order(x, places)
+        seen = torch.cat((before, x), 1)
         documents = None
         if starts is not None:
             documents = starts.long().cumsum(1)
@@ -73,40 +72,38 @@ class ShortConvolution(KeepsFloat32):
         y = self._convolve(seen, documents).to(x.dtype)
         if places is not None:
             y = _in_order(y, places.argsort(1))
-        return y.mT.contiguous(), _last(seen, documents, real, room)
+        return y, _last(seen, documents, real, room)
 
-    def _convolve(self, seen: Float[Tensor, "B C L"], documents: Int[Tensor, "B L"] | None) -> Float[Tensor, "B C T"]:
+    def _convolve(self, seen: Float[Tensor, "B L C"], documents: Int[Tensor, "B L"] | None) -> Float[Tensor, "B T C"]:
         weight = self.weight
+        room, tokens = weight.shape[1] - 1, seen.shape[1] - weight.shape[1] + 1
         with torch.autocast(seen.device.type, enabled=False):
             seen = seen.to(torch.promote_types(seen.dtype, weight.dtype))
-            if documents is None:
-                return conv1d(seen, weight[:, None].to(seen.dtype), groups=len(weight))
-            taps = weight.shape[1]
-            tokens = seen.shape[2] - taps + 1
-            own = documents[:, taps - 1 :]
-            y = seen.new_zeros(*seen.shape[:2], tokens)
-            for j in range(taps):
-                other = (documents[:, j : j + tokens] != own)[:, None]
-                y = y + weight[:, j, None] * seen[..., j : j + tokens].masked_fill(other, 0)
+            y = seen[:, room:] * weight[:, room]
+            for j in range(room):
+                past = seen[:, j : j + tokens]
+                if documents is not None:
+                    past = past.masked_fill((documents[:, j : j + tokens] != documents[:, room:])[..., None], 0)
+                y = torch.addcmul(y, past, weight[:, j])
             return y
 
 
-def _in_order(x: Float[Tensor, "B C L"], places: Int[Tensor, "B T"]) -> Float[Tensor, "B C T"]:
-    return x.gather(2, places[:, None].expand(-1, x.shape[1], -1))
+def _in_order(x: Float[Tensor, "B L C"], places: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _last(
-    seen: Float[Tensor, "B C L"], documents: Int[Tensor, "B L"] | None, real: Tensor | None, room: int
+    seen: Float[Tensor, "B L C"], documents: Int[Tensor, "B L"] | None, real: Bool[Tensor, "B T"] | None, room: int
 ) -> Float[Tensor, "B C N"]:
     """A tensor of its own, as a view would keep all of `seen`."""
     if real is None and documents is None:
-        return seen[..., -room:].clone(memory_format=torch.contiguous_format)
-    tokens = seen.shape[2] - room
+        return seen[:, -room:].mT.clone(memory_format=torch.contiguous_format)
+    tokens = seen.shape[1] - room
     read = torch.full((len(seen), 1), tokens, device=seen.device) if real is None else real.sum(1, keepdim=True)
     places = read + torch.arange(room, device=seen.device)
     last = _in_order(seen, places)
-    if documents is None:
-        return last
-    # That of the last real token, or the one before all of these.
-    current = documents.gather(1, read + room - 1)
-    return last.masked_fill((documents.gather(1, places) != current)[:, None], 0)
+    if documents is not None:
+        # The current one is that of the last real token, or the one before all of these.
+        current = documents.gather(1, read + room - 1)
+        last = last.masked_fill((documents.gather(1, places) != current)[..., None], 0)
+    return last.mT.contiguous()
