@@ -73,8 +73,8 @@ def test_rows_at_different_places_and_padding(monkeypatch):
 
 
 def test_channels_may_lie_apart_in_memory(monkeypatch):
-    """Of a text that needs no padding, which is a copy."""
-    tensors, settings = problem(32, 8, 4, 0)
+    """Of a text that needs no padding, which is a copy, and heads that share no keys."""
+    tensors, settings = problem(32, 8, 4, 0, G=6)
     apart = [x.mT.contiguous().mT for x in tensors]
     assert all(x.stride(3) != 1 for x in apart)
     flash, truth = both(monkeypatch, apart, settings)

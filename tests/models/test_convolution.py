@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.convolution import ShortConvolution
 from fastweights.models import convert, load_model
 from fastweights.models.cache import FastWeightsCache, detach, state_bytes
-from fastweights.models.decoding import set_fast_decoding
+from fastweights.models.decoding import set_fast_decoding, why_plain
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.training.finetune import leave_windows_alone
@@ -25,14 +28,15 @@ from tests.models.test_documents import LENGTHS, borders, packed
 from tests.ops.problems import error
 
 KINDS = {
-    "pure": lambda: convert(make_llama(), ConversionConfig(rule="gated_delta", conv_size=4)),
-    "hybrid": lambda: convert(make_gpt2(), ConversionConfig(window=8, conv_size=3, positions="drop")),
+    "pure": (make_llama, ConversionConfig(rule="gated_delta", conv_size=4)),
+    "hybrid": (make_gpt2, ConversionConfig(window=8, conv_size=3, positions="drop")),
 }
 
 
 def make(kind: str):
     """With taps that say something."""
-    model = KINDS[kind]().eval()
+    base, settings = KINDS[kind]
+    model = convert(base(), settings).eval()
     torch.manual_seed(0)
     for attention in model.fast_attentions():
         attention.convolution.weight.data += 0.5 * torch.randn_like(attention.convolution.weight)
@@ -50,16 +54,19 @@ def _fast():
     set_fast_decoding(True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_it_starts_as_the_model_without_and_says_something_then(model):
-    without = convert(make_llama(), ConversionConfig(rule="gated_delta"))
-    new = KINDS["pure"]()
+def test_it_starts_as_the_model_without_and_says_something_then(kind):
+    base, settings = KINDS[kind]
+    new, without = (convert(base(), replace(settings, conv_size=size)).eval() for size in (settings.conv_size, 0))
     ids = random_ids(2, 20)
-    new.load_state_dict(without.state_dict(), strict=False)
-    assert error(new(ids).logits, without(ids).logits) <= tolerances.FLOAT32
+    expected = without(ids).logits
+    assert error(new(ids).logits, expected) <= tolerances.FLOAT32
+    model = make(kind)
+    assert error(model(ids).logits, expected) > 0.01
     for attention in model.fast_attentions():
         attention.reset_new_parameters()
-        assert (attention.convolution.weight.sum(1) == 1).all()
+    assert error(model(ids).logits, expected) <= tolerances.FLOAT32
 
 
 def test_pieces_of_any_size_equal_one_pass(model):
@@ -173,6 +180,38 @@ def test_windows_alone_have_it_too():
     assert not any(attention.rule.key_gate.weight.requires_grad for attention in model.fast_attentions())
     model(random_ids(1, 20), labels=random_ids(1, 20)).loss.backward()
     assert all(attention.convolution.weight.grad.any() for attention in model.fast_attentions())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("ours", "theirs"), [(2, 8), (4, 2), (4, 0), (0, 4)])
+def test_the_cache_of_another_convolution_is_refused(ours, theirs, tokens):
+    models = [convert(make_llama(), ConversionConfig(window=8, conv_size=size)).eval() for size in (ours, theirs)]
+    cache = models[1](random_ids(1, 20), use_cache=True).cache
+    with pytest.raises(FastWeightsError, match="the cache is another model's; begin with a new one"):
+        models[0](random_ids(1, tokens), cache=cache)
+
+
+@torch.no_grad()
+def test_rows_may_share_the_borders_of_their_documents(model):
+    ids, starts = random_ids(2, 20), torch.zeros(1, 20, dtype=torch.bool)
+    starts[0, 7] = True
+    expected = model(ids, document_starts=starts.expand(2, -1)).logits
+    assert torch.equal(model(ids, document_starts=starts).logits, expected)
+
+
+@torch.no_grad()
+def test_another_kind_of_convolution_takes_the_plain_way(model):
+    class Other(ShortConvolution):
+        pass
+
+    assert why_plain(model) is None
+    attention = model.fast_attentions()[1]
+    taps = attention.convolution.weight
+    taps.data = taps.T.contiguous().T
+    assert why_plain(model) == "the taps of its convolution lie apart in memory"
+    attention.convolution = Other(*taps.shape)
+    assert why_plain(model) == "its convolution is Other"
 
 
 @pytest.mark.parametrize("size", [1, -1])

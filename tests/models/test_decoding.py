@@ -774,3 +774,15 @@ def test_on_several_threads(weights, rows, monkeypatch):
         quantise(model, weights)
     with threads_of_torch(3):
         check(model, rows, tolerance=8 * tolerances.BFLOAT16)
+
+
+@torch.no_grad()
+def test_states_of_another_size_are_not_read():
+    """Those of other heads are refused at once; of wider keys, which a map makes, the steps leave them to the op."""
+    one, two = (make(changes={"num_key_value_heads": heads}) for heads in (1, 2))
+    cache = one(random_ids(1, 20), use_cache=True).cache
+    with pytest.raises(FastWeightsError, match="the cache is another model's; begin with a new one"):
+        two(random_ids(1, 1), cache=cache)
+    cache = make(feature_map="dpfp")(random_ids(1, 20), use_cache=True).cache
+    assert decoding._begin(two, cache, 1) is None
+    assert decoding._begin(two, two(random_ids(1, 20), use_cache=True).cache, 1) is not None

@@ -54,10 +54,12 @@ class ShortConvolution(KeepsFloat32):
             marks: padding, for which there is no meaning in what is returned, and borders of documents.
 
         Returns:
-            y in the dtype of x, and the last n - 1 tokens' x of each row's document, 0 where it has not read as many.
+            y in the dtype of x, and the last n - 1 tokens' x of each row's document, in float32 at least, 0 where it
+            has not read as many.
         """
         real, starts = TokenMarks() if marks is None else marks
-        room = self.weight.shape[1] - 1
+        room, dtype = self.weight.shape[1] - 1, x.dtype
+        x = x.to(torch.promote_types(dtype, self.weight.dtype))
         before = x.new_zeros(len(x), room, x.shape[2]) if tail is None else tail.mT.to(x.dtype)
         places = None
         if real is not None:  # real tokens first, in their order
@@ -66,10 +68,10 @@ class ShortConvolution(KeepsFloat32):
         seen = torch.cat((before, x), 1)
         documents = None
         if starts is not None:
-            documents = starts.long().cumsum(1)
+            documents = starts.long().cumsum(1).expand(len(x), -1)
             documents = documents if places is None else documents.gather(1, places)
             documents = torch.cat((documents.new_zeros(len(documents), room), documents), 1)
-        y = self._convolve(seen, documents).to(x.dtype)
+        y = self._convolve(seen, documents).to(dtype)
         if places is not None:
             y = _in_order(y, places.argsort(1))
         return y, _last(seen, documents, real, room)
@@ -78,7 +80,6 @@ class ShortConvolution(KeepsFloat32):
         weight = self.weight
         room, tokens = weight.shape[1] - 1, seen.shape[1] - weight.shape[1] + 1
         with torch.autocast(seen.device.type, enabled=False):
-            seen = seen.to(torch.promote_types(seen.dtype, weight.dtype))
             y = seen[:, room:] * weight[:, room]
             for j in range(room):
                 past = seen[:, j : j + tokens]

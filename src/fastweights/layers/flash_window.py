@@ -73,7 +73,7 @@ def flash_window(
     reach = min(window, L + -L % _LEAST)  # where the text is shorter than the window
     size = max(_LEAST, min(_MOST, reach // 2, T + -T % _LEAST))
     back, front = -T % size, reach - (L - T)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))  # torch's kernel takes that for granted
+    q = q if q.stride(3) == 1 else q.contiguous()  # torch's kernel takes it for granted; padding makes k and v so
     k, v = (pad(x, (0, 0, 0, 0, front, back)) for x in (k, v))
     blocks = pad(q, (0, 0, 0, 0, 0, back)).view(B, -1, size, G, H // G, q.shape[3]).permute(0, 1, 3, 4, 2, 5)
     after = pad(index, (0, back), value=reach).unflatten(1, (-1, size))  # what these see is cut off

@@ -132,10 +132,10 @@ class _Recurrent(Counting, LinearAttentionLayer):
         self.is_conv_states_initialized[0] = True
 
     def own_tail(self) -> Tensor:
-        """As `own_state`, of the tail, in float32."""
+        """As `own_state`, of the tail."""
         tail = self.tail()
         assert tail is not None
-        self.put_tail(tail.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
+        self.put_tail(tail.clone(memory_format=torch.contiguous_format))
         return self.conv_states[0]  # type: ignore[return-value]
 
     def own_state(self) -> Tensor:
@@ -714,6 +714,8 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:
     kind = config.layer_types[i]
+    if kind != "full_attention" and isinstance(layer, _Recurrent) and not _is_of_its_size(layer, config):
+        return False
     if kind == "linear_attention":
         return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
     if kind == "hybrid_sliding":
@@ -721,6 +723,19 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:
             return False
         return (layer.sliding_window, layer.number_of_sinks) == (config.windows[i], config.sinks)
     return not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def _is_of_its_size(layer: _Recurrent, config: FastWeightsConfig) -> bool:
+    """Whether what a layer has read is of as many heads, with a tail that the model's convolution goes on from."""
+    if (state := layer.state()) is None:
+        return True
+    if state.shape[1] != config.num_key_value_heads:
+        return False
+    tail, size = layer.tail(), config.settings.conv_size
+    if tail is None or not size:
+        return tail is None and not size
+    channels = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return tuple(tail.shape[1:]) == (channels, size - 1)
 
 
 def _new_layer(i: int, config: FastWeightsConfig) -> Any:

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.attention import FastWeightAttention
+from fastweights.layers.convolution import ShortConvolution
 from fastweights.layers.feature_maps import FeatureMap, Projection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
@@ -304,6 +305,13 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return f"its rule is {type(rule).__name__}, or has a normaliser"
         if type(attention.query_map) not in _MAPS or type(attention.key_map) not in _MAPS:
             return f"its feature map is {type(attention.query_map).__name__}"
+        if type(attention.value_map) not in (type(None), Projection):
+            return f"its value map is {type(attention.value_map).__name__}"
+        convolution = attention.convolution
+        if type(convolution) not in (type(None), ShortConvolution):
+            return f"its convolution is {type(convolution).__name__}"
+        if convolution is not None and not convolution.weight.is_contiguous():
+            return "the taps of its convolution lie apart in memory"
     attentions = _all_attentions(model)
     for attention in attentions:
         if type(attention.projections) not in _PROJECTIONS:
@@ -909,8 +917,9 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     recurrent = [layer for layer in layers if isinstance(layer, _OURS)]
     if others != (cache.block is not None):
         return None
-    if any(state is None or len(state) != rows for state in (layer.state() for layer in recurrent)):
-        return None
+    for layer, attention in zip(recurrent, model.fast_attentions(), strict=True):
+        if (state := layer.state()) is None or tuple(state.shape) != (rows, *attention.rule.state_shape):
+            return None
     shape, windows = (rows, _position(layers)), local_windows(model.config.base)
     softmax = [(layer, x) for layer, x in zip(layers, windows, strict=True) if not isinstance(layer, _OURS)]
     if softmax and cache.reordered:
