@@ -18,8 +18,9 @@ MODELS = {
     "averages of low rank, no sinks": lambda: convert(
         make_llama(max_position_embeddings=LONGEST), ConversionConfig(window=8, sinks=0, rule="average", gate_rank=2)
     ),
-    "gated delta": lambda: convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="dpfp")),
-    "convolution": lambda: with_taps(convert(make_llama(), ConversionConfig(rule="gated_delta", conv_size=4))),
+    "gated delta": lambda: with_taps(
+        convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="dpfp", conv_size=4))
+    ),
     "two windows": lambda: convert(make_llama(), ConversionConfig(window=8, wide_window=16, layers="0,2")),
     "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
     "learned bias": lambda: convert(make_gpt2(), ConversionConfig(window=8, positions="drop")),
