@@ -11,6 +11,7 @@ from fastweights.models import add_fast_weight_layer, convert
 from fastweights.models.quantisation import quantise
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.models.test_convolution import with_taps
 
 LONGEST = 512
 MODELS = {
@@ -25,12 +26,6 @@ MODELS = {
     "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
     "learned bias": lambda: convert(make_gpt2(), ConversionConfig(window=8, positions="drop")),
 }
-
-
-def with_taps(model):
-    for attention in model.fast_attentions():
-        torch.nn.init.normal_(attention.convolution.weight)
-    return model
 
 
 @pytest.mark.parametrize("name", MODELS)

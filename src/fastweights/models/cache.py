@@ -128,7 +128,6 @@ class _Recurrent(Counting, LinearAttentionLayer):
     def put_tail(self, tail: Tensor) -> None:
         """Take the place of the tail before."""
         self.conv_states[0] = tail
-        self.conv_kernel_size[0] = tail.shape[-1]
         self.is_conv_states_initialized[0] = True
 
     def own_tail(self) -> Tensor:
@@ -451,13 +450,13 @@ class FastWeightsCache(DynamicCache):
         Args:
             config: of the model.
         """
-        types, block = config.layer_types, config.fast_weight_layer is not None
+        types, block, sizes = config.layer_types, config.fast_weight_layer is not None, _Sizes.of(config)
         return len(self.layers) == len(types) + block and all(
-            _fits(layer, i, config) for i, layer in enumerate(self.layers[: len(types)])
+            _fits(layer, i, config, sizes) for i, layer in enumerate(self.layers[: len(types)])
         )
 
     def _adopt_layers(self, config: FastWeightsConfig) -> None:
-        types = config.layer_types
+        types, sizes = config.layer_types, _Sizes.of(config)
         if len(self.layers) < len(types):
             self.layers += DynamicCache(config=config).layers[len(self.layers) :]
         if config.fast_weight_layer is not None and self.block is None:
@@ -465,7 +464,7 @@ class FastWeightsCache(DynamicCache):
         self._give_softmax_layers_their_windows(config)
         for i, kind in enumerate(types):
             layer = self.layers[i]
-            if _fits(layer, i, config):
+            if _fits(layer, i, config, sizes):
                 continue
             if not _is_unused(layer):
                 raise FastWeightsError(
@@ -712,9 +711,32 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
-def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:
+class _Sizes(NamedTuple):
+    """Of what each layer with fast weights keeps; a config is slow to ask for them."""
+
+    kv_heads: int
+    convolution: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, config: FastWeightsConfig) -> _Sizes:
+        return cls(config.num_key_value_heads, config.convolution_shape)
+
+    def fit(self, layer: _Recurrent) -> bool:
+        """Whether what a layer has read is of as many heads, with a tail that the model's convolution goes on from."""
+        if (state := layer.state()) is None:
+            return True
+        if state.shape[1] != self.kv_heads:
+            return False
+        tail = layer.tail()
+        if tail is None or self.convolution is None:
+            return tail is None and self.convolution is None
+        channels, size = self.convolution
+        return tuple(tail.shape[1:]) == (channels, size - 1)
+
+
+def _fits(layer: Any, i: int, config: FastWeightsConfig, sizes: _Sizes) -> bool:
     kind = config.layer_types[i]
-    if kind != "full_attention" and isinstance(layer, _Recurrent) and not _is_of_its_size(layer, config):
+    if kind != "full_attention" and isinstance(layer, _Recurrent) and not sizes.fit(layer):
         return False
     if kind == "linear_attention":
         return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
@@ -723,19 +745,6 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig) -> bool:
             return False
         return (layer.sliding_window, layer.number_of_sinks) == (config.windows[i], config.sinks)
     return not isinstance(layer, LinearAttentionCacheLayerMixin)
-
-
-def _is_of_its_size(layer: _Recurrent, config: FastWeightsConfig) -> bool:
-    """Whether what a layer has read is of as many heads, with a tail that the model's convolution goes on from."""
-    if (state := layer.state()) is None:
-        return True
-    if state.shape[1] != config.num_key_value_heads:
-        return False
-    tail, size = layer.tail(), config.settings.conv_size
-    if tail is None or not size:
-        return tail is None and not size
-    channels = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    return tuple(tail.shape[1:]) == (channels, size - 1)
 
 
 def _new_layer(i: int, config: FastWeightsConfig) -> Any:

@@ -158,6 +158,12 @@ class FastWeightsConfig(PreTrainedConfig):
         """First tokens that stay visible to the softmax of hybrid layers."""
         return (self.conversion or {}).get("sinks") or 0
 
+    @property
+    def convolution_shape(self) -> tuple[int, int] | None:
+        """Channels of each layer's short convolution, and tokens that it sees; None without one."""
+        size = (self.conversion or {}).get("conv_size")
+        return ((self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim, size) if size else None
+
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
         if value != getattr(self, "sliding_window", None):

@@ -577,8 +577,8 @@ class DecodingState:
         self.tokens = _position(layers)
         """Of their document that all rows have read."""
         self._fast = [layer.own_state() if isinstance(layer, _OURS) else None for layer in layers]
-        convolved = decoder.model.config.settings.conv_size > 0
-        self._tails = [layer.own_tail() if convolved and isinstance(layer, _OURS) else None for layer in layers]
+        steps = zip(layers, self.room.layers, strict=True)
+        self._tails = [None if step.attention.convolution is None else layer.own_tail() for layer, step in steps]
         kept = zip(self.room.layers, self._fast, self._tails, windows, strict=True)
         self.attends = [
             step.attend(fast, tail, window.ring() if isinstance(window, GrowingWindow) else window)

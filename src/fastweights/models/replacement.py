@@ -30,7 +30,6 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
     """
     row, settings = architecture_of(config.base), config.settings
     shape = AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     length: int | None = getattr(config.base, "max_position_embeddings", None)
     for i, layer in enumerate(base.get_submodule(row.layers)):  # type: ignore[arg-type]
         if config.layer_types[i] == "full_attention":
@@ -57,7 +56,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             query_map,
             key_map,
             Projection(shape.head_dim, shape.kv_heads) if settings.value_map else None,
-            ShortConvolution(channels, settings.conv_size) if settings.conv_size else None,
+            None if config.convolution_shape is None else ShortConvolution(*config.convolution_shape),
             shape=shape,
             layer_idx=i,
             window=config.windows[i],
