@@ -36,6 +36,7 @@ from accelerate.utils import align_module_device  # fetches offloaded weights wh
 from torch import nn
 from torch.nn.functional import logsigmoid, relu
 
+from fastweights.layers.host_copy import HostCopy
 from fastweights.layers.linear import linear, linear_by_row
 from fastweights.layers.next_token_gradient import NO_LABEL, next_token_gradient
 from fastweights.layers.precision import uncast
@@ -65,6 +66,11 @@ class FastWeights(NamedTuple):
     norm: Float[Tensor, "B 1 1 2d"]
     """To γ, then to c."""
 
+    def where(self, rows: Bool[Tensor, " B"], other: FastWeights) -> FastWeights:
+        """The same, with the rows of `other` where `rows` says so."""
+        pairs = zip(other, self, strict=True)
+        return FastWeights(*(torch.where(rows[:, None, None, None], new, old) for new, old in pairs))
+
 
 class FastWeightLayerState(NamedTuple):
     """The state of a stream of text."""
@@ -80,12 +86,6 @@ class FastWeightLayerState(NamedTuple):
         """All of it; `from_tensors` takes it back."""
         return [*self.now] if self.seen is None else [*self.now, *self.seen, self.steps]
 
-    def where(self, rows: Bool[Tensor, " B"], other: FastWeightLayerState) -> FastWeightLayerState:
-        """The same, with the rows of `other` where `rows` says so."""
-        pairs = zip(other.tensors(), self.tensors(), strict=True)
-        mixed = [torch.where(rows.view(-1, *(1,) * (new.ndim - 1)), new, old) for new, old in pairs]
-        return FastWeightLayerState.from_tensors(mixed)
-
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> FastWeightLayerState:
         """The state that gave these `tensors()`."""
@@ -94,6 +94,55 @@ class FastWeightLayerState(NamedTuple):
         if not rest:
             return cls(now, None, torch.zeros(len(now.up), dtype=torch.long, device=now.up.device))
         return cls(now, FastWeights(*rest[:n]), rest[n])
+
+
+class Pieces:
+    """Where a call's positions are cut, so that documents begin and segments end at borders, whichever row has them.
+
+    A GPU sends where that is as soon as these are made, and is waited for where a layer reads.
+
+    Args:
+        starts: True where another document begins; None if nowhere.
+        ends: True where a row's segment ends; None without segments.
+        steps: of each row, since the start of its segment, once all positions are read.
+        length: T.
+    """
+
+    def __init__(
+        self,
+        starts: Bool[Tensor, "B T"] | None,
+        ends: Bool[Tensor, "B T"] | None,
+        steps: Int[Tensor, " B"],
+        length: int,
+    ) -> None:
+        self._starts, self._ends, self.steps, self._length = starts, ends, steps, length
+        nowhere = torch.zeros(length, dtype=torch.bool, device=steps.device)
+        rows = [nowhere if starts is None else starts.any(0)]
+        rows += [nowhere, nowhere] if ends is None else [ends.any(0), ends.all(0)]
+        self._told = None if starts is None and ends is None else HostCopy(torch.stack(rows))
+        self._all_end: list[bool] = []
+        self._some_end: list[bool] = []
+
+    def cut(self) -> list[tuple[int, int, bool]]:
+        """First position, end, and whether a document begins there, of each piece."""
+        T = self._length
+        begins = self._some_end = self._all_end = [False] * T
+        if self._told is not None:
+            begins, self._some_end, self._all_end = self._told.tolist()
+        borders = [0, *(t for t in range(1, T) if begins[t] or self._some_end[t - 1]), T]
+        return [(first, end, T > 0 and begins[first]) for first, end in pairwise(borders)]
+
+    def begins_at(self, t: int) -> Bool[Tensor, " B"]:
+        """The rows where a document begins at t."""
+        assert self._starts is not None
+        return self._starts[:, t]
+
+    def after(self, end: int, now: FastWeights, seen: FastWeights) -> FastWeights:
+        """What gradients are taken at after the piece that ends there."""
+        if not end or not self._some_end[end - 1]:
+            return seen
+        assert self._ends is not None
+        return now if self._all_end[end - 1] else seen.where(self._ends[:, end - 1], now)
 
 
 class _SlowPass(NamedTuple):
@@ -200,6 +249,7 @@ class FastWeightLayer(nn.Module):
         state: FastWeightLayerState | None = None,
         *,
         starts: Bool[Tensor, "B T"] | None = None,
+        pieces: Pieces | None = None,
     ) -> tuple[Float[Tensor, "B T d"], FastWeightLayerState | None]:
         """What the unembedding is given, and the state after the last position.
 
@@ -212,6 +262,7 @@ class FastWeightLayer(nn.Module):
             unembedding: the model's; its weights decide the slow gradients.
             state: to go on from; by default that of a text's start.
             starts: True where another document begins, which starts with no fast weights.
+            pieces: what `self.pieces` says of these, if it was asked before: a GPU is not waited for then.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             h = hidden_states.to(self.up.weight.dtype)
@@ -220,10 +271,8 @@ class FastWeightLayer(nn.Module):
                 n = _normalise(r)[0] * self.norm_scale + self.norm_offset
                 return (h + self.output_scale * n).to(hidden_states.dtype), None
             state = state or self.initial_state(h)
-            if starts is None:
-                y, state = self._read(h, labels, unembedding, state)
-            else:
-                y, state = self._read_documents(h, labels, unembedding, state, starts)
+            pieces = pieces or self.pieces(labels, state, starts)
+            y, state = self._read(h, labels, unembedding, state, pieces)
         return y.to(hidden_states.dtype), state
 
     def initial_state(self, like: Float[Tensor, "B T d"]) -> FastWeightLayerState:
@@ -235,44 +284,47 @@ class FastWeightLayer(nn.Module):
         now = FastWeights(*zeros)
         return FastWeightLayerState(now, now if self.settings.segment else None, like.new_zeros(B, dtype=torch.long))
 
-    def _read_documents(
-        self, h: Tensor, labels: Tensor, unembedding: Unembedding, state: FastWeightLayerState, starts: Tensor
-    ) -> tuple[Tensor, FastWeightLayerState]:
-        """Piece by piece, between all places where a document of some row begins."""
-        outputs, new = [], self.initial_state(h)
-        begins = starts.any(0).tolist()
-        for first, end in pairwise([0, *(t for t in range(1, len(begins)) if begins[t]), len(begins)]):
-            if begins[first]:
-                state = state.where(starts[:, first], new)
-            here = slice(first, end)
-            y, state = self._read(h[:, here], labels[:, here], unembedding, state)
-            outputs.append(y)
-        return torch.cat(outputs, 1), state
+    def pieces(
+        self,
+        labels: Int[Tensor, "B T"],
+        state: FastWeightLayerState | None = None,
+        starts: Bool[Tensor, "B T"] | None = None,
+    ) -> Pieces:
+        """Where a call's positions are cut, which hangs on numbers that a GPU may have.
+
+        Args:
+            labels: as of `forward`.
+            state: as of `forward`.
+            starts: as of `forward`.
+        """
+        segment, known = self.settings.segment, labels != NO_LABEL
+        before = labels.new_zeros(len(labels)) if state is None else state.steps
+        if not (segment and self.settings.updates) or not labels.shape[1]:
+            return Pieces(starts, None, before, labels.shape[1])
+        # Rows end their segments at places of their own, since only positions with a label count.
+        counted = known.cumsum(1)
+        at_start = -before[:, None]
+        if starts is not None:
+            at_start = torch.where(starts, counted - known.long(), at_start).cummax(1).values
+        taken = counted - at_start
+        return Pieces(starts, known & (taken % segment == 0), taken[:, -1] % segment, labels.shape[1])
 
     def _read(
-        self, h: Tensor, labels: Tensor, unembedding: Unembedding, state: FastWeightLayerState
+        self, h: Tensor, labels: Tensor, unembedding: Unembedding, state: FastWeightLayerState, pieces: Pieces
     ) -> tuple[Tensor, FastWeightLayerState]:
-        known = labels != NO_LABEL
-        now, seen, steps = state
-        if seen is None or h.shape[1] == 0:
-            y, now = self._piece(h, labels, known, unembedding, now, None)
-            return y, FastWeightLayerState(now, seen, steps)
-        # Rows end their segments at places of their own, since only positions with a label count. Finding out where
-        # waits for a GPU, once.
-        taken, n = steps[:, None] + known.cumsum(1), self.settings.segment
-        ends = known & (taken % n == 0)
-        some, all_ = torch.stack((ends.any(0), ends.all(0))).tolist()
-        outputs = []
-        for first, end in pairwise([0, *(t for t in range(1, len(some)) if some[t - 1]), len(some)]):
+        known, outputs = labels != NO_LABEL, []
+        now, seen, _ = state
+        for first, end, begins in pieces.cut():
+            if begins:
+                rows, new = pieces.begins_at(first), self.initial_state(h)
+                now = now.where(rows, new.now)
+                seen = None if seen is None or new.seen is None else seen.where(rows, new.seen)
             here = slice(first, end)
             y, now = self._piece(h[:, here], labels[:, here], known[:, here], unembedding, now, seen)
             outputs.append(y)
-            if all_[end - 1]:
-                seen = now
-            elif some[end - 1]:
-                ended = ends[:, end - 1, None, None, None]
-                seen = FastWeights(*(torch.where(ended, a, b) for a, b in zip(now, seen, strict=True)))
-        return torch.cat(outputs, 1), FastWeightLayerState(now, seen, taken[:, -1] % n)
+            if seen is not None:
+                seen = pieces.after(end, now, seen)
+        return torch.cat(outputs, 1), FastWeightLayerState(now, seen, pieces.steps)
 
     def _piece(
         self,

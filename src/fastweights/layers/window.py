@@ -173,7 +173,9 @@ def _real_last(real: Bool[Tensor, "B T"], kept: int, before: int | Int[Tensor, "
     """The order in which kept and new tokens that are real come last; None if they do."""
     was_real = torch.arange(kept, device=real.device) >= kept - before
     real = torch.cat((was_real.expand(len(real), kept), real), 1)
-    return real.byte().argsort(dim=1, stable=True) if (real[:, :-1] & ~real[:, 1:]).any() else None
+    if real.is_cpu and not (real[:, :-1] & ~real[:, 1:]).any():  # a GPU would have to be waited for
+        return None
+    return real.byte().argsort(dim=1, stable=True)
 
 
 def _take(x: Float[Tensor, "B L H D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T H D"]:

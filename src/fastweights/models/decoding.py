@@ -494,7 +494,8 @@ class Decoder:
         if self.model.fast_weight_layer is None:
             return self.model.lm_head(room.normed)[:, None]
         hidden = room.normed[:, None].clone()  # of which the layer keeps what has no label yet
-        return self.model.lm_head(self.model.model.read_and_learn(hidden, ids, None, None, cache))
+        decoder = self.model.model
+        return self.model.lm_head(decoder.read_and_learn(hidden, decoder.lesson(ids, None, None, cache)))
 
     def _rotate(self, room: Room, tokens: int) -> None:
         """Cosines and sines of this position, and for each window of the one that sinks are seen from."""

@@ -16,14 +16,14 @@ from transformers.utils.generic import can_return_tuple
 import fastweights.models.quantisation  # noqa: F401 (transformers learns of it)
 from fastweights.errors import FastWeightsError
 from fastweights.layers.attention import NEW_PARTS, UNIT, FastWeightAttention
-from fastweights.layers.fast_weight_layer import FastWeightLayer
+from fastweights.layers.fast_weight_layer import FastWeightLayer, FastWeightLayerState, Pieces
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
-from fastweights.models.cache import FastWeightsCache, PendingPosition, SlidingCacheLayer
+from fastweights.models.cache import BlockCacheLayer, FastWeightsCache, PendingPosition, SlidingCacheLayer
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.decoding import decode
 from fastweights.models.documents import Numbers, Reading, documents_masks, next_real_tokens, read_tokens
@@ -53,6 +53,18 @@ class AttentionRecord(NamedTuple):
     """Of the output: the unit in which the student's error is measured."""
     teacher_inputs: Float[Tensor, "B T d"]
     position_embeddings: tuple[Tensor, Tensor] | None
+
+
+class Lesson(NamedTuple):
+    """What a Fast Weight Layer learns of one call's tokens. t is T, or T + 1 where a position waited for its label."""
+
+    labels: Int[Tensor, "B t"]
+    pieces: Pieces
+    real: Bool[Tensor, "B t"]
+    before: tuple[FastWeightLayerState, PendingPosition] | None
+    """What the tokens before left."""
+    block: BlockCacheLayer | None
+    """Where these leave theirs."""
 
 
 class FastWeightsPreTrainedModel(PreTrainedModel):
@@ -264,6 +276,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if self._positional:
             kwargs["feature_positions"] = position_ids
         in_windows = _documents_in_windows(reading, ours, given)
+        lesson = None if self.fast_weight_layer is None else self.lesson(input_ids, real, starts, ours)
         outputs = self.base(
             input_ids=input_ids,
             attention_mask=self._softmax_mask(reading, ours, past, given, in_windows),
@@ -278,8 +291,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             if in_windows is not None:
                 ours.note_documents(in_windows.seen)
         hidden = outputs.last_hidden_state
-        if self.fast_weight_layer is not None:
-            hidden = self.read_and_learn(hidden, input_ids, real, starts, ours)
+        if lesson is not None:
+            hidden = self.read_and_learn(hidden, lesson)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             cache=cache if use_cache else None,
@@ -362,25 +375,20 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             in_windows = Numbers.of(starts, real)
         return documents_masks(self.config.base, in_windows, self.dtype)
 
-    def read_and_learn(
+    def lesson(
         self,
-        hidden: Float[Tensor, "B T d"],
         input_ids: Int[Tensor, "B T"] | None,
         real: Bool[Tensor, "B T"] | None,
         starts: Bool[Tensor, "B T"] | None,
         cache: FastWeightsCache | None,
-    ) -> Float[Tensor, "B T d"]:
-        """Through the Fast Weight Layer, which goes on from what `cache` holds and leaves its state there.
+    ) -> Lesson:
+        """What the Fast Weight Layer is to learn, before the base model says anything.
 
         Args:
-            hidden: what the base model says.
-            input_ids: the tokens that it was given.
+            input_ids: the tokens that the base model is given.
             real: which of them are no padding; None if all are.
             starts: where other documents begin; None if nowhere.
             cache: of all tokens before.
-
-        Returns:
-            What the unembedding is given.
 
         Raises:
             FastWeightsError: there are no tokens, from which alone it learns.
@@ -389,25 +397,41 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         assert layer is not None
         if input_ids is None:
             raise FastWeightsError("a Fast Weight Layer learns from the tokens it reads: give input_ids")
-        length = input_ids.shape[1]
         real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real
         block = None if cache is None or not layer.settings.updates else cache.block
         before, state = None if block is None else block.kept(), None
         if before is not None:
             # The position that was last is read again, now that its label is known.
             state, pending = before
-            hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
             real = torch.cat((pending.real, real), 1)
             input_ids = torch.cat((torch.zeros_like(input_ids[:, :1]), input_ids), 1)
             starts = None if starts is None else nn.functional.pad(starts, (1, 0), value=False)
         labels = next_real_tokens(input_ids, real, starts, NO_LABEL)
+        return Lesson(labels, layer.pieces(labels, state, starts), real, before, block)
+
+    def read_and_learn(self, hidden: Float[Tensor, "B T d"], lesson: Lesson) -> Float[Tensor, "B T d"]:
+        """Through the Fast Weight Layer, which goes on from what the lesson's cache holds and leaves its state there.
+
+        Args:
+            hidden: what the base model says.
+            lesson: of the same tokens.
+
+        Returns:
+            What the unembedding is given.
+        """
+        layer = self.fast_weight_layer
+        assert layer is not None
+        length, labels, state = hidden.shape[1], lesson.labels, None
+        if lesson.before is not None:
+            state, pending = lesson.before
+            hidden = torch.cat((pending.hidden.to(hidden.dtype), hidden), 1)
         learned = labels.numel()
         if labels.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             learned = int((labels != NO_LABEL).sum())
         with self.unembedding(learned) as unembedding:
-            output, state = layer(hidden, labels, unembedding, state, starts=starts)
-        if block is not None:
-            block.replace(state, PendingPosition.last_of(hidden, real), length)
+            output, state = layer(hidden, labels, unembedding, state, pieces=lesson.pieces)
+        if lesson.block is not None:
+            lesson.block.replace(state, PendingPosition.last_of(hidden, lesson.real), length)
         return output[:, -length:]
 
 
