@@ -1,4 +1,5 @@
-"""Real corpora as folders of documents that `--data.text` reads: enwik8 (pages), WikiText-2 (articles), stories.
+"""Real corpora as folders of documents that `--data.text` reads: enwik8 (pages), WikiText-2 (articles), stories as
+running text, and stories whole, each a document of its own.
 
     python -m benchmarks.corpora SOURCE OUTPUT [--megabytes 12]
 
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--megabytes", type=int, default=12)
     arguments = parser.parse_args()
-    for name, make in (("enwik8", enwik8), ("wikitext-2", wikitext), ("stories", stories)):
+    known = {"enwik8": enwik8, "wikitext-2": wikitext, "stories": stories, "whole-stories": whole_stories}
+    for name, make in known.items():
         parts = make(arguments.source, arguments.megabytes * 1_000_000)
         if parts is None:
             print(f"{name}: not in {arguments.source}")
@@ -60,12 +62,27 @@ def wikitext(source: Path, limit: int) -> list[list[str]] | None:
 
 def stories(source: Path, limit: int) -> list[list[str]] | None:
     """Running text: the stories are too short to be documents of their own; eight tenths, one tenth, one tenth."""
-    file = source / "tinystories" / "stories.txt.gz"
-    if not file.is_file():
+    text = _stories(source)
+    if text is None:
         return None
-    lines = gzip.decompress(file.read_bytes()).decode().splitlines(keepends=True)
+    lines = text.splitlines(keepends=True)
     cuts = [0, len(lines) * 8 // 10, len(lines) * 9 // 10, len(lines)]
     return [["".join(lines[start:stop])] for start, stop in pairwise(cuts)]
+
+
+def whole_stories(source: Path, limit: int) -> list[list[str]] | None:
+    """Each a document; the last 220 for tests, the 220 before them for validation. Between paragraphs is an empty line,
+    between stories none."""
+    text = _stories(source)
+    if text is None:
+        return None
+    found = [story.strip() for story in re.split(r"(?<!\n)\n(?!\n)", text) if story.strip()]
+    return [found[:-440], found[-440:-220], found[-220:]]
+
+
+def _stories(source: Path) -> str | None:
+    file = source / "tinystories" / "stories.txt.gz"
+    return gzip.decompress(file.read_bytes()).decode() if file.is_file() else None
 
 
 def write(file: Path, documents: list[str]) -> None:

@@ -71,6 +71,36 @@ def test_the_loss_of_hidden_states_is_that_of_their_logits(monkeypatch, rows, el
         assert error(mine, truth) <= tolerances.FLOAT32
 
 
+@pytest.mark.parametrize("kind", ["plain", "hooked", "trained beside"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_among_some_tokens_the_others_are_none(monkeypatch, kl_weight, kind):
+    """As if both unembeddings had no other rows, whatever they are made of."""
+    monkeypatch.setattr("fastweights.training.next_token._ON_CPU", AtOnce(7, 60))
+    hidden, head, labels, states, teacher_head = problem()
+    vocabulary = torch.tensor([0, 3, 4, 11, 12, 25, 38, 39])
+    places = torch.full((VOCABULARY + 100,), -100)
+    places[vocabulary] = torch.arange(len(vocabulary))
+    small, small_teacher = (nn.Linear(layer.in_features, len(vocabulary)) for layer in (head, teacher_head))
+    small.weight.data, small_teacher.weight.data = head.weight.data[vocabulary], teacher_head.weight.data[vocabulary]
+    small.bias.data, small_teacher.bias.data = head.bias.data[vocabulary], torch.zeros(len(vocabulary))
+    expected = defined(hidden, small, places[labels], states, small_teacher, kl_weight)
+    given = head if kind != "trained beside" else nn.Sequential(head)
+    calls = []
+    if kind == "hooked":
+        given.register_forward_hook(lambda *_: calls.append(1))
+    found = read_out_loss(
+        hidden, given, Targets(labels, states), teacher_head=teacher_head, kl_weight=kl_weight, vocabulary=vocabulary
+    )
+    assert len(calls) == (3 if kind == "hooked" else 0)
+    assert error(found, expected) <= tolerances.FLOAT32
+    mine = torch.autograd.grad(3 * found, (hidden, head.weight, head.bias))
+    truth = torch.autograd.grad(3 * expected, (hidden, small.weight, small.bias))
+    assert error(mine[0], truth[0]) <= tolerances.FLOAT32
+    for of_all, of_some in zip(mine[1:], truth[1:], strict=True):
+        assert error(of_all[vocabulary], of_some) <= tolerances.FLOAT32
+        assert of_all.count_nonzero() == of_all[vocabulary].count_nonzero()
+
+
 def test_it_is_both_losses_of_logits():
     hidden, head, labels, states, teacher_head = problem(bias=False)
     logits, truth = head(hidden), teacher_head(states)

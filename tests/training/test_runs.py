@@ -115,6 +115,7 @@ def test_a_run_from_before_a_setting_came_goes_on_as_it_was(config):
     file = config.output / "run.json"
     run = json.loads(file.read_text())
     assert run["config"]["convert"].pop("value_map") is False
+    assert run["config"]["finetune"].pop("vocabulary") == "all"
     file.write_text(json.dumps(run))
     train(replace(config, resume=True))
     with pytest.raises(FastWeightsError, match=r"convert.value_map False and not True"):

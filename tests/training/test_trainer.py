@@ -93,6 +93,17 @@ def test_the_loss_is_that_of_the_logits_of_both(tmp_path):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_only_tokens_of_the_text_may_be_chosen_between(tmp_path):
+    stage = trainer(tmp_path, kl_weight=1.0, vocabulary="seen")
+    inputs = {name: torch.stack([stage.train_dataset[i][name] for i in (0, 1)]) for name in stage.train_dataset[0]}
+    seen = sorted({token for block in stage.train_dataset for token in block["input_ids"].tolist()})
+    assert 1 < len(seen) < 257
+    found = stage.compute_loss(stage.model, inputs)
+    with torch.no_grad():
+        student, teacher = (model(inputs["input_ids"]).logits[..., seen] for model in (stage.model, stage.teacher))
+    assert found.item() == pytest.approx(divergence(student, teacher).item(), rel=1e-5)
+
+
 def test_training_lowers_the_loss(tmp_path):
     stage = trainer(tmp_path, steps=30, learning_rate=3e-3)
     stage.run(resume=False)
@@ -145,6 +156,7 @@ def test_lora_without_the_model_it_is_an_adapter_of_is_refused_at_once():
         (lambda: StageConfig(learning_rate=0), "learning_rate is 0"),
         (lambda: StageConfig(steps=5, warmup_steps=6), "warmup_steps is 6"),
         (lambda: FinetuneConfig(kl_weight=1.5), "kl_weight is 1.5"),
+        (lambda: FinetuneConfig(vocabulary="some"), "vocabulary .some. is unknown"),
         (lambda: RunConfig(save_every=0), "save_every is 0"),
         (lambda: RunConfig(save_minutes=math.nan), "save_minutes is nan"),
         (lambda: RunConfig(max_grad_norm=math.nan), "max_grad_norm is nan"),

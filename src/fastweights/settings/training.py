@@ -110,6 +110,8 @@ class FinetuneConfig(ConversionStageConfig):
     new_learning_rate: float | None = 1e-2
     kl_weight: float = 1.0
     """Share of the loss that is the divergence from the teacher; the rest is the loss of the text's next token."""
+    vocabulary: Literal["all", "seen"] = "all"
+    """Tokens between which student and teacher choose: all, or those that the training text has, which takes less."""
     fast_weights: bool = True
     """Train the fast weights; without them, at factors held at 0, windows are trained alone: the control of hybrids."""
 
@@ -118,6 +120,7 @@ class FinetuneConfig(ConversionStageConfig):
         if not 0 <= self.kl_weight <= 1:
             raise FastWeightsError(f"kl_weight is {self.kl_weight}; allowed are 0 (text alone) to 1 (teacher alone)")
         check_name("weights", self.weights, ("all", "attention"))
+        check_name("vocabulary", self.vocabulary, ("all", "seen"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,10 @@ class TokenBlocks(Dataset):
             "position_ids": places - torch.where(starts, places, 0).cummax(0).values,
         }
 
+    def vocabulary(self) -> Int[Tensor, " v"]:
+        """The tokens that are in these, each once, in order."""
+        return self.blocks.unique()
+
     def begins_with_a_document(self, index: int) -> bool:
         """Whether a document starts at a block's first token; else the block goes on with one."""
         return bool(self.document_starts[index, 0])

@@ -9,7 +9,7 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.lora import add_lora
-from fastweights.training.blocks import positions_if_packed
+from fastweights.training.blocks import TokenBlocks, positions_if_packed
 from fastweights.training.next_token import Targets, read_out_loss
 from fastweights.training.teacher import documents_apart
 from fastweights.training.trainer import StageTrainer
@@ -42,6 +42,10 @@ class FinetuneTrainer(StageTrainer):
         if not config.fast_weights:
             leave_windows_alone(student)
         super().__init__(student, config, *args, **kwargs, rates=peak_rates(student, config))
+        self.vocabulary = None
+        if config.vocabulary == "seen":
+            assert isinstance(self.train_dataset, TokenBlocks)
+            self.vocabulary = self.train_dataset.vocabulary()
         if teacher is not None:
             teacher.to(self.args.device)  # type: ignore[arg-type]
 
@@ -58,9 +62,10 @@ class FinetuneTrainer(StageTrainer):
                 mask = documents_apart(self.teacher, arguments["position_ids"])
                 states = self.teacher.base_model(**arguments, attention_mask=mask).last_hidden_state
             head = self.teacher.get_output_embeddings()
+        loss_of = partial(read_out_loss, teacher_head=head, kl_weight=weight, vocabulary=self.vocabulary)
         outputs = model(
             **arguments,
-            loss_of=partial(read_out_loss, teacher_head=head, kl_weight=weight),
+            loss_of=loss_of,
             targets=Targets(inputs["labels"], states),
         )
         self.loss_is_scaled_for_ga = False

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fastweights.layers.linear import linear
 from fastweights.layers.next_token_gradient import NO_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TypeGuard
 
     from jaxtyping import Float, Int
 
@@ -80,6 +82,7 @@ def read_out_loss(
     *,
     teacher_head: nn.Module | None = None,
     kl_weight: float = 0.0,
+    vocabulary: Int[Tensor, " v"] | None = None,
 ) -> Float[Tensor, ""]:
     """`next_token_loss` and `divergence` of what an unembedding makes of hidden states, in nats.
 
@@ -91,24 +94,65 @@ def read_out_loss(
         targets: what next tokens should be.
         teacher_head: the teacher's unembedding.
         kl_weight: of the divergence, from 0 to 1; the cross-entropy with the text has the rest.
+        vocabulary: tokens, in order, between which alone both distributions choose, so that no others' logits are made;
+            a label that is none of them does not count. By default all tokens.
     """
     labels = targets.labels.roll(-1, 1)
     labels[:, -1] = NO_LABEL
+    if vocabulary is not None:
+        labels = _among(labels, vocabulary.to(labels.device))
     teacher = None
     if targets.teacher_states is not None and teacher_head is not None:
-        teacher = _Teacher(targets.teacher_states.flatten(0, 1), teacher_head)
+        teacher = _Teacher(targets.teacher_states.flatten(0, 1), _Head(teacher_head, vocabulary))
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    differentiate = torch.is_grad_enabled()
-    return _ReadOut.apply(head, labels.flatten(), teacher, kl_weight, differentiate, hidden.flatten(0, 1), *trained)
+    differentiate, student = torch.is_grad_enabled(), _Head(head, vocabulary)
+    return _ReadOut.apply(student, labels.flatten(), teacher, kl_weight, differentiate, hidden.flatten(0, 1), *trained)
+
+
+def _among(labels: Int[Tensor, "B T"], vocabulary: Int[Tensor, " v"]) -> Int[Tensor, "B T"]:
+    """Their numbers in a vocabulary, -100 where they are not in it."""
+    places = torch.searchsorted(vocabulary, labels).clamp(max=len(vocabulary) - 1)
+    return torch.where(vocabulary[places] == labels, places, NO_LABEL)
+
+
+class _Head(NamedTuple):
+    """An unembedding of some tokens."""
+
+    module: nn.Module
+    vocabulary: Int[Tensor, " v"] | None
+    """Which, in order; None for all."""
+
+    def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        module = self.module
+        if self.vocabulary is None:
+            return module(x)
+        some = self.vocabulary.to(x.device)
+        if not _is_plain(module):
+            return module(x)[:, some]
+        return linear(x, module.weight[some], None if module.bias is None else module.bias[some])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Its weights; few bits are buffers."""
+        return chain(self.module.parameters(), self.module.buffers())
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether what it gives is its matrix's alone: no hooks, no adapters, and no weights of few bits or elsewhere."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and head.weight.device.type != "meta"
+        and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+    )
 
 
 class _Teacher(NamedTuple):
     states: Float[Tensor, "N D"]
-    head: nn.Module
+    head: _Head
 
     def logits(self, rows: slice) -> Float[Tensor, "n vocabulary"]:
-        """Made where the head is, as a copy of the student may be on another GPU; few bits are buffers."""
-        weights = next(chain(self.head.parameters(), self.head.buffers()), self.states)
+        """Made where the head is, as a copy of the student may be on another GPU."""
+        weights = next(self.head.tensors(), self.states)
         return self.head(self.states[rows].to(weights.device)).to(self.states.device)
 
 
@@ -118,7 +162,7 @@ class _ReadOut(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        head: nn.Module,
+        head: _Head,
         labels: Int[Tensor, " N"],
         teacher: _Teacher | None,
         kl_weight: float,
