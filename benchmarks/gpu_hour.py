@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_hour --minutes 30 [--device cuda] [--data FOLDER] [--output gpu]
 
-1. The tests of the Triton kernels. Only if they pass do the trainings use these kernels.
+1. The tests of the Triton kernels. Only if they pass do the trainings use these kernels. And whether any layer waits
+   for the GPU in its forward pass.
 2. The benchmark of the kernels (benchmarks/gpu.py).
 3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
    several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
@@ -166,6 +167,7 @@ def main() -> None:
     if hour.file.exists():
         hour.done = json.loads(hour.file.read_text(encoding="utf-8"))
     _kernels(hour)
+    _layers(hour)
     _benchmark(hour)
     if missing:
         console.print(f"trainings: left out, as they need {', '.join(missing)}")
@@ -216,6 +218,14 @@ def _kernels(hour: Hour) -> None:
         hour.triton = "0"
     else:
         hour.triton = "1" if hour.done["delta-kernels"]["passed"] else None
+
+
+def _layers(hour: Hour) -> None:
+    if "passed" in hour.done.get("layers", {}):
+        return
+    command = [sys.executable, "-m", "pytest", "--noconftest", "tests/layers/test_waiting.py"]
+    hour.note("layers", passed=hour.run("layers", command, 120))
+    console.print(f"layers: {'do not wait' if hour.done['layers']['passed'] else 'may wait'} for the GPU")
 
 
 def _benchmark(hour: Hour) -> None:

@@ -37,6 +37,7 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
     for name in ("benchmark", "samples", *trained, "smollm2-64"):
         assert parts[name]["done"], done.stdout + (tmp_path / f"{name}.log").read_text()[-2000:]
     assert parts["kernels"]["passed"]
+    assert parts["layers"]["passed"]
     assert {path.name for path in (tmp_path / "smollm2").glob("adapter*")} == {
         "adapter_config.json",
         "adapter_model.safetensors",
