@@ -103,16 +103,8 @@ class GPT2PureTest(_Common, unittest.TestCase):
     pass
 
 
-class GPT2HybridTest(_Common, unittest.TestCase):
-    conversion = {"window": 4}  # noqa: RUF012
-
-
 class GPT2MixedTest(_Common, unittest.TestCase):
     conversion = _MIXED
-
-
-class LlamaPureTest(_Common, unittest.TestCase):
-    family = "llama"
 
 
 class LlamaHybridTest(_Common, unittest.TestCase):

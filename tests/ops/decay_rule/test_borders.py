@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def _of_separate_runs(problem: Problem, tensors: dict, borders: tuple[int, ...])
     return _results(leaves, torch.cat(outputs, dim=1), state)
 
 
+@cache
+def _truth(borders: tuple[int, ...], gates: tuple[str, str], inclusive: bool) -> dict[str, torch.Tensor]:
+    """For all backends."""
+    problem = _problem(gates, inclusive)
+    return _of_separate_runs(problem, _with_borders(problem, borders), borders)
+
+
+def _problem(gates: tuple[str, str], inclusive: bool) -> Problem:
+    return Problem(T, 16, 12, 2, 4, 2, *gates, inclusive=inclusive, seed=9)
+
+
 def _results(leaves: dict, o: torch.Tensor, state: torch.Tensor) -> dict[str, torch.Tensor]:
     weights = [
         torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).double() for i, x in enumerate((o, state))
@@ -77,14 +89,14 @@ def _results(leaves: dict, o: torch.Tensor, state: torch.Tensor) -> dict[str, to
 @pytest.mark.parametrize("gates", GATES, ids="-".join)
 @pytest.mark.parametrize("borders", BORDERS, ids=str)
 def test_a_border_is_a_new_sequence(borders, gates, inclusive, backend):
-    problem = Problem(T, 16, 12, 2, 4, 2, *gates, inclusive=inclusive, seed=9)
+    problem = _problem(gates, inclusive)
     tensors = _with_borders(problem, borders)
     leaves = {n: None if x is None else x.clone().requires_grad_() for n, x in tensors.items()}
     o, state = decay_rule(**leaves, **OPTIONS, inclusive=inclusive, backend=backend)
     results = _results(leaves, o, state)
     assert all(x.isfinite().all() for x in results.values())
     assert not results[f"d{_gate(problem)}"][:, list(borders)].any()
-    assert_close(results, _of_separate_runs(problem, tensors, borders), tolerances.FLOAT32)
+    assert_close(results, _truth(borders, gates, inclusive), tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("backend", ALL)
