@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastweights.models import convert, load_model
+from fastweights.models.conversion import rest_on_windows
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import HeldOutConfig
 from fastweights.settings.text import DataConfig
@@ -66,6 +67,9 @@ def window_alone(model):
 @pytest.mark.parametrize("settings", [{}, {"window": 8}, {"window": 8, "positions": "drop"}], ids=str)
 def test_no_conversion_starts_below_its_window_alone(base, blocks, settings):
     model = convert(base, ConversionConfig(**settings)).train()
+    assert is_fresh(model)
+    assert rest_on_windows(model) == ("window" in settings)
+    assert is_fresh(model)
     share = calibrate(model, base, blocks)
     assert model.training
     model.eval()
@@ -161,6 +165,7 @@ def test_calibration_can_be_left_out(config):
 
 def test_finetune_calibrates_a_fresh_conversion_and_no_other(config, model_folder, tmp_path, tokenizer):
     fresh = convert(load_model(model_folder), config.convert)
+    rest_on_windows(fresh)
     fresh.save_pretrained(tmp_path / "fresh")
     tokenizer.save_pretrained(tmp_path / "fresh")
     nothing = FinetuneConfig(steps=1, learning_rate=1e-9, new_learning_rate=1e-9)

@@ -58,6 +58,24 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
     return with_config(base, config or ConversionConfig())
 
 
+@torch.no_grad()
+def rest_on_windows(model: FastWeightsForCausalLM) -> bool:
+    """Leave the fast weights of a fresh conversion out where a window stands beside them, until training finds factors.
+
+    They are sums over a text, of any size, and would drown what the window says, which is of use as it is.
+
+    Args:
+        model: the conversion; its factors are changed in place.
+
+    Returns:
+        Whether there are windows.
+    """
+    beside = [layer for layer in model.fast_attentions() if layer.window]
+    for layer in beside:
+        layer.fast_scale.zero_()
+    return bool(beside)
+
+
 def check_softmax(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that is converted already, under the name that it was given by.
 

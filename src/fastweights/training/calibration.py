@@ -40,8 +40,14 @@ _TOKENS = 1024
 
 
 def is_fresh(student: FastWeightsForCausalLM) -> bool:
-    """Whether no factor has moved since the conversion."""
-    return all(bool((factor == 1).all()) for layer in student.fast_attentions() for factor in layer.factors())
+    """Whether no factor has moved since the conversion, which may have left fast weights out beside a window."""
+    return all(_as_converted(layer) for layer in student.fast_attentions())
+
+
+def _as_converted(layer: FastWeightAttention) -> bool:
+    if not all(bool((x == 1).all()) for x in (layer.fast_unit, *layer.factors()[1:])):
+        return False
+    return bool((layer.fast_scale == 1).all()) or bool(layer.window and not layer.fast_scale.any())
 
 
 @torch.no_grad()

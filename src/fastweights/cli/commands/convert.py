@@ -26,6 +26,8 @@ def convert(
 ) -> None:
     """Replace a model's softmax attention by fast weights; train the result before use.
 
+    Until then, layers with a window go by that alone, and without one they say nothing of use.
+
     Parameters
     ----------
     source
@@ -37,6 +39,7 @@ def convert(
     """
     from fastweights.files import check_output_folder, only_run, save_model
     from fastweights.models import convert as run
+    from fastweights.models.conversion import rest_on_windows
     from fastweights.models.loading import check_apart, load_model, load_tokenizer
 
     if data != DataConfig() and config.layers_kept is None:
@@ -47,6 +50,7 @@ def convert(
     if config.layers_kept is not None:
         config = _choose_layers(base, tokenizer, config, data)
     model = run(base, config)
+    rests = rest_on_windows(model)
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
@@ -55,6 +59,7 @@ def convert(
     say(
         f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
         f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights {then}"
+        + (", and until then its windows say all" if rests else "")
     )
 
 
