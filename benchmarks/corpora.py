@@ -72,7 +72,7 @@ def stories(source: Path, limit: int) -> list[list[str]] | None:
 
 def whole_stories(source: Path, limit: int) -> list[list[str]] | None:
     """Each a document; the last 220 for tests, the 220 before them for validation. Between paragraphs is an empty line,
-    between stories none."""
+    between stories none; but a hundred or so of the others have none between paragraphs either, and fall apart."""
     text = _stories(source)
     if text is None:
         return None

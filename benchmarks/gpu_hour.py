@@ -167,7 +167,8 @@ def main() -> None:
     if hour.file.exists():
         hour.done = json.loads(hour.file.read_text(encoding="utf-8"))
     _kernels(hour)
-    _layers(hour)
+    if not missing:
+        _layers(hour)
     _benchmark(hour)
     if missing:
         console.print(f"trainings: left out, as they need {', '.join(missing)}")
@@ -221,7 +222,7 @@ def _kernels(hour: Hour) -> None:
 
 
 def _layers(hour: Hour) -> None:
-    if "passed" in hour.done.get("layers", {}):
+    if hour.done.get("layers", {}).get("passed"):
         return
     command = [sys.executable, "-m", "pytest", "--noconftest", "tests/layers/test_waiting.py"]
     hour.note("layers", passed=hour.run("layers", command, 120))

@@ -9,6 +9,7 @@ import sys
 import datasets
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastweights.data import load_documents, token_ids, tokenize
@@ -75,6 +76,17 @@ def test_documents_end_with_the_end_token(tokenizer):
     assert text.tokens.tolist() == [97, 98, 256, 99, 256]
     assert text.document_lengths == [3, 2]
     assert text.bytes_and_words(len(text.tokens)) == (3, 2)
+
+
+def test_documents_begin_as_the_tokenizer_begins_texts(tokenizer):
+    mark = ("<|endoftext|>", 256)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark[0]} $A", special_tokens=[mark])
+    text = tokenize(["ab", "c"], tokenizer)
+    assert text.tokens.tolist() == [256, 97, 98, 256, 256, 99, 256]
+    assert text.document_lengths == [4, 3]
+    assert text.bytes_and_words(len(text.tokens)) == (3, 2)
+    blocks = TokenBlocks(text.tokens, 7, text.document_lengths)
+    assert blocks[0]["labels"].tolist() == [-100, 97, 98, 256, -100, 99, 256]
 
 
 def test_what_a_tokenizer_was_last_used_with_changes_nothing(tokenizer):

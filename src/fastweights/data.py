@@ -77,20 +77,21 @@ def load_documents(config: DataConfig) -> list[str]:
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
-    """Token ids of all documents, without special tokens but an end token after each document.
+    """Token ids of all documents, each between what the tokenizer puts before a text and an end token.
 
     Args:
         documents: texts, such as `load_documents` gives.
-        tokenizer: the model's; one without an end token ends no document.
+        tokenizer: the model's; one without an end token ends no document, and many put nothing before a text.
 
     Returns:
         The tokens in one run, and the length in tokens, bytes and words of each document.
     """
+    start = torch.tensor(first_tokens(tokenizer), dtype=torch.long)
     end = torch.tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=torch.long)
     ids = _ids_of_bytes(documents, tokenizer) or list(map(torch.tensor, token_ids(documents, tokenizer)))
     return TokenizedText(
-        tokens=torch.cat([x.long() for document in ids for x in (document, end)]),
-        document_lengths=[len(document) + len(end) for document in ids],
+        tokens=torch.cat([x.long() for document in ids for x in (start, document, end)]),
+        document_lengths=[len(start) + len(document) + len(end) for document in ids],
         document_bytes=[len(text.encode()) for text in documents],
         document_words=[len(text.split()) for text in documents],
     )
@@ -106,6 +107,13 @@ def token_ids(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(documents, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those that a tokenizer puts before a text, such as a start token."""
+    (plain,) = token_ids(["a"], tokenizer)
+    marked: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    return next((marked[:i] for i in range(len(marked)) if marked[i : i + len(plain)] == plain), [])
 
 
 def _ids_of_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " _"]] | None:

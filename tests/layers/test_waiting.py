@@ -17,8 +17,16 @@ ASKING = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "no
 MODELS = {
     "pure": lambda base: convert(base, ConversionConfig(rule="gated_delta", conv_size=4)),
     "hybrid": lambda base: convert(base, ConversionConfig(window=4, sinks=2)),
-    "segments": lambda base: add_fast_weight_layer(base, FastWeightLayerSettings(segment=3)),
+    "segments": lambda base: learning(add_fast_weight_layer(base, FastWeightLayerSettings(segment=3))),
 }
+
+
+def learning(model):
+    """As after training: the layer starts as the identity, of which nobody sees where it was cut."""
+    layer = model.model.fast_weight_layer
+    layer.output_scale.data.fill_(0.5)
+    layer.log_step_size.data.add_(1.0)
+    return model
 
 
 def make(kind):
@@ -57,7 +65,7 @@ def asked(monkeypatch):
         def leave(self):
             self.is_inside = False
 
-    found, on_its_way = Asked(), HostCopy.tolist
+    found, on_its_way, sent = Asked(), HostCopy.tolist, HostCopy.__init__
 
     def noting(name, method):
         def note(tensor, *args, **kwargs):
@@ -66,6 +74,11 @@ def asked(monkeypatch):
             return method(tensor, *args, **kwargs)
 
         return note
+
+    def send(copy, x):
+        if found.is_inside:
+            found.append("a copy that was sent too late")
+        sent(copy, x)
 
     def read(copy):
         found.leave()
@@ -76,6 +89,7 @@ def asked(monkeypatch):
     for name in ASKING:
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: not found.is_inside))
+    monkeypatch.setattr(HostCopy, "__init__", send)
     monkeypatch.setattr(HostCopy, "tolist", read)
     return found
 

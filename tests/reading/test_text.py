@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fastweights.data import token_ids
+from fastweights.data import first_tokens, token_ids
 from fastweights.errors import FastWeightsError
-from fastweights.reading.text import first_tokens, text_lines, token_pieces, tokens_in_pieces, whole_text
+from fastweights.reading.text import text_lines, token_pieces, tokens_in_pieces, whole_text
 
 STANDARD_INPUT = Path("-")
 

@@ -68,8 +68,8 @@ class FastWeights(NamedTuple):
 
     def where(self, rows: Bool[Tensor, " B"], other: FastWeights) -> FastWeights:
         """The same, with the rows of `other` where `rows` says so."""
-        pairs = zip(other, self, strict=True)
-        return FastWeights(*(torch.where(rows[:, None, None, None], new, old) for new, old in pairs))
+        here, pairs = rows.to(self.up.device)[:, None, None, None], zip(other, self, strict=True)
+        return FastWeights(*(torch.where(here, new, old) for new, old in pairs))
 
 
 class FastWeightLayerState(NamedTuple):
@@ -299,7 +299,9 @@ class FastWeightLayer(nn.Module):
         """
         segment, known = self.settings.segment, labels != NO_LABEL
         before = labels.new_zeros(len(labels)) if state is None else state.steps
-        if not (segment and self.settings.updates) or not labels.shape[1]:
+        if not self.settings.updates:
+            return Pieces(None, None, before, labels.shape[1])
+        if not segment or not labels.shape[1]:
             return Pieces(starts, None, before, labels.shape[1])
         # Rows end their segments at places of their own, since only positions with a label count.
         counted = known.cumsum(1)
@@ -324,7 +326,7 @@ class FastWeightLayer(nn.Module):
             outputs.append(y)
             if seen is not None:
                 seen = pieces.after(end, now, seen)
-        return torch.cat(outputs, 1), FastWeightLayerState(now, seen, pieces.steps)
+        return torch.cat(outputs, 1), FastWeightLayerState(now, seen, pieces.steps.to(h.device))
 
     def _piece(
         self,

@@ -22,7 +22,7 @@ class HostCopy:
     def __init__(self, x: Tensor) -> None:
         self._copy, self._sent = x, None
         if x.is_cuda:
-            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self._copy.copy_(x, non_blocking=True)
             self._sent = torch.cuda.current_stream(x.device).record_event()
 

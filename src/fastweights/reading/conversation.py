@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastweights.data import first_tokens
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.models.cache import state_bytes
 from fastweights.reading.generation import CONTEXT, Continuation, end_tokens, go_on, read_prompt, speak
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.reading.stream import PIECE, Stream, last_position, reads_without_end
-from fastweights.reading.text import first_tokens, tokens_in_pieces
+from fastweights.reading.text import tokens_in_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,13 +21,12 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from fastweights.data import token_ids
+from fastweights.data import first_tokens, token_ids
 from fastweights.errors import FastWeightsError
 from fastweights.models.cache import FastWeightsCache
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.generation import end_tokens
 from fastweights.reading.stream import check_logits, last_position
-from fastweights.reading.text import first_tokens
 from fastweights.settings.sampling import SamplingConfig
 
 if TYPE_CHECKING:

@@ -126,13 +126,6 @@ def tokens_in_pieces(
         yield text, torch.tensor(ids, dtype=torch.long)
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Those that a tokenizer puts before a text, such as a start token."""
-    (plain,) = token_ids(["a"], tokenizer)
-    marked: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
-    return next((marked[:i] for i in range(len(marked)) if marked[i : i + len(plain)] == plain), [])
-
-
 def _cut_between_words(chunks: Iterable[str]) -> Iterator[str]:
     rest = ""
     for more in chunks:

@@ -96,7 +96,7 @@ class TransferConfig(ConversionStageConfig):
     new_learning_rate: float | None = 1e-2
     calibrate: bool = True
     """Begin a fresh conversion with the factors at which its own loss is lowest, from the window alone to those that
-    bring each layer nearest to the teacher's output."""
+    bring each layer nearest to the teacher's output; else with those it has: 1, or 0 beside a window by `convert`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class FinetuneTrainer(StageTrainer):
         self.vocabulary = None
         if config.vocabulary == "seen":
             assert isinstance(self.train_dataset, TokenBlocks)
-            self.vocabulary = self.train_dataset.vocabulary()
+            self.vocabulary = self.train_dataset.vocabulary().to(self.args.device)
         if teacher is not None:
             teacher.to(self.args.device)  # type: ignore[arg-type]
 
