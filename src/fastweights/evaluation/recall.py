@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastweights.data import first_tokens
 from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import Stream, last_position
 from fastweights.settings.evaluation import RecallConfig
@@ -127,7 +128,7 @@ def _documents(tokenizer: PreTrainedTokenizerBase, distance: int, config: Recall
         return tokenizer(f"{line}\n", add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
     found, draw = [], random.Random(config.seed)
-    lines = [ids(line) for line in _FILLER]
+    start, lines = first_tokens(tokenizer), [ids(line) for line in _FILLER]
     for key in islice(cycle(_KEYS), config.repeats):
         said = [ids(f"The name of the {key} is {value}.") for value in VALUES]
         if distance < (longest := max(map(len, said))):
@@ -141,7 +142,7 @@ def _documents(tokenizer: PreTrainedTokenizerBase, distance: int, config: Recall
         for right, fact in enumerate(said):
             # From a value to its repetition there are as many tokens as in its sentence, and those in between.
             between = filler[len(filler) - (distance - len(fact)) :]
-            found.append(_Document(fact + between + fact[:shared], [tokens[shared:] for tokens in said], right))
+            found.append(_Document(start + fact + between + fact[:shared], [tokens[shared:] for tokens in said], right))
     return found
 
 
