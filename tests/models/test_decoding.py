@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
 from tests.ops.problems import error, threads_of_torch
 
 LIKE_LLAMA = ("gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
-RULES = ("decay", "add", "gated", "average", "delta", "gated_delta")
 FORMS = {
     "pure": {},
     "pure, no rotary": {"rotary": False},
@@ -93,8 +93,13 @@ def check(model, rows: int = 1, start: int = 5, tolerance: float = 2 * tolerance
     return cache
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "form"),
+    [
+        *product(("decay", "gated_delta"), FORMS),
+        *product(("add", "gated", "average", "delta"), ("pure", "window", "several windows")),
+    ],
+)
 def test_rules_and_windows(rule, form):
     for start in (1, 20):
         check(make(rule=rule, **FORMS[form]), start=start)
@@ -137,8 +142,15 @@ def test_families(family, form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"])
-@pytest.mark.parametrize(("converted", "window"), [("0,2", 0), ("0,2", 8), ("2", 8), ("none", 0)])
+@pytest.mark.parametrize(
+    ("family", "converted", "window"),
+    [
+        *product((*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"), ("0,2",), (8,)),
+        *product((*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"), ("none",), (0,)),
+        *product(("llama", "gpt2", "gemma3_text"), ("0,2",), (0,)),
+        *product(("llama", "gpt2", "gemma3_text"), ("2",), (8,)),
+    ],
+)
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
     """One of Gemma's has a window of its own, shorter than the texts."""
     monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
@@ -289,8 +301,10 @@ def test_positions_of_softmax_over_all_tokens_begin_nowhere_else():
         cache.begin_here()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("form", ["pure", "window", "no sinks", "writes all", "several windows"])
+@pytest.mark.parametrize(
+    ("form", "rows"),
+    [*product(("pure", "window", "no sinks", "writes all", "several windows"), (1,)), ("several windows", 3)],
+)
 @pytest.mark.parametrize(
     ("family", "positions"), [("gpt2", "keep"), ("gpt2", "drop"), ("opt", "keep"), ("opt", "drop")]
 )
@@ -389,8 +403,13 @@ def test_gates(settings):
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("rows", [1, 2, 20])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3_text", "olmo2", "opt"])
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        *product(("llama", "gpt2", "phi3", "gpt_neox", "gemma3_text", "olmo2", "opt"), (1,)),
+        *product(("llama", "gpt2"), (2, 20)),
+    ],
+)
 def test_quantised(family, weights, rows):
     check(quantise(make(family, window=8, rotary=False), weights), rows, tolerance=8 * tolerances.BFLOAT16)
 
