@@ -34,7 +34,7 @@ _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Documents as one run of tokens, each document ended by the tokenizer's end token where it has one."""
+    """Documents as one run of tokens, each between the start and end tokens that the tokenizer has, if any."""
 
     tokens: Int[Tensor, " n_tokens"]
     document_lengths: list[int]
