@@ -32,6 +32,7 @@ from tests.conftest import FAMILIES, make_gpt2, make_llama, random_ids
 from tests.ops.problems import error, threads_of_torch
 
 LIKE_LLAMA = ("gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+ALL = (*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3")
 FORMS = {
     "pure": {},
     "pure, no rotary": {"rotary": False},
@@ -145,10 +146,8 @@ def test_families(family, form):
 @pytest.mark.parametrize(
     ("family", "converted", "window"),
     [
-        *product((*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"), ("0,2",), (8,)),
-        *product((*LIKE_LLAMA, "gpt2", "gpt_neox", "opt", "phi3"), ("none",), (0,)),
-        *product(("llama", "gpt2", "gemma3_text"), ("0,2",), (0,)),
-        *product(("llama", "gpt2", "gemma3_text"), ("2",), (8,)),
+        *((family, *kept) for family in ALL for kept in (("0,2", 8), ("none", 0))),
+        *((family, *kept) for family in ("llama", "gpt2", "gemma3_text") for kept in (("0,2", 0), ("2", 8))),
     ],
 )
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):

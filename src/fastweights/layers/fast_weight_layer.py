@@ -44,7 +44,7 @@ from fastweights.ops import decay_rule
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -96,6 +96,18 @@ class FastWeightLayerState(NamedTuple):
         return cls(now, FastWeights(*rest[:n]), rest[n])
 
 
+class Piece(NamedTuple):
+    """Positions from `first` up to `end`."""
+
+    first: int
+    end: int
+    begins: Bool[Tensor, " B"] | None
+    """Rows where a document begins with it; None if none does."""
+    ends: Bool[Tensor, " B"] | None
+    """Rows whose segment ends with it; None if none does."""
+    all_end: bool
+
+
 class Pieces:
     """Where a call's positions are cut, so that documents begin and segments end at borders, whichever row has them.
 
@@ -120,29 +132,16 @@ class Pieces:
         rows = [nowhere if starts is None else starts.any(0)]
         rows += [nowhere, nowhere] if ends is None else [ends.any(0), ends.all(0)]
         self._told = None if starts is None and ends is None else HostCopy(torch.stack(rows))
-        self._all_end: list[bool] = []
-        self._some_end: list[bool] = []
 
-    def cut(self) -> list[tuple[int, int, bool]]:
-        """First position, end, and whether a document begins there, of each piece."""
+    def cut(self) -> Iterator[Piece]:
+        """Each in turn."""
         T = self._length
-        begins = self._some_end = self._all_end = [False] * T
-        if self._told is not None:
-            begins, self._some_end, self._all_end = self._told.tolist()
-        borders = [0, *(t for t in range(1, T) if begins[t] or self._some_end[t - 1]), T]
-        return [(first, end, T > 0 and begins[first]) for first, end in pairwise(borders)]
-
-    def begins_at(self, t: int) -> Bool[Tensor, " B"]:
-        """The rows where a document begins at t."""
-        assert self._starts is not None
-        return self._starts[:, t]
-
-    def after(self, end: int, now: FastWeights, seen: FastWeights) -> FastWeights:
-        """What gradients are taken at after the piece that ends there."""
-        if not end or not self._some_end[end - 1]:
-            return seen
-        assert self._ends is not None
-        return now if self._all_end[end - 1] else seen.where(self._ends[:, end - 1], now)
+        begin, end_some, end_all = [[False] * T] * 3 if self._told is None else self._told.tolist()
+        borders = [0, *(t for t in range(1, T) if begin[t] or end_some[t - 1]), T]
+        for first, end in pairwise(borders):
+            begins = self._starts[:, first] if self._starts is not None and any(begin[first:end]) else None
+            ends = self._ends[:, end - 1] if self._ends is not None and any(end_some[first:end]) else None
+            yield Piece(first, end, begins, ends, ends is not None and end_all[end - 1])
 
 
 class _SlowPass(NamedTuple):
@@ -316,16 +315,16 @@ class FastWeightLayer(nn.Module):
     ) -> tuple[Tensor, FastWeightLayerState]:
         known, outputs = labels != NO_LABEL, []
         now, seen, _ = state
-        for first, end, begins in pieces.cut():
-            if begins:
-                rows, new = pieces.begins_at(first), self.initial_state(h)
-                now = now.where(rows, new.now)
-                seen = None if seen is None or new.seen is None else seen.where(rows, new.seen)
-            here = slice(first, end)
+        for piece in pieces.cut():
+            if piece.begins is not None:
+                new = self.initial_state(h)
+                now = now.where(piece.begins, new.now)
+                seen = None if seen is None or new.seen is None else seen.where(piece.begins, new.seen)
+            here = slice(piece.first, piece.end)
             y, now = self._piece(h[:, here], labels[:, here], known[:, here], unembedding, now, seen)
             outputs.append(y)
-            if seen is not None:
-                seen = pieces.after(end, now, seen)
+            if seen is not None and piece.ends is not None:
+                seen = now if piece.all_end else seen.where(piece.ends, now)
         return torch.cat(outputs, 1), FastWeightLayerState(now, seen, pieces.steps.to(h.device))
 
     def _piece(
