@@ -23,7 +23,7 @@ from tests.models.checks import (
 from tests.ops.problems import error
 
 B, T, G, R, K, V, D = 2, 13, 2, 2, 5, 6, 8
-SHAPE = RuleShape(D, G, K, V, value_gate=True, gate_bias=(2.0, 6.0))
+SHAPE = RuleShape(D, G * R, G, K, V, value_gate=True, gate_bias=(2.0, 6.0))
 NORMALISED = replace(SHAPE, normaliser=True)
 NORMALISING = sorted(name for name, rule in RULES.items() if rule.normalises)
 
@@ -272,6 +272,32 @@ def test_the_delta_rules_write_what_the_value_is_beyond_the_answer(name, inclusi
     o, final = call(rule, x, q, k, v, inclusive=inclusive)
     assert error(o, torch.stack(read, 1)) < 1e-6
     assert error(final, state) < 1e-6
+
+
+@both_reads
+def test_delta_and_average_is_the_sum_of_what_both_say(inclusive):
+    """The average in quadratic form: token i's value has the weight g_{i+1} ... g_t φ(q_t)·φ(k_i)."""
+    torch.manual_seed(0)
+    rule = make_rule("delta_and_average", SHAPE).double()
+    for parameter in rule.parameters():
+        torch.nn.init.normal_(parameter)
+    x, q, k, v = (tensor.double() for tensor in inputs())
+    kept = (x @ rule.average.key_gate.weight.T + rule.average.key_gate.bias).sigmoid()
+    features = [
+        torch.cat([(sign * torch.einsum("hkd,bthd->bthk", part.weight, y)).softmax(-1) for sign in (1, -1)], -1)
+        for part, y in ((rule.query_map, q), (rule.key_map, k))
+    ]
+    match = torch.einsum("btgrk,bigk->btigr", features[0].unflatten(2, (G, R)), features[1])
+    expected = torch.zeros(B, T, G, R, V, dtype=torch.float64)
+    for t in range(T):
+        end = t + 1 if inclusive else t
+        if end:
+            decay = torch.stack([kept[:, i + 1 : end].prod(1) for i in range(end)], 1)
+            weights = decay[..., None] * match[:, t, :end]
+            expected[:, t] = torch.einsum("bigr,bigv->bgrv", weights / weights.sum(1, keepdim=True), v[:, :end])
+    told, _ = call(rule.delta, x, q, k, v, inclusive=inclusive)
+    o, _ = call(rule, x, q, k, v, inclusive=inclusive)
+    assert error(o, told + rule.share[:, None] * expected.flatten(2, 3)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -10,14 +10,15 @@ map, V width of a value, S state (B, G, K, W) with W = V, or V + 1 with a normal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import logsigmoid, normalize, pad
 
 from fastweights.errors import check_name
+from fastweights.layers.feature_maps import SoftmaxOfProjection
 from fastweights.layers.precision import Float32Linear
 from fastweights.ops import decay_rule, delta_rule
 
@@ -33,6 +34,8 @@ class RuleShape:
     """Sizes of one layer, and what a rule may be told about its gates."""
 
     hidden_size: int
+    heads: int
+    """Of queries."""
     kv_heads: int
     key_width: int
     """After the feature map."""
@@ -421,6 +424,79 @@ class GatedDeltaRule(DeltaRule):
         return self.decay.log_gates(x)[0], None
 
 
+class _Kept(GatedRule):
+    """The gated rule's decay, of tokens that are written whole: what they weigh against each other decides."""
+
+    def written(
+        self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G 1"] | None
+    ) -> Float[Tensor, "B T G K"]:
+        """The key."""
+        return k
+
+
+class DeltaAndAverageRule(Rule):
+    """The gated delta rule, and beside its state one of which a weighted average of values is read; both are added.
+
+        y_t = D_tᵀ q_t + s (A_tᵀ φ(q_t)) / (φ(q_t)·z_t)
+        A_t = g_t A_{t-1} + φ(k_t) v_tᵀ, z_t = g_t z_{t-1} + φ(k_t), φ(x) = [softmax(W x), softmax(-W x)]
+
+    A head of softmax that looks one token up is what the delta rule does well; one that averages over a hundred is not,
+    as each write takes from what similar keys have written. D is the gated delta rule's state; A is linear attention
+    with the feature map of the Hedgehog (Zhang et al., arXiv 2402.04347), its normaliser, and one decay a head. W, one
+    for queries and one for keys of each head, starts as the identity, and s, one a head, at 1. Ours.
+
+    The state is that of the delta rule with A and z beneath it: three times as many rows, and a column for z.
+
+    Args:
+        shape: sizes of the layer.
+    """
+
+    settings = GatedDeltaRule.settings
+
+    def __init__(self, shape: RuleShape) -> None:
+        super().__init__(shape)
+        self.delta = GatedDeltaRule(shape)
+        self.query_map = SoftmaxOfProjection(shape.key_width, shape.heads)
+        self.key_map = SoftmaxOfProjection(shape.key_width, shape.kv_heads)
+        self.average = _Kept(replace(shape, key_width=self.key_map.width, normaliser=True))
+        self.share = nn.Parameter(torch.empty(shape.heads, dtype=torch.float32))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Both states, one beneath the other."""
+        heads, features, width = self.average.state_shape
+        return heads, self.shape.key_width + features, width
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As new: both are read as they are."""
+        for part in (self.delta, self.average, self.query_map, self.key_map):
+            part.reset_parameters()
+        self.share.fill_(1.0)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T d"],
+        q: Float[Tensor, "B T H K"],
+        k: Float[Tensor, "B T G K"],
+        v: Float[Tensor, "B T G V"],
+        *,
+        scale: float,
+        marks: TokenMarks,
+        state: Float[Tensor, "B G S W"] | None,
+        keep_state: bool,
+        inclusive: bool = True,
+    ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G S W"] | None]:
+        """The sum of what both say, and both states; arguments are those of every rule."""
+        K, V = self.shape.key_width, self.shape.value_width
+        known, weighed = (None, None) if state is None else (state[:, :, :K, :V], state[:, :, K:])
+        options = {"marks": marks, "keep_state": keep_state, "inclusive": inclusive}
+        o, known = self.delta(x, q, k, v, scale=scale, state=known, **options)
+        mean, weighed = self.average(x, self.query_map(q), self.key_map(k), v, scale=scale, state=weighed, **options)
+        o = o + mean * self.share.to(mean.dtype)[:, None]
+        return o, torch.cat((pad(known, (0, 1)), weighed), 2) if keep_state else None
+
+
 RULES: dict[str, type[Rule]] = {
     "decay": DecayRule,
     "add": AddRule,
@@ -428,6 +504,7 @@ RULES: dict[str, type[Rule]] = {
     "average": AverageRule,
     "delta": DeltaRule,
     "gated_delta": GatedDeltaRule,
+    "delta_and_average": DeltaAndAverageRule,
 }
 
 

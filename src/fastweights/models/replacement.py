@@ -40,6 +40,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
         )
         rule_shape = RuleShape(
             hidden_size=shape.hidden_size,
+            heads=shape.heads,
             kv_heads=shape.kv_heads,
             key_width=key_map.width,
             value_width=shape.head_dim,
