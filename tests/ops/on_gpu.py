@@ -1,5 +1,7 @@
 """What the tests of Triton kernels share: a GPU, or Triton's interpreter, and the compiler, which needs neither.
 
+And the tests of all other backends, made for these kernels.
+
 Where there is none of these, a module that imports this one is skipped.
 """
 
@@ -9,14 +11,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import islice, product
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: make test puts it into .venv/triton")
-CUDA = torch.cuda.is_available()
+# With a GPU there, too, the interpreter runs where it is asked for, as `make test` does.
+CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
@@ -67,6 +74,54 @@ class Compiled(NamedTuple):
 def there(tensors: dict) -> dict:
     """Tensors, or whatever else, where the kernels run."""
     return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+
+
+SHORT = {"T": 12, "SOME": 8, "LONG": 20}
+"""Constants of those modules, and how many tokens they say where the interpreter runs."""
+_OF_STEPS = "test_padding_changes_no_bit_of_the_real_tokens"
+"""True of what goes token by token alone: chunks of other tokens are other sums."""
+
+
+def of_all_backends(modules: tuple[ModuleType, ...], has_its_own: tuple[str, ...]) -> list:
+    """Parameters (module, test, arguments): each test of these modules that takes a backend, with all it is run with.
+
+    In the interpreter one case of each, and none of those that a test of kernels `has_its_own` of, on smaller problems.
+    """
+    found = []
+    for module in modules:
+        for name, test in vars(module).items():
+            marks = {
+                mark.args[0]: mark.args[1] for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"
+            }
+            if "backend" in marks and name != _OF_STEPS and (CUDA or name not in has_its_own):
+                del marks["backend"]
+                cases = _cases(marks) if CUDA else islice(_cases(marks), 1)
+                found += [
+                    pytest.param(module, test, case, id="-".join((name, *map(str, case.values())))) for case in cases
+                ]
+    return found
+
+
+def _cases(marks: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    for values in product(*marks.values()):
+        case: dict[str, Any] = {}
+        for names, value in zip(marks, values, strict=True):
+            several = not isinstance(names, str) or "," in names
+            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+            case |= dict(zip(names, value if several else (value,), strict=True))
+        yield case
+
+
+def goes_there(rule: Callable) -> Callable:
+    """The rule for tests that know of no GPU: its tensors go there, and what it returns comes back."""
+
+    @wraps(rule)
+    def run(*tensors: Any, **arguments: Any) -> tuple:
+        if arguments.get("backend") == "gpu":
+            tensors, arguments = tuple(there(dict(enumerate(tensors))).values()), there(arguments)
+        return tuple(None if x is None else x.cpu() for x in rule(*tensors, **arguments))
+
+    return run
 
 
 def compiled(

@@ -5,13 +5,17 @@ PYTHONPATH=.venv/triton TRITON_INTERPRET=1 python -m pytest tests/ops/decay_rule
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastweights.ops import decay_rule
 from tests import tolerances
+from tests.ops.decay_rule import test_borders as borders
 from tests.ops.decay_rule import test_decay_rule as common
-from tests.ops.on_gpu import CUDA, DEVICE, compiled, there
+from tests.ops.on_gpu import CUDA, DEVICE, SHORT, compiled, goes_there, of_all_backends, there
 from tests.ops.problems import Problem, assert_close, error, inputs, options, run, truth
 
 SMALL = [
@@ -34,6 +38,19 @@ LARGE = [
     *(Problem(90, 16, 32, H=4, inclusive=i, cu_seqlens=(0, 0, 1, 64, 64, 90)) for i in (True, False)),
     Problem(5000, 64, 64, 2, 6, 3, strongest=20.0),
 ]
+HAS_ITS_OWN = (
+    "test_agrees_with_the_reference_for_any_gates",
+    "test_agrees_with_the_reference_at_any_length_and_width",
+    "test_agrees_with_the_reference_on_packed_sequences",
+    "test_low_precision_inputs_have_a_float32_state_and_only_their_own_rounding",
+    "test_splitting_a_sequence_anywhere_changes_nothing",
+    "test_a_future_token_changes_no_bit_of_an_earlier_output",
+    "test_masked_tokens_leave_the_state_bit_for_bit",
+    "test_inputs_are_left_alone_and_the_state_is_new",
+    "test_a_gate_of_zero_forgets_all_and_makes_no_nan",
+    "test_nan_reaches_the_outputs_after_it",
+    "test_strided_views_of_one_projection",
+)
 
 
 def run_there(tensors: dict, problem: Problem) -> dict[str, torch.Tensor]:
@@ -48,6 +65,15 @@ def outputs(tensors: dict, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("problem", SMALL + (LARGE if CUDA else []), ids=str)
 def test_agrees_with_the_reference(problem):
     assert_close(run_there(inputs(problem, torch.float32), problem), truth(problem, torch.float32), tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize(("module", "test", "arguments"), of_all_backends((common, borders), HAS_ITS_OWN))
+def test_as_on_a_cpu(module, test, arguments, monkeypatch):
+    there_and_back = goes_there(decay_rule)
+    new = {"decay_rule": there_and_back, "run": partial(run, rule=there_and_back)} | ({} if CUDA else SHORT)
+    for name in new.keys() & vars(module).keys():
+        monkeypatch.setattr(module, name, new[name])
+    test(**arguments, backend="gpu")
 
 
 @pytest.mark.parametrize(
@@ -156,13 +182,36 @@ def test_torch_compile_and_autocast():
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
-def test_custom_op_conforms_to_torch():
+def test_custom_ops_conform_to_torch():
     from fastweights.ops.decay_rule import gpu
 
     tensors = there(inputs(Problem(5, 8, 8, 1, 1, 1, "vector", "scalar"), torch.float32))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     args = (*(x.requires_grad_() for x in tensors.values()), None, 0.5, True)
     torch.library.opcheck(gpu._forward_op, args, test_utils=tests)
+    # Heads before tokens, as most attention modules have them: a compiler believes the strides that it is told.
+    tensors = there(inputs(Problem(3, 4, 4, 1, 2, 2, "vector", "scalar"), torch.float32))
+    o, *given, state = (x if x.ndim != 4 else x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors.values())
+    back = (torch.randn_like(o), torch.randn_like(state), o, *given, state, None, 0.5, True)
+    torch.library.opcheck(gpu._backward_op, back, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    tensors, grads = there(inputs(Problem(5, 8, 8, H=1, G=1), torch.float32)), []
+    for wrap in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=use_reentrant)):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
+        wrap(lambda *a: decay_rule(*a[:5], initial_state=a[5], backend="gpu")[0], *leaves).square().sum().backward()
+        grads.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_no_second_derivatives():
+    q = torch.randn(1, 3, 1, 8, requires_grad=True, device=DEVICE)
+    o, _ = decay_rule(q, q, q, backend="gpu")
+    (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), q)
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch):

@@ -276,8 +276,9 @@ def _joined(parts: Tensor, x: Tensor | None) -> Tensor:
 
 @_backward_op.register_fake
 def _(do, dfinal, q, k, v, log_f, log_z, initial_state, cu_seqlens, scale, inclusive):
+    # As `_joined` makes them: contiguous, whatever the strides of x.
     gradients = [
-        q.new_empty((0,), dtype=torch.float32) if x is None else torch.empty_like(x) for x in (q, k, v, log_f, log_z)
+        q.new_empty((0,), dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (q, k, v, log_f, log_z)
     ]
     return *gradients, empty_outputs(q, v, cu_seqlens)[1]
 
