@@ -116,8 +116,9 @@ DATA ?= ../shared/data
 OUTPUT ?= gpu
 SETUP ?= setup
 
+# A torch for GPUs has a Triton of its own, which is the one that fits it.
 gpu: $(SETUP)
-	PYTHONPATH=src:$(VENV)/triton$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m benchmarks.gpu_hour --minutes $(MINUTES) --device $(DEVICE) --data $(DATA) --output $(OUTPUT)
+	PYTHONPATH=src$(if $(filter cpu,$(DEVICE)),:$(VENV)/triton)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m benchmarks.gpu_hour --minutes $(MINUTES) --device $(DEVICE) --data $(DATA) --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) demo runs site

@@ -2,16 +2,18 @@
 
     python -m benchmarks.gpu
 
-Correctness first: outputs, last state and all gradients against the reference in float64, for every form of gates. If
-the decay rule is wrong in one, nothing is timed; if the delta rule is, it is left out. Then, in turns and by CUDA
-events, with the second-level cache emptied before each run:
+Correctness first: outputs, last state and all gradients against the reference in float64, for every form of gates, and
+a decoding step, in each width of head that is timed. If the decay rule is wrong in one, nothing is timed; if the delta
+rule is, it is left out. Then, in turns and by CUDA events, with the second-level cache emptied before each run:
 
 - the forward pass, and with it all gradients, in bfloat16: softmax (torch's FlashAttention-2, and cuDNN's), the decay
   rule with both gates, with the key's alone and without any, the delta rule with a decay (gated delta) and without,
-  both in plain PyTorch ("chunked"), and of flash-linear-attention, where it is installed, fused_recurrent_gla (both
-  gates), chunk_gla (the key's gate alone), and the gated delta rule, in chunks and token by token (forward alone);
+  both in plain PyTorch ("chunked"), and at one shape the decay rule token by token, as the paper's own code has it
+  (a loop in PyTorch here, and one kernel there);
 - one decoding step of 64 texts, beside softmax over a cache of 1,024 to 16,384 tokens;
-- by length, which of softmax and the rules is faster.
+- by length, which of softmax and the rules is faster;
+- the first again, beside flash-linear-attention, where it is installed: fused_recurrent_gla (both gates), chunk_gla
+  (the key's gate alone), and the gated delta rule, in chunks and token by token (forward alone).
 
 Bytes are those of inputs and outputs, each moved once, and operations those of the recurrence token by token (of the
 causal half of softmax): what must be done, of which a kernel may do more. Both stand beside what the card was measured
@@ -33,6 +35,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,10 @@ HOST_CYCLES = 10_000_000
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _STEP = "decoding step"
+ALL, LENGTH, FLA = "all", "by length", "fla"
+"""Comparisons."""
+GOALS = {"fla, fused_recurrent_gla": "decay, both gates", "fla, chunk_gla": "decay, key gate"}
+"""What of flash-linear-attention computes the same as what of ours."""
 
 console = Console()
 Task = Callable[[], object]
@@ -123,14 +130,16 @@ def main() -> None:
         check_device(device)
     except FastWeightsError as error:
         sys.exit(f"benchmarks.gpu: {error}")
-    T, H, D = (257, 2, 64) if device.is_gpu else (8, 1, 16)
-    for dtype, tolerance in TOLERANCES.items():
+    T, H, widths = (257, 2, sorted({D for *_, D in SHAPES})) if device.is_gpu else (8, 1, [16])
+    for D, (dtype, tolerance) in product(widths, TOLERANCES.items()):
         q, k, v, *logs = inputs(1, T, H, D, device.name, dtype)
         for gates, there in GATES.items():
             given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
-            check("gpu", given, tolerance, f" ({gates}, {dtype})")
-    console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16)")
-    delta = not arguments.no_delta and check_delta(device, T, H, D)
+            check("gpu", given, tolerance, f" ({gates}, {dtype}, heads of {D})")
+        if wrong := fault_of_step(decay_rule, inputs(2, 1, H, D, device.name, dtype), tolerance):
+            sys.exit(f"{wrong} ({dtype}, heads of {D}); nothing timed")
+    console.print(f"the kernels agree with the reference ({', '.join(GATES)}; float32 and bfloat16; {widths})")
+    delta = not arguments.no_delta and all(check_delta(device, T, H, D) for D in widths)
     if find_spec("fla") is None:
         console.print(
             "flash-linear-attention is not installed: its rows are left out (pip install flash-linear-attention)"
@@ -151,12 +160,12 @@ def main() -> None:
     console.print(f"written to {arguments.output}, and drawn in {arguments.output.with_suffix('.png')}")
 
 
-_Group = tuple[int, int, int, int, bool, bool]
-"""B, T, H, D, whether it is a decoding step, and whether it is of the comparison by length."""
+_Group = tuple[int, int, int, int, bool, str]
+"""B, T, H, D, whether it is a decoding step, and of which comparison it is."""
 
 
 def _group(row: Mapping[str, Any]) -> _Group:
-    return (*(row[name] for name in "BTHD"), row["mode"] == _STEP, row["by_length"])  # type: ignore[return-value]
+    return (*(row[name] for name in "BTHD"), row["mode"] == _STEP, row["comparison"])  # type: ignore[return-value]
 
 
 def finished(file: Path, here: Mapping[str, object]) -> list[dict]:
@@ -176,11 +185,14 @@ def _all(device: Device, limits: dict[str, float], delta: bool) -> Iterator[tupl
         shapes, steps, lengths, contexts = ((1, 8, 1, 16),), ((1, 1, 16),), [(1, 4, 1, 16)], (32,)
     common: dict[str, Any] = {"device": device, "limits": limits, "delta": delta}
     for shape in shapes:
-        yield (*shape, False, False), partial(measure, *shape, **common)
+        yield (*shape, False, ALL), partial(measure, *shape, serial=shape == shapes[0], **common)
     for B, H, D in steps:
-        yield (B, 1, H, D, True, False), partial(measure_step, B, H, D, contexts=contexts, **common)
+        yield (B, 1, H, D, True, ALL), partial(measure_step, B, H, D, contexts=contexts, **common)
     for shape in lengths:
-        yield (*shape, False, True), partial(measure, *shape, by_length=True, **common)
+        yield (*shape, False, LENGTH), partial(measure, *shape, comparison=LENGTH, **common)
+    # Last, as its kernels are tuned for minutes, and may fail in ways of their own.
+    for shape in shapes if find_spec("fla") is not None else ():
+        yield (*shape, False, FLA), partial(measure, *shape, comparison=FLA, **common)
 
 
 def check_delta(device: Device, T: int, H: int, D: int) -> bool:
@@ -188,11 +200,28 @@ def check_delta(device: Device, T: int, H: int, D: int) -> bool:
     for dtype, tolerance in TOLERANCES.items():
         given = delta_inputs(1, T, H, D, device.name, dtype)
         for what, tensors in (("gated delta", given), ("delta", given[:4])):
-            if wrong := fault("gpu", tensors, tolerance, f" ({what}, {dtype})", delta_rule):
+            if wrong := fault("gpu", tensors, tolerance, f" ({what}, {dtype}, heads of {D})", delta_rule):
                 console.print(f"{wrong}: the delta rule is left out")
                 return False
-    console.print("so do the delta rule's, with a decay and without")
+        if wrong := fault_of_step(delta_rule, delta_inputs(2, 1, H, D, device.name, dtype), tolerance):
+            console.print(f"{wrong} ({dtype}, heads of {D}): the delta rule is left out")
+            return False
+    console.print(f"so do the delta rule's, with a decay and without (heads of {D})")
     return True
+
+
+def fault_of_step(rule: Callable, given: list[torch.Tensor], tolerance: float) -> str | None:
+    """What is wrong with a decoding step from a state, if anything: one token of each text."""
+    *_, H, D = given[0].shape
+    state = torch.randn(len(given[0]), H, D, D, device=given[0].device)
+    options = {"output_final_state": True, "backend": "gpu"}
+    found = rule(*given, initial_state=state, **options)
+    truth = rule(*(x.double() for x in given), initial_state=state.double(), **options | {"backend": "reference"})
+    for name, result, expected in zip(("o", "state"), found, truth, strict=True):
+        error = ((result.double() - expected).abs().max() / expected.abs().max()).item()
+        if not error <= tolerance:
+            return f"{rule.__name__}, 'gpu': relative error {error:.1e} in {name} of a decoding step"
+    return None
 
 
 def check_device(device: Device) -> None:
@@ -233,9 +262,13 @@ def measure(
     device: Device,
     limits: dict[str, float],
     delta: bool,
-    by_length: bool = False,
+    comparison: str = ALL,
+    serial: bool = False,
 ) -> list[dict]:
-    """Rows of one shape, forward and with all gradients; `by_length`, of softmax and `BY_LENGTH` alone."""
+    """Rows of one shape, forward and with all gradients; by length of softmax and `BY_LENGTH` alone.
+
+    `serial`: and of the decay rule token by token.
+    """
     rule, of_delta = (make(B, T, H, D, device.name, torch.bfloat16) for make in (inputs, delta_inputs))
     q, k, v, *_ = rule
     softmax = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -245,14 +278,18 @@ def measure(
     if device.is_gpu:
         contenders |= {"softmax, cuDNN": (_softmax(device, SDPBackend.CUDNN_ATTENTION), softmax)}
     contenders |= {"gated delta": (_delta("gpu"), of_delta)}
-    if not by_length:
+    if comparison != LENGTH:
         contenders |= {"decay, key gate": (_decay("gpu", (True, False)), rule[:4])}
+    if comparison == FLA:
+        contenders |= _of_fla(rule, of_delta)
+    if comparison == ALL:
         contenders |= {"decay, no gates": (_decay("gpu", (False, False)), rule[:3])}
         contenders |= {"delta": (_delta("gpu"), of_delta[:4])}
-        contenders |= _of_fla(rule, of_delta)
         if T <= CHUNKED_UP_TO:
             contenders |= {"decay, both gates, chunked in PyTorch": (_decay("chunked", (True, True)), rule)}
             contenders |= {"gated delta, chunked in PyTorch": (_delta("chunked"), of_delta)}
+        if serial:
+            contenders |= {"decay, both gates, token by token in PyTorch": (_decay("reference", (True, True)), rule)}
     contenders = {name: task for name, task in contenders.items() if delta or not _is_delta(name)}
     rows = []
     for mode, wrap in (("forward", forward), ("forward and backward", forward_and_backward)):
@@ -260,7 +297,7 @@ def measure(
         times = device.times(_that_run(tasks, f"{mode}, {B} x {T} x {H} x {D}"))
         for name, of in times.items():
             amounts = work(name, mode, B, T, H, D)
-            rows.append(_row(mode, name, (B, T, H, D), of, times["softmax, flash"]["p50"], amounts, limits, by_length))
+            rows.append(_row(mode, name, (B, T, H, D), of, times["softmax, flash"]["p50"], amounts, limits, comparison))
     return rows
 
 
@@ -270,10 +307,10 @@ def _that_run(tasks: Mapping[str, Task], where: str) -> dict[str, Task]:
     for name, task in tasks.items():
         try:
             task()
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # Triton's and other libraries' are of no common class
             if not found:
                 raise
-            console.print(f"left out: {name}, {where}: {str(error).splitlines()[0]}")
+            console.print(f"left out: {name}, {where}: {(str(error).splitlines() or [type(error).__name__])[0]}")
         else:
             found[name] = task
     return found
@@ -296,7 +333,7 @@ def measure_step(
         tasks |= {"gated delta": lambda: delta_rule(*of_delta, **kept)}
     tasks |= flash
     with torch.no_grad():
-        times = device.times(tasks)
+        times = device.times(_that_run(tasks, f"{_STEP}, {B} x 1 x {H} x {D}"))
     rows = []
     for name, of in times.items():
         elements = B * H * D
@@ -305,7 +342,7 @@ def measure_step(
         if not context:
             amounts = (2 * 4 * elements * D + 2 * _tensors(name, D) * elements, 2 * _products(name)[0] * elements * D)
         first = next(iter(flash))
-        rows.append(_row(_STEP, name, (B, 1, H, D), of, times[first]["p50"], amounts, limits, False))
+        rows.append(_row(_STEP, name, (B, 1, H, D), of, times[first]["p50"], amounts, limits, ALL))
     return rows
 
 
@@ -356,16 +393,22 @@ def show(rows: list[dict]) -> None:
         table.add_column(column, justify="right")
     before = None
     for row in rows:
-        if before != (group := (row["mode"], *(row[name] for name in "BTHD"))):
+        if before != (group := (row["mode"], *(row[name] for name in "BTHD"), row["comparison"])):
             table.add_section()
-            table.add_row("{}, {} x {} x {} x {}".format(*group), style="bold")
+            beside = f", {row['comparison']}" if row["comparison"] != ALL else ""
+            table.add_row("{}, {} x {} x {} x {}".format(*group) + beside, style="bold")
             before = group
         times = [f"{row[f'{p}_ms']:.3f}" for p in ("p20", "p50", "p80")]
         shares = [f"{row['share_of_bytes']:.0%}", f"{row['share_of_flops']:.0%}"]
         table.add_row(row["what"], *times, f"{row['times_faster_than_softmax']:.2f}", *shares)
     console.print(table)
+    for theirs, ours in GOALS.items():
+        for group in dict.fromkeys((row["mode"], *_group(row)) for row in rows if row["what"] == theirs):
+            ms = {row["what"]: row["p50_ms"] for row in rows if (row["mode"], *_group(row)) == group}
+            where = "{}, {} x {} x {} x {}".format(*group)
+            console.print(f"{where}: {ours} takes {ms[ours] / ms[theirs]:.2f} of the time of {theirs}")
     for mode in ("forward", "forward and backward"):
-        by_length = [row for row in rows if row["by_length"] and row["mode"] == mode]
+        by_length = [row for row in rows if row["comparison"] == LENGTH and row["mode"] == mode]
         for softmax in sorted({row["what"] for row in by_length if row["what"].startswith("softmax")}):
             ms = {row["T"]: row["p50_ms"] for row in by_length if row["what"] == softmax}
             for rule in BY_LENGTH:
@@ -383,7 +426,9 @@ def plot(rows: list[dict], output: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, mode in zip(figure.subplots(1, 2), ("forward", "forward and backward"), strict=True):
         for what, color in {"softmax, flash": "#444444", "softmax, cuDNN": "#8d6a9f", **BY_LENGTH}.items():
-            points = [row for row in rows if row["by_length"] and row["mode"] == mode and row["what"] == what]
+            points = [
+                row for row in rows if row["comparison"] == LENGTH and row["mode"] == mode and row["what"] == what
+            ]
             panel.plot(
                 [row["T"] for row in points],
                 [row["p50_ms"] for row in points],
@@ -406,7 +451,7 @@ def _row(
     softmax_ms: float,
     amounts: tuple[float, float],
     limits: dict[str, float],
-    by_length: bool,
+    comparison: str,
 ) -> dict:
     gigabytes, teraflops = amounts[0] / times["p50"] / 1e6, amounts[1] / times["p50"] / 1e9
     return {
@@ -419,7 +464,7 @@ def _row(
         "TFLOP/s": round(teraflops, 4),
         "share_of_bytes": round(gigabytes / limits["ceiling_GB/s"], 3),
         "share_of_flops": round(teraflops / limits["ceiling_TFLOP/s"], 3),
-        "by_length": by_length,
+        "comparison": comparison,
     }
 
 
@@ -455,9 +500,11 @@ def _delta(backend: str) -> Callable:
 
 
 def _of_fla(rule: list[torch.Tensor], of_delta: list[torch.Tensor]) -> dict[str, tuple[Callable, list[torch.Tensor]]]:
-    if find_spec("fla") is None:
+    try:
+        gla, delta = import_module("fla.ops.gla"), import_module("fla.ops.gated_delta_rule")  # which are optional
+    except Exception as error:  # of any class: versions of Triton and of it that do not fit each other
+        console.print(f"left out: flash-linear-attention, which cannot be imported: {error}")
         return {}
-    gla, delta = import_module("fla.ops.gla"), import_module("fla.ops.gated_delta_rule")  # which are optional
     by_chunks, by_tokens = delta.chunk_gated_delta_rule, delta.fused_recurrent_gated_delta_rule
 
     def gated_delta(run: Callable) -> Callable:

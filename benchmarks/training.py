@@ -35,7 +35,8 @@ HYBRID = ConversionConfig(window=128, gate_rank=16)
 PURE = ConversionConfig(gate_rank=16)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.csv"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -46,9 +47,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="on a GPU: norms and feed-forward parts, as run.compile")
     parser.add_argument("--without-chunked", action="store_true", help="on a GPU: no recurrence in PyTorch")
     parser.add_argument("--profile", action="store_true", help="operators of a step, and where it waits for the GPU")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.profile and arguments.device == "cpu":
-        parser.error("--profile says what a step does on a GPU: give --device cuda with it")
+        parser().error("--profile says what a step does on a GPU: give --device cuda with it")
 
     torch.manual_seed(0)
     teacher = smollm2_shape().requires_grad_(False)

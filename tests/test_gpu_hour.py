@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import gpu, gpu_hour
+from benchmarks import training as training_step
 from benchmarks.kernels import delta_inputs, fault
 
 from tests.cli.test_cli import parsed
@@ -161,7 +162,7 @@ def test_a_kill_reaches_all_that_runs(tmp_path):
 
 def _row(what: str, T: int, mode: str = "forward") -> dict:
     return {
-        **gpu._row(mode, what, (1, T, 1, 16), {"p50": 2.0}, 1.0, (1e6, 1e9), dict.fromkeys(gpu.CEILINGS, 3.0), False),
+        **gpu._row(mode, what, (1, T, 1, 16), {"p50": 2.0}, 1.0, (1e6, 1e9), dict.fromkeys(gpu.CEILINGS, 3.0), gpu.ALL),
         "p20_ms": 1.5,
     }
 
@@ -171,7 +172,7 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
     def groups(device, limits, delta):
         for T in (8, 16):
-            yield (1, T, 1, 16, False, False), lambda T=T: measured.append((T, limits)) or [_row("softmax, flash", T)]
+            yield (1, T, 1, 16, False, gpu.ALL), lambda T=T: measured.append((T, limits)) or [_row("softmax, flash", T)]
             if len(measured) == 1 and not output.with_suffix(".png").exists():
                 raise KeyboardInterrupt
 
@@ -179,6 +180,7 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     for name, stand_in in {
         "check_device": lambda device: None,
         "check": lambda *given: None,
+        "fault_of_step": lambda *given: None,
         "check_delta": lambda *given: True,
         "ceilings": lambda device: next(ceilings),
         "show": lambda rows: None,
@@ -208,6 +210,16 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert measured[-1] == (16, dict.fromkeys(gpu.CEILINGS, 5.0))
 
 
+def test_another_library_that_fails_leaves_ours_timed(monkeypatch, capsys):
+    def broken(name: str = ""):
+        raise AttributeError("triton has no such thing")
+
+    monkeypatch.setattr(gpu, "import_module", broken)
+    assert gpu._of_fla([], []) == {}
+    assert list(gpu._that_run({"softmax, flash": list, "fla, chunk_gla": broken}, "forward")) == ["softmax, flash"]
+    assert capsys.readouterr().out.count("triton has no such thing") == 2
+
+
 def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
     there, commands = hour(tmp_path), []
     monkeypatch.setattr(there, "run", lambda name, command, seconds: commands.append(command) or False)
@@ -215,6 +227,31 @@ def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
         there.note("delta-kernels", passed=passed)
         gpu_hour._benchmark(there)
     assert ["--no-delta" in command for command in commands] == [False, True]
+
+
+def test_a_training_step_is_timed_once_by_a_command_that_there_is(tmp_path, monkeypatch):
+    there, commands = hour(tmp_path), []
+    monkeypatch.setattr(there, "run", lambda name, command, seconds: commands.append(command) or True)
+    for _ in range(2):
+        gpu_hour._training_speed(there)
+    ((_, _, module, *options),) = commands
+    assert module == "benchmarks.training"
+    assert training_step.parser().parse_args(options).output == tmp_path / "training.csv"
+
+
+def test_a_control_waits_for_what_it_is_the_control_of(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(gpu_hour, "_steps", lambda hour, each, seconds: None if each.name == "base" else {"a": 9})
+    monkeypatch.setattr(gpu_hour, "_train_one", lambda hour, each, steps, seconds: trained.append((each.name, steps)))
+    made = {"command": ["train"], "options": {}, "stages": ("a",), "share": 0.5}
+    both = [gpu_hour.Training("base", **made), gpu_hour.Training("alone", **made, control_of="base")]
+    gpu_hour._train(hour(tmp_path), both)
+    assert not trained
+    assert "alone: left out, as base has no steps yet" in capsys.readouterr().out
+    there = hour(tmp_path)
+    there.note("base", steps={"a": 7}, done=True)
+    gpu_hour._train(there, both)
+    assert trained == [("alone", {"a": 7})]
 
 
 def test_what_the_rules_must_do_at_the_least():

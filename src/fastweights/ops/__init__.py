@@ -215,7 +215,7 @@ def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, prod
         and dtype == torch.float32
         and not products
         and os.environ.get("FASTWEIGHTS_TRITON") != "0"
-        and (torch.compiler.is_compiling() or suits_this_machine())  # whoever compiles for a GPU has Triton
+        and suits_this_machine()
     ):
         backend = "gpu"
     if not torch.compiler.is_compiling():

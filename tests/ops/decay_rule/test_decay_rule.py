@@ -312,6 +312,17 @@ def test_auto_takes_the_kernels_on_gpus_that_have_them(monkeypatch):
     assert ops._choose(ops._DECAY_RULE, "cuda", torch.float32) == "chunked"
 
 
+def test_a_program_that_is_compiled_goes_by_what_was_found_before(monkeypatch):
+    from fastweights.ops.triton import calls
+
+    for found, expected in ((None, True), (True, True), (False, False)):
+        monkeypatch.setattr(calls, "_suits", found)
+        assert (
+            torch.compile(lambda x: x + calls.suits_this_machine(), backend="eager")(torch.zeros(1)).item() == expected
+        )
+        torch.compiler.reset()
+
+
 def test_the_state_comes_only_when_asked_for():
     tensors = inputs(Problem(3, 8, 8), torch.float32)
     assert decay_rule(**tensors)[1] is None

@@ -43,10 +43,21 @@ def is_available() -> bool:
     return find_spec("triton") is not None
 
 
-@cache
+_suits: bool | None = None
+
+
 def suits_this_machine() -> bool:
-    """Whether `backend="auto"` may take these kernels: Triton is here, and a GPU that can multiply TF32."""
-    return is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    """Whether `backend="auto"` may take these kernels: Triton is here, and a GPU that can multiply TF32.
+
+    A program that is being compiled cannot ask: it goes by what was found before, and without that takes them to be
+    right, as whoever compiles for a GPU has Triton.
+    """
+    global _suits
+    if torch.compiler.is_compiling():
+        return _suits is not False
+    if _suits is None:
+        _suits = is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return _suits
 
 
 class Chunks(NamedTuple):
