@@ -288,7 +288,8 @@ def _trainings(hour: Hour) -> list[list[Training]]:
         options = {"model": stories, "data.text": samples, **run, **tiny}
         if not small:
             options |= {"data.block-size": "256", "transfer.batch-size": "32", "finetune.batch-size": "32"}
-            options |= {"convert.rule": "gated_delta", "convert.conv-size": "4", "finetune.weights": "attention"}
+            options |= {"convert.rule": "delta_and_average", "convert.feature-map": "linear", "convert.conv-size": "4"}
+            options |= {"finetune.weights": "attention"}
             options |= {"finetune.vocabulary": "seen", "finetune.learning-rate": "1e-4"}
             options |= {"finetune.new-learning-rate": "1e-3", "finetune.factor-learning-rate": "2e-3"}
         beside[1].append(Training("stories15m", ["train"], options, ("transfer", "finetune"), 0.6, _SAMPLES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,14 +94,12 @@ def test_low_precision_inputs_have_a_float32_state_and_only_their_own_rounding(d
     assert_close(results, expected, tolerance)
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_agrees_with_the_reference_on_random_problems(data):
-    draw = data.draw
+def drawn(draw: Callable, longest: int = 90) -> Problem:
+    """Any problem of so many tokens at most."""
     G = draw(st.integers(1, 3))
-    T = draw(st.integers(0, 90))
+    T = draw(st.integers(0, longest))
     ends = draw(st.none() | st.lists(st.integers(0, T), max_size=3))
-    problem = Problem(
+    return Problem(
         T,
         draw(st.integers(1, 40)),
         draw(st.integers(1, 40)),
@@ -114,6 +113,12 @@ def test_agrees_with_the_reference_on_random_problems(data):
         None if ends is None else (0, *sorted(ends), T),
         seed=draw(st.integers(0, 99)),
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_agrees_with_the_reference_on_random_problems(data):
+    problem = drawn(data.draw)
     for backend in FAST:
         results = run(inputs(problem, torch.float32), backend, **options(problem))
         assert_close_at_random(results, truth(problem, torch.float32), tolerances.FLOAT32)

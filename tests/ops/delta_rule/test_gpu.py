@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastweights.ops import delta_rule
 from tests import tolerances
@@ -16,7 +18,7 @@ from tests.ops.delta_rule import test_borders as borders
 from tests.ops.delta_rule import test_delta_rule as common
 from tests.ops.delta_rule.problems import Problem, inputs, run, truth
 from tests.ops.on_gpu import CUDA, DEVICE, SHORT, compiled, goes_there, of_all_backends, there
-from tests.ops.problems import assert_close, error, options
+from tests.ops.problems import assert_close, assert_close_at_random, error, options
 
 SMALL = [
     Problem(1, 16, 16, H=1, G=1, inclusive=False),
@@ -57,6 +59,14 @@ def outputs(tensors: dict, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("problem", SMALL + (LARGE if CUDA else []), ids=str)
 def test_agrees_with_the_reference(problem):
     assert_close(run_there(inputs(problem, torch.float32), problem), truth(problem, torch.float32), tolerances.FLOAT32)
+
+
+@settings(max_examples=25 if CUDA else 2, deadline=None)
+@given(data=st.data())
+def test_agrees_with_the_reference_on_random_problems(data):
+    problem = common.drawn(data.draw, 90 if CUDA else 9)
+    results = run_there(inputs(problem, torch.float32), problem)
+    assert_close_at_random(results, truth(problem, torch.float32), tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize(("module", "test", "arguments"), of_all_backends((common, borders), HAS_ITS_OWN))
@@ -164,6 +174,17 @@ def test_torch_compile_and_autocast(cu_seqlens):
     with torch.autocast(DEVICE, torch.bfloat16):
         results = compiled(**tensors, **kwargs, backend="gpu")
     torch.testing.assert_close(results, expected)
+
+
+def test_torch_compile_of_a_training_step():
+    """Heads before tokens, as most attention modules have them."""
+    tensors = there(inputs(Problem(5, 8, 8, 1, 2, 2, initial_state=False), torch.float32))
+    tensors, grads = {name: x for name, x in tensors.items() if x is not None}, []
+    for rule in (delta_rule, torch.compile(delta_rule, fullgraph=True, backend="aot_eager")):
+        leaves = {name: x.transpose(1, 2).detach().clone().requires_grad_() for name, x in tensors.items()}
+        o, _ = rule(**{name: x.transpose(1, 2) for name, x in leaves.items()}, backend="gpu")
+        grads.append(torch.autograd.grad(o.square().sum(), list(leaves.values())))
+    torch.testing.assert_close(*grads)
 
 
 def test_custom_ops_conform_to_torch():
