@@ -128,6 +128,15 @@ def test_gradients_are_finite_with_padding_and_documents(rule, inclusive):
     assert tensors[1].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_what_a_rule_has_learned_stays_in_float32(name):
+    rule = make_rule(name, SHAPE)
+    rule.reset_parameters()
+    o, state = call(rule.bfloat16(), *(x.bfloat16() for x in inputs()))
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert {parameter.dtype for parameter in rule.parameters()} <= {torch.float32}
+
+
 def test_additive_rule_is_a_sum_of_all_writes():
     _, q, k, v = inputs()
     o, state = call(make_rule("add", SHAPE), *inputs())

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid, normalize, pad
 
 from fastweights.errors import check_name
 from fastweights.layers.feature_maps import SoftmaxOfProjection
-from fastweights.layers.precision import Float32Linear
+from fastweights.layers.precision import Float32Linear, KeepsFloat32
 from fastweights.ops import decay_rule, delta_rule
 
 if TYPE_CHECKING:
@@ -434,7 +434,7 @@ class _Kept(GatedRule):
         return k
 
 
-class DeltaAndAverageRule(Rule):
+class DeltaAndAverageRule(KeepsFloat32, Rule):
     """The gated delta rule, and beside its state one of which a weighted average of values is read; both are added.
 
         y_t = D_tᵀ q_t + s (A_tᵀ φ(q_t)) / (φ(q_t)·z_t)
