@@ -9,7 +9,7 @@ rule is, it is left out. Then, in turns and by CUDA events, with the second-leve
 - the forward pass, and with it all gradients, in bfloat16: softmax (torch's FlashAttention-2, and cuDNN's), the decay
   rule with both gates, with the key's alone and without any, the delta rule with a decay (gated delta) and without,
   both in plain PyTorch ("chunked"), and at one shape the decay rule token by token, as the paper's own code has it
-  (a loop in PyTorch here, and one kernel there);
+  (one kernel there, and here a loop in PyTorch, whose launches count as well);
 - one decoding step of 64 texts, beside softmax over a cache of 1,024 to 16,384 tokens;
 - by length, which of softmax and the rules is faster;
 - the first again, beside flash-linear-attention, where it is installed: fused_recurrent_gla (both gates), chunk_gla
@@ -172,7 +172,9 @@ def finished(file: Path, here: Mapping[str, object]) -> list[dict]:
     """Rows of a file that were measured where this runs, with the same versions and commit."""
     rows = read_csv(file) if file.exists() else []
     same = {name: parsed(str(value)) for name, value in here.items() if name not in ("date", "load", "threads")}
-    kept = [row for row in rows if all(row.get(name) == value for name, value in same.items())]
+    # Of a copy without its history the commit is not known: rows of another version may lack a column.
+    whole = [row for row in rows if "comparison" in row]
+    kept = [row for row in whole if all(row.get(name) == value for name, value in same.items())]
     if file.exists():
         console.print(f"{file} has {len(rows)} rows, {len(kept)} of them of this machine, versions and commit: kept")
     return kept
@@ -328,10 +330,9 @@ def measure_step(
         k, v = (torch.randn(B, H, context, D, device=device.name, dtype=torch.bfloat16) for _ in range(2))
         flash[f"softmax after {context:,}"] = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)
     kept: dict[str, Any] = {"initial_state": state, "output_final_state": True, "backend": "gpu"}
-    tasks: dict[str, Task] = {"decay, both gates": lambda: decay_rule(*rule, **kept)}
+    tasks: dict[str, Task] = {**flash, "decay, both gates": lambda: decay_rule(*rule, **kept)}
     if delta:
         tasks |= {"gated delta": lambda: delta_rule(*of_delta, **kept)}
-    tasks |= flash
     with torch.no_grad():
         times = device.times(_that_run(tasks, f"{_STEP}, {B} x 1 x {H} x {D}"))
     rows = []
@@ -406,7 +407,8 @@ def show(rows: list[dict]) -> None:
         for group in dict.fromkeys((row["mode"], *_group(row)) for row in rows if row["what"] == theirs):
             ms = {row["what"]: row["p50_ms"] for row in rows if (row["mode"], *_group(row)) == group}
             where = "{}, {} x {} x {} x {}".format(*group)
-            console.print(f"{where}: {ours} takes {ms[ours] / ms[theirs]:.2f} of the time of {theirs}")
+            if ours in ms:
+                console.print(f"{where}: {ours} takes {ms[ours] / ms[theirs]:.2f} of the time of {theirs}")
     for mode in ("forward", "forward and backward"):
         by_length = [row for row in rows if row["comparison"] == LENGTH and row["mode"] == mode]
         for softmax in sorted({row["what"] for row in by_length if row["what"].startswith("softmax")}):

@@ -161,6 +161,7 @@ def _row(what: str, T: int, mode: str = "forward") -> dict:
     return {
         **gpu._row(mode, what, (1, T, 1, 16), {"p50": 2.0}, 1.0, (1e6, 1e9), dict.fromkeys(gpu.CEILINGS, 3.0), gpu.ALL),
         "p20_ms": 1.5,
+        "p80_ms": 2.5,
     }
 
 
@@ -229,7 +230,8 @@ def test_a_delta_rule_that_failed_its_tests_is_not_timed(tmp_path, monkeypatch):
 def test_a_training_step_is_timed_once_by_a_command_that_there_is(tmp_path, monkeypatch):
     there, commands = hour(tmp_path), []
     monkeypatch.setattr(there, "run", lambda name, command, seconds: commands.append(command) or True)
-    for _ in range(2):
+    for passed in (False, True, True):
+        there.note("kernels", passed=passed)
         gpu_hour._training_speed(there)
     ((_, _, module, *options),) = commands
     assert module == "benchmarks.training"
@@ -249,6 +251,17 @@ def test_a_control_waits_for_what_it_is_the_control_of(tmp_path, monkeypatch, ca
     there.note("base", steps={"a": 7}, done=True)
     gpu_hour._train(there, both)
     assert trained == [("alone", {"a": 7})]
+
+
+def test_rows_that_lack_a_contender_or_a_column_are_shown_and_left(tmp_path, capsys):
+    gpu.show([_row("softmax, flash", 8), {**_row("fla, chunk_gla", 8), "comparison": gpu.FLA}])
+    ours = {**_row("decay, key gate", 8), "comparison": gpu.FLA}
+    gpu.show([_row("softmax, flash", 8), {**_row("fla, chunk_gla", 8), "comparison": gpu.FLA}, ours])
+    assert capsys.readouterr().out.count("decay, key gate takes 1.00 of the time of") == 1
+    old = _row("softmax, flash", 8)
+    del old["comparison"]
+    gpu.write_csv(tmp_path / "old.csv", [old], {})
+    assert gpu.finished(tmp_path / "old.csv", {}) == []
 
 
 def test_what_the_rules_must_do_at_the_least():

@@ -15,7 +15,7 @@ from tests.ops.problems import Problem, assert_close, inputs, run
 ALL = ("reference", "chunked", "cpu")
 GATES = [("vector", "vector"), ("vector", "none"), ("scalar", "none"), ("scalar", "vector"), ("none", "scalar")]
 GATES += [("scalar", "scalar"), ("none", "vector")]
-BORDERS = [(0,), (0, 7, 8, 9, 40), (1,), (15, 16, 17, 64), (16, 80), (99,), (98, 99), (64,)]
+BORDERS = [(1,), (0,), (0, 7, 8, 9, 40), (15, 16, 17, 64), (16, 80), (99,), (98, 99), (64,)]
 T = 100
 OPTIONS = {"scale": 0.7, "output_final_state": True}
 

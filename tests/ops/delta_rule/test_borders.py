@@ -13,7 +13,7 @@ from tests.ops.delta_rule.problems import Problem, inputs
 from tests.ops.problems import assert_close, results_of
 
 ALL = ("reference", "chunked", "cpu")
-BORDERS = [(0,), (0, 7, 8, 9, 40), (1,), (15, 16, 17, 64), (16, 80), (99,), (98, 99), (64,)]
+BORDERS = [(1,), (0,), (0, 7, 8, 9, 40), (15, 16, 17, 64), (16, 80), (99,), (98, 99), (64,)]
 T = 100
 OPTIONS = {"scale": 0.7, "output_final_state": True}
 
