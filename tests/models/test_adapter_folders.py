@@ -29,7 +29,7 @@ from tests.ops.problems import error
 
 peft = pytest.importorskip("peft", reason="LoRA is peft's")
 KINDS = {
-    "pure": ConversionConfig(positions="drop", gate_rank=2),
+    "pure": ConversionConfig(rule="delta_and_average", positions="drop", gate_rank=2),
     "hybrid": ConversionConfig(window=8),
     "gated": ConversionConfig(window=8, rule="gated", feature_map="softmax"),
     "delta": ConversionConfig(window=8, rule="gated_delta", feature_map="linear", value_map=True, conv_size=4),
