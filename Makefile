@@ -55,7 +55,7 @@ test: setup
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding few_bits
-_PARTS := test-others test-models test-cli test-ops test-layers test-gpu test-bitsandbytes
+_PARTS := test-others test-models test-gpu test-cli test-layers test-ops test-bitsandbytes
 .PHONY: $(_RULES:%=kernels-%) $(_PARTS)
 _APART := tests/models tests/cli tests/ops tests/layers
 _PYTEST := PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest

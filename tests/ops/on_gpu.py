@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice, product
 from pathlib import Path
 from types import ModuleType
@@ -76,16 +76,26 @@ def there(tensors: dict) -> dict:
     return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
 
 
+HAVE_THEIR_OWN = (
+    "test_agrees_with_the_reference_at_any_length_and_width",
+    "test_agrees_with_the_reference_on_packed_sequences",
+    "test_low_precision_inputs_have_a_float32_state_and_only_their_own_rounding",
+    "test_splitting_a_sequence_anywhere_changes_nothing",
+    "test_a_future_token_changes_no_bit_of_an_earlier_output",
+    "test_masked_tokens_leave_the_state_bit_for_bit",
+    "test_inputs_are_left_alone_and_the_state_is_new",
+)
+"""Tests of both rules for which those of the kernels have some of their own, on smaller problems."""
 SHORT = {"T": 12, "SOME": 8, "LONG": 20}
 """Constants of those modules, and how many tokens they say where the interpreter runs."""
 _OF_STEPS = "test_padding_changes_no_bit_of_the_real_tokens"
 """True of what goes token by token alone: chunks of other tokens are other sums."""
 
 
-def of_all_backends(modules: tuple[ModuleType, ...], has_its_own: tuple[str, ...]) -> list:
+def of_all_backends(modules: tuple[ModuleType, ...], *have_their_own: str) -> list:
     """Parameters (module, test, arguments): each test of these modules that takes a backend, with all it is run with.
 
-    In the interpreter one case of each, and none of those that a test of kernels `has_its_own` of, on smaller problems.
+    In the interpreter one case of each, and none of HAVE_THEIR_OWN, to which may be added.
     """
     found = []
     for module in modules:
@@ -93,7 +103,7 @@ def of_all_backends(modules: tuple[ModuleType, ...], has_its_own: tuple[str, ...
             marks = {
                 mark.args[0]: mark.args[1] for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"
             }
-            if "backend" in marks and name != _OF_STEPS and (CUDA or name not in has_its_own):
+            if "backend" in marks and name != _OF_STEPS and (CUDA or name not in (*HAVE_THEIR_OWN, *have_their_own)):
                 del marks["backend"]
                 cases = _cases(marks) if CUDA else islice(_cases(marks), 1)
                 found += [
@@ -112,16 +122,25 @@ def _cases(marks: dict[Any, Any]) -> Iterator[dict[str, Any]]:
         yield case
 
 
-def goes_there(rule: Callable) -> Callable:
-    """The rule for tests that know of no GPU: its tensors go there, and what it returns comes back."""
+def take_there(monkeypatch: pytest.MonkeyPatch, module: ModuleType, rule: Callable, run: Callable) -> None:
+    """Let tests that know of no GPU run the kernels: tensors of `rule` go there, and what it returns comes back.
+
+    Args:
+        monkeypatch: what undoes it.
+        module: of the tests.
+        rule: as the module has it, under its own name.
+        run: as the module has it, if it does: it takes the rule as `rule`.
+    """
 
     @wraps(rule)
-    def run(*tensors: Any, **arguments: Any) -> tuple:
+    def there_and_back(*tensors: Any, **arguments: Any) -> tuple:
         if arguments.get("backend") == "gpu":
             tensors, arguments = tuple(there(dict(enumerate(tensors))).values()), there(arguments)
         return tuple(None if x is None else x.cpu() for x in rule(*tensors, **arguments))
 
-    return run
+    new = {rule.__name__: there_and_back, "run": partial(run, rule=there_and_back)} | ({} if CUDA else SHORT)
+    for name in new.keys() & vars(module).keys():
+        monkeypatch.setattr(module, name, new[name])
 
 
 def compiled(

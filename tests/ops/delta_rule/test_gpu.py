@@ -5,8 +5,6 @@ PYTHONPATH=.venv/triton TRITON_INTERPRET=1 python -m pytest tests/ops/delta_rule
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from tests import tolerances
 from tests.ops.delta_rule import test_borders as borders
 from tests.ops.delta_rule import test_delta_rule as common
 from tests.ops.delta_rule.problems import Problem, inputs, run, truth
-from tests.ops.on_gpu import CUDA, DEVICE, SHORT, compiled, goes_there, of_all_backends, there
+from tests.ops.on_gpu import CUDA, DEVICE, compiled, of_all_backends, take_there, there
 from tests.ops.problems import assert_close, assert_close_at_random, error, options
 
 SMALL = [
@@ -36,15 +34,6 @@ LARGE = [
     *(Problem(90, 16, 32, H=4, inclusive=i, cu_seqlens=(0, 0, 1, 64, 64, 90)) for i in (True, False)),
     Problem(5000, 64, 64, 2, 6, 3, strongest=20.0),
 ]
-HAS_ITS_OWN = (
-    "test_agrees_with_the_reference_at_any_length_and_width",
-    "test_agrees_with_the_reference_on_packed_sequences",
-    "test_low_precision_inputs_have_a_float32_state_and_only_their_own_rounding",
-    "test_splitting_a_sequence_anywhere_changes_nothing",
-    "test_a_future_token_changes_no_bit_of_an_earlier_output",
-    "test_masked_tokens_leave_the_state_bit_for_bit",
-    "test_inputs_are_left_alone_and_the_state_is_new",
-)
 
 
 def run_there(tensors: dict, problem: Problem) -> dict[str, torch.Tensor]:
@@ -69,12 +58,9 @@ def test_agrees_with_the_reference_on_random_problems(data):
     assert_close_at_random(results, truth(problem, torch.float32), tolerances.FLOAT32)
 
 
-@pytest.mark.parametrize(("module", "test", "arguments"), of_all_backends((common, borders), HAS_ITS_OWN))
+@pytest.mark.parametrize(("module", "test", "arguments"), of_all_backends((common, borders)))
 def test_as_on_a_cpu(module, test, arguments, monkeypatch):
-    there_and_back = goes_there(delta_rule)
-    new = {"delta_rule": there_and_back, "run": partial(run, rule=there_and_back)} | ({} if CUDA else SHORT)
-    for name in new.keys() & vars(module).keys():
-        monkeypatch.setattr(module, name, new[name])
+    take_there(monkeypatch, module, delta_rule, run)
     test(**arguments, backend="gpu")
 
 
