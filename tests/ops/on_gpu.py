@@ -143,6 +143,16 @@ def take_there(monkeypatch: pytest.MonkeyPatch, module: ModuleType, rule: Callab
         monkeypatch.setattr(module, name, new[name])
 
 
+def compiled_step_equals_eager(rule: Callable, tensors: dict) -> None:
+    """Of a rule without an initial state: the gradients of a compiled program are those of the rule."""
+    given, grads = {name: x for name, x in there(tensors).items() if x is not None}, []
+    for run in (rule, torch.compile(rule, fullgraph=True, backend="aot_eager")):
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+        o, _ = run(**leaves, backend="gpu")
+        grads.append(torch.autograd.grad(o.square().sum(), list(leaves.values())))
+    torch.testing.assert_close(*grads)
+
+
 def compiled(
     module: str, names: tuple[str, ...], constants: dict, folder: Path, options: dict | None = None
 ) -> list[Compiled]:
