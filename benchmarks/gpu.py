@@ -49,7 +49,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import parsed, quantiles, read_csv, write_csv
-from benchmarks.kernels import check, delta_inputs, fault, forward, forward_and_backward, inputs
+from benchmarks.kernels import check, delta_inputs, fault, fault_of_step, forward, forward_and_backward, inputs
 from fastweights.environment import environment
 from fastweights.errors import FastWeightsError
 from fastweights.ops import decay_rule, delta_rule
@@ -137,8 +137,9 @@ def main() -> None:
         for gates, there in forms.items():
             given = [q, k, v, *(log if has else None for log, has in zip(logs, there, strict=True))]
             check("gpu", given, tolerance, f" ({gates}, {dtype}, heads of {D})")
-        if wrong := fault_of_step(decay_rule, inputs(2, 1, H, D, device.name, dtype), tolerance):
-            sys.exit(f"{wrong} ({dtype}, heads of {D}); nothing timed")
+        what = f" (a decoding step, {dtype}, heads of {D})"
+        if wrong := fault_of_step("gpu", inputs(2, 1, H, D, device.name, dtype), tolerance, what):
+            sys.exit(f"{wrong}; nothing timed")
     console.print(f"the kernels agree with the reference ({', '.join(forms)}; float32 and bfloat16; {widths})")
     delta = not arguments.no_delta and all(check_delta(device, T, H, D) for D in widths)
     if find_spec("fla") is None:
@@ -206,25 +207,12 @@ def check_delta(device: Device, T: int, H: int, D: int) -> bool:
             if wrong := fault("gpu", tensors, tolerance, f" ({what}, {dtype}, heads of {D})", delta_rule):
                 console.print(f"{wrong}: the delta rule is left out")
                 return False
-        if wrong := fault_of_step(delta_rule, delta_inputs(2, 1, H, D, device.name, dtype), tolerance):
-            console.print(f"{wrong} ({dtype}, heads of {D}): the delta rule is left out")
+        what, one = f" (a decoding step, {dtype}, heads of {D})", delta_inputs(2, 1, H, D, device.name, dtype)
+        if wrong := fault_of_step("gpu", one, tolerance, what, delta_rule):
+            console.print(f"{wrong}: the delta rule is left out")
             return False
     console.print(f"so do the delta rule's, with a decay and without (heads of {D})")
     return True
-
-
-def fault_of_step(rule: Callable, given: list[torch.Tensor], tolerance: float) -> str | None:
-    """What is wrong with a decoding step from a state, if anything: one token of each text."""
-    *_, H, D = given[0].shape
-    state = torch.randn(len(given[0]), H, D, D, device=given[0].device)
-    options = {"output_final_state": True, "backend": "gpu"}
-    found = rule(*given, initial_state=state, **options)
-    truth = rule(*(x.double() for x in given), initial_state=state.double(), **options | {"backend": "reference"})
-    for name, result, expected in zip(("o", "state"), found, truth, strict=True):
-        error = ((result.double() - expected).abs().max() / expected.abs().max()).item()
-        if not error <= tolerance:
-            return f"{rule.__name__}, 'gpu': relative error {error:.1e} in {name} of a decoding step"
-    return None
 
 
 def check_device(device: Device) -> None:

@@ -73,12 +73,34 @@ def fault(
         found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], projections))
         results[name] = [*outputs, *(None if x is None else next(found) for x in leaves)]
     names = ("o", "state", *(f"d{name}" for name in ("q", "k", "v", *_INPUTS[rule][: len(given) - 3])))
-    for name, result, truth in zip(names, results[backend], results["reference"], strict=True):
-        if truth is None:
+    return _first_wrong(f"{rule.__name__}, {backend!r}{what}", names, results[backend], results["reference"], tolerance)
+
+
+def fault_of_step(
+    backend: str, given: Sequence[torch.Tensor], tolerance: float, what: str = "", rule: Callable = decay_rule
+) -> str | None:
+    """The same of a decoding step from a state, one token of each text: its output and state, without gradients."""
+    *_, H, D = given[0].shape
+    state = torch.randn(len(given[0]), H, D, D, device=given[0].device)
+    results = rule(*given, initial_state=state, output_final_state=True, backend=backend)
+    doubles = (x.double() for x in given)
+    truths = rule(*doubles, initial_state=state.double(), output_final_state=True, backend="reference")
+    return _first_wrong(f"{rule.__name__}, {backend!r}{what}", ("o", "state"), results, truths, tolerance)
+
+
+def _first_wrong(
+    whose: str,
+    names: Sequence[str],
+    results: Sequence[torch.Tensor | None],
+    truths: Sequence[torch.Tensor | None],
+    tolerance: float,
+) -> str | None:
+    for name, result, truth in zip(names, results, truths, strict=True):
+        if result is None or truth is None:
             continue
         error = ((result.double() - truth).abs().max() / truth.abs().max()).item()
         if not error <= tolerance:
-            return f"{rule.__name__}, {backend!r}{what}: relative error {error:.1e} in {name}"
+            return f"{whose}: relative error {error:.1e} in {name}"
     return None
 
 

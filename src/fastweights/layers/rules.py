@@ -11,7 +11,7 @@ map, V width of a value, S state (B, G, K, W) with W = V, or V + 1 with a normal
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -427,11 +427,7 @@ class GatedDeltaRule(DeltaRule):
 class _Kept(GatedRule):
     """The gated rule's decay, of tokens that are written whole: what they weigh against each other decides."""
 
-    def written(
-        self, k: Float[Tensor, "B T G K"], key_gate: Float[Tensor, "B T G 1"] | None
-    ) -> Float[Tensor, "B T G K"]:
-        """The key."""
-        return k
+    written = Rule.written
 
 
 class DeltaAndAverageRule(KeepsFloat32, Rule):
@@ -481,18 +477,16 @@ class DeltaAndAverageRule(KeepsFloat32, Rule):
         k: Float[Tensor, "B T G K"],
         v: Float[Tensor, "B T G V"],
         *,
-        scale: float,
-        marks: TokenMarks,
         state: Float[Tensor, "B G S W"] | None,
         keep_state: bool,
-        inclusive: bool = True,
+        **options: Any,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G S W"] | None]:
         """The sum of what both say, and both states; arguments are those of every rule."""
         K, V = self.shape.key_width, self.shape.value_width
         known, weighed = (None, None) if state is None else (state[:, :, :K, :V], state[:, :, K:])
-        options = {"marks": marks, "keep_state": keep_state, "inclusive": inclusive}
-        o, known = self.delta(x, q, k, v, scale=scale, state=known, **options)
-        mean, weighed = self.average(x, self.query_map(q), self.key_map(k), v, scale=scale, state=weighed, **options)
+        options["keep_state"] = keep_state
+        o, known = self.delta(x, q, k, v, state=known, **options)
+        mean, weighed = self.average(x, self.query_map(q), self.key_map(k), v, state=weighed, **options)
         o = o + mean * self.share.to(mean.dtype)[:, None]
         return o, torch.cat((pad(known, (0, 1)), weighed), 2) if keep_state else None
 
