@@ -97,7 +97,7 @@ def check(model, rows: int = 1, start: int = 5, tolerance: float = 2 * tolerance
 @pytest.mark.parametrize(
     ("rule", "form"),
     [
-        *product(("decay", "gated_delta"), FORMS),
+        *product(("decay", "gated_delta", "delta_and_average"), FORMS),
         *product(("add", "gated", "average", "delta"), ("pure", "window", "several windows")),
     ],
 )
@@ -107,7 +107,9 @@ def test_rules_and_windows(rule, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("rule", "value_map"), [("average", False), ("gated_delta", True)])
+@pytest.mark.parametrize(
+    ("rule", "value_map"), [("average", False), ("gated_delta", True), ("delta_and_average", True)]
+)
 def test_queries_keys_and_values_of_their_own(rule, form, value_map):
     model = make(rule=rule, feature_map="linear", value_map=value_map, **FORMS[form])
     assert why_plain(model) is None
@@ -395,7 +397,13 @@ def test_rows(rows):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"gate_rank": 4}, {"value_gate": False}, {"gate_rank": 4, "window": 8}, {"rule": "gated_delta", "gate_rank": 4}],
+    [
+        {"gate_rank": 4},
+        {"value_gate": False},
+        {"gate_rank": 4, "window": 8},
+        {"rule": "gated_delta", "gate_rank": 4},
+        {"rule": "delta_and_average", "gate_rank": 4},
+    ],
 )
 def test_gates(settings):
     check(make(**settings))

@@ -30,7 +30,16 @@ from fastweights.layers.feature_maps import FeatureMap, Projection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
-from fastweights.layers.rules import AddRule, AverageRule, DecayRule, DeltaRule, GatedDeltaRule, GatedRule, LowRank
+from fastweights.layers.rules import (
+    AddRule,
+    AverageRule,
+    DecayRule,
+    DeltaAndAverageRule,
+    DeltaRule,
+    GatedDeltaRule,
+    GatedRule,
+    LowRank,
+)
 from fastweights.models.architectures import (
     FusedProjections,
     GroupedProjections,
@@ -159,7 +168,7 @@ _FAMILIES = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
 }
-_RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule)
+_RULES = (AddRule, DecayRule, AverageRule, GatedRule, DeltaRule, GatedDeltaRule, DeltaAndAverageRule)
 _MAPS = (FeatureMap, Projection)
 _PROJECTIONS = (
     SplitProjections,
@@ -410,11 +419,14 @@ def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
     ]
 
 
-def _gates(rule: Any) -> tuple[Any, Any]:
-    """Those of the key side and of the value side, where the delta rules have their strength; None for one it lacks."""
+def _gates(rule: Any) -> tuple[Any, Any, Any]:
+    """Those of the key side and of the value side, where the delta rules have their strength, and that of an average
+    beside; None for one it lacks."""
+    if isinstance(rule, DeltaAndAverageRule):
+        return *_gates(rule.delta)[:2], rule.average.key_gate
     if isinstance(rule, DeltaRule):
-        return (rule.decay.key_gate if isinstance(rule, GatedDeltaRule) else None), rule.write_gate
-    return getattr(rule, "key_gate", None), getattr(rule, "value_gate", None)
+        return (rule.decay.key_gate if isinstance(rule, GatedDeltaRule) else None), rule.write_gate, None
+    return getattr(rule, "key_gate", None), getattr(rule, "value_gate", None), None
 
 
 def _head_norms(attention: FastWeightAttention | _Softmax) -> list[Any]:
@@ -693,7 +705,7 @@ class LayerStep:
         self.norms_after = [_norm(layer.get_submodule(name)) for name in family.norms_after]
         rows, D = room.rows, attention.head_dim
         rule: Any = attention.rule
-        V = D if rule is None else rule.state_shape[2]
+        V = D if rule is None else rule.shape.value_width
         H, G = attention.heads, attention.kv_heads
         self.rotary = [(x if attention.rotates else _zeros(2, 0)).numpy() for x in rotary]
         names: Any = attention.projections
@@ -771,25 +783,32 @@ class LayerStep:
             tails = tail.unflatten(1, heads).numpy()
         scales = attention.fast_scale, attention.fast_unit, attention.window_scale
         scales = [_EMPTY[1] if x is None else x.detach().numpy() for x in scales]
-        gates = [array for gate in self.gates for array in gate.arrays]
-        maps = [
-            x.weight.detach().flatten(0, 1).numpy() if isinstance(x, Projection) else _EMPTY[2]
-            for x in (attention.query_map, attention.key_map, attention.value_map)
-        ]
+        *gates, mean_gate = (gate.arrays for gate in self.gates)
+        gates = [array for arrays in gates for array in arrays]
+        maps = [_map(x) for x in (attention.query_map, attention.key_map, attention.value_map)]
+        mean = [_EMPTY[2], _EMPTY[2], _EMPTY[1]]
+        if isinstance(rule := attention.rule, DeltaAndAverageRule):
+            mean = [_map(rule.query_map), _map(rule.key_map), rule.share.detach().numpy()]
         bias = _EMPTY[2] if attention.window_bias is None else attention.window_bias.detach().numpy()
         norm = self.head_norms[0]
         numbers = torch.tensor([norm.epsilon, norm.offset, attention.scaling], dtype=torch.float32).numpy()
         head_norms = [norm.weight for norm in self.head_norms]
         arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, taps, tails, *gates, *maps, fast.numpy()]
-        arrays += [*window, *scales, bias, numbers, self.read.numpy()]
+        arrays += [*window, *scales, bias, numbers, self.read.numpy(), *mean_gate, *mean]
         flags = {
             "rotated_fast": attention.rotary,
             "leaving": attention.writes_leaving,
-            "averages": isinstance(attention.rule, AverageRule),
+            "averages": isinstance(rule, AverageRule),
             "normed": norm.weight.size > 0,
-            "delta": isinstance(attention.rule, DeltaRule),
+            "delta": isinstance(rule, DeltaRule | DeltaAndAverageRule),
         }
         return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
+
+
+def _map(feature_map: Any) -> Any:
+    """The matrices of all heads, one beneath the other; empty for a map that has none."""
+    weight = getattr(feature_map, "weight", None)
+    return _EMPTY[2] if weight is None else weight.detach().flatten(0, 1).numpy()
 
 
 class _Attend:

@@ -27,6 +27,8 @@ _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SHORTEST = np.float32(1e-12)
 """As torch.nn.functional.normalize has it."""
+_LEAST_WEIGHT = np.float32(1e-6)
+"""As rules with a normaliser have it."""
 _GELU = np.float32(2 * math.sqrt(2 / math.pi))
 _ERF_T = np.float32(0.3275911 * math.sqrt(0.5))
 _ERF = tuple(np.float32(x) for x in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592))
@@ -129,6 +131,43 @@ def _map(weight, head, x, out):
 
 
 @_inner
+def _softmaxes(weight, head, x, out):
+    """out = [softmax(p), softmax(-p)] of the head's matrix times x."""
+    width = x.shape[0]
+    up, down = out[:width], out[width:]
+    _map(weight, head, x, up)
+    most, least = up[0], up[0]
+    for i in range(width):
+        most, least = max(most, up[i]), min(least, up[i])
+    for i in range(width):
+        down[i] = least - up[i]
+        up[i] -= most
+    for part in (up, down):
+        _exponentials(part)
+        total = float32(0.0)
+        for i in range(width):
+            total += part[i]
+        for i in range(width):
+            part[i] /= total
+
+
+@_inner
+def _read_mean(state, q, first, share, fast_scale, fast_unit, read, out):
+    """Add to what each query of a group is told a share of the average that the state has of what it asks for."""
+    last = out.shape[1]
+    for r in range(q.shape[0]):
+        h = first + r
+        for j in range(read.shape[0]):
+            read[j] = float32(0.0)
+        for i in range(state.shape[0]):
+            for j in range(read.shape[0]):
+                read[j] += q[r, i] * state[i, j]
+        factor = share[h] * fast_scale[h] * fast_unit[h] / max(read[last], _LEAST_WEIGHT)
+        for j in range(last):
+            out[h, j] += read[j] * factor
+
+
+@_inner
 def _read(state, q, first, fast_scale, fast_unit, scale, read, out):
     """Add what the state says to each query of a group."""
     for r in range(q.shape[0]):
@@ -171,7 +210,7 @@ def _write_by_delta(state, keep, strength, k, v, error):
     for j in range(error.shape[0]):
         error[j] = strength * (v[j] - keep * error[j])
     for i in range(state.shape[0]):
-        for j in range(state.shape[1]):
+        for j in range(error.shape[0]):
             state[i, j] = state[i, j] * keep + k[i] * error[j]
 
 
@@ -329,6 +368,13 @@ ARRAYS = [
     "window_bias",
     "numbers",
     "out",
+    "mean_logits",
+    "mean_down",
+    "mean_up",
+    "mean_bias",
+    "mean_query_map",
+    "mean_key_map",
+    "share",
 ]
 """That `attend` reads and writes, in the order of its record."""
 FLAGS = "rotated_fast", "leaving", "averages", "normed", "delta"
@@ -395,6 +441,10 @@ def _compile(version: int) -> Any:
             values, in this order, and the tokens before; of width 0 for none.
         query_map, key_map, value_map: (H * D, D), (G * D, D), (G * V, V) the matrices of each head's queries, keys and
             values for the fast weights; of width 0 for none.
+        mean_logits, mean_down, mean_up, mean_bias: of the gate, one a head, of a second state of (2D, V + 1), which is
+            read as an average; it lies beneath that of the delta rule, whose last column is then not used.
+        mean_query_map, mean_key_map: (H * D, D) and (G * D, D) its maps, of the fast weights' queries and keys.
+        share: (H,) of that average in what is said; of width 0 without such a state.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -427,6 +477,10 @@ def _attend(record):
     ring_v, sink_k, sink_v = _blocks(record, 24), _blocks(record, 25), _blocks(record, 26)
     fast_scale, fast_unit, window_scale = _line(record, 27), _line(record, 28), _line(record, 29)
     window_bias, numbers, out = _plane(record, 30), _line(record, 31), _block(record, 32)
+    mean_logits, mean_down, mean_up = _plane(record, 33), _plane(record, 34), _plane(record, 35)
+    mean_bias, mean_query_map, mean_key_map = _line(record, 36), _plane(record, 37), _plane(record, 38)
+    share = _line(record, 39)
+    has_mean = share.shape[0] > 0
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
@@ -444,6 +498,14 @@ def _attend(record):
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
     z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
     z_rest = np.empty(z.shape[0], dtype=np.float32)
+    mean_f, mean_rest = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
+    mean_q, mean_k = np.empty((R, 2 * D), dtype=np.float32), np.empty(2 * D, dtype=np.float32)
+    mean_v, mean, one = (
+        np.ones(V + 1, dtype=np.float32),
+        np.empty(V + 1, dtype=np.float32),
+        np.ones(1, dtype=np.float32),
+    )
+    mean_low = np.empty(mean_down.shape[0], dtype=np.float32)
     key_low = np.empty(key_down.shape[0], dtype=np.float32)
     value_low = np.empty(value_down.shape[0], dtype=np.float32)
     row = -1
@@ -458,6 +520,8 @@ def _attend(record):
                 key_low[i] = _dot(key_down[i], x[b])
             for i in range(value_low.shape[0]):
                 value_low[i] = _dot(value_down[i], x[b])
+            for i in range(mean_low.shape[0]):
+                mean_low[i] = _dot(mean_down[i], x[b])
         if normed:
             _normalise(k[b, g], k_norm, epsilon, offset)
         if taps.shape[2] > 0:
@@ -471,6 +535,8 @@ def _attend(record):
                 _convolve(q[b, g * R + r], taps[g * R + r], tails[b, g * R + r])
             _rotate(q[b, g * R + r], rotary[0], rotary[1], rotated_q[r])
             _map(query_map, g * R + r, rotated_q[r] if rotated_fast else q[b, g * R + r], fast_q[r])
+            if has_mean:
+                _softmaxes(mean_query_map, g * R + r, fast_q[r], mean_q[r])
             for j in range(V):
                 out[b, g * R + r, j] = zero
         if W > 0:
@@ -511,10 +577,12 @@ def _attend(record):
                     weights[r, w] *= factor
                 _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
                 _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
-        state = fast[b, g]
+        state, averaged = fast[b, g, :D], fast[b, g, D:]
         left = (place + 1) % W if leaving else 0
         if leaving:
             _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
+            if has_mean:
+                _read_mean(averaged, mean_q, g * R, share, fast_scale, fast_unit, mean, out[b])
         if not leaving or count >= W - 1 + S:
             if key_bias.shape[0] > 0:
                 _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
@@ -530,12 +598,20 @@ def _attend(record):
                 for i in range(D):
                     written[i] *= f_rest[i if f.shape[0] > 1 else 0]
             _map(value_map, g, ring_v[b, g, left] if leaving else v[b, g], value)
+            if has_mean:
+                _gate(mean_logits[b], mean_up, mean_low, mean_bias, g, mean_f, mean_rest)
+                _softmaxes(mean_key_map, g, written, mean_k)
+                for j in range(V):
+                    mean_v[j] = value[j]
+                _write(averaged, mean_f, one, mean_k, mean_v)
             if delta:
                 _write_by_delta(state, f[0], z[0], written, value, read)
             else:
                 _write(state, f, z, written, value)
         if not leaving:
             _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
+            if has_mean:
+                _read_mean(averaged, mean_q, g * R, share, fast_scale, fast_unit, mean, out[b])
 
 
 attend = _compile(sources_version(Path(__file__).parent))
