@@ -167,10 +167,13 @@ def test_configs_with_wrong_values_are_refused_or_do_no_harm(folder, wrong):
     [
         {"conversion": "hybrid"},
         {"conversion": {"window": "8"}},
+        {"conversion": {"conv_size": 2.5}},
+        {"conversion": {"gate_rank": None}},
         {"conversion": {"none": 1}},
         {"base_config": 3},
         {"base_config": ...},
         {"fast_weight_layer": {"blocks": "x"}},
+        {"fast_weight_layer": {"segment": 64.0}},
     ],
     ids=str,
 )

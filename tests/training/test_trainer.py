@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
+from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.training import (
     FinetuneConfig,
     MetaConfig,
@@ -58,6 +59,21 @@ def test_new_and_pretrained_parameters_have_their_own_learning_rates(tmp_path):
         rate, decay = rates[id(parameter)]
         assert rate == (1e-1 if "_scale" in name else 1e-2 if name in new else 1e-4)
         assert decay == (0.1 if parameter.ndim > 1 and "ln_" not in name else 0.0)
+
+
+def test_what_starts_as_the_identity_does_not_decay(tmp_path):
+    """To 0, where it would let nothing through."""
+    settings = ConversionConfig(rule="delta_and_average", feature_map="linear", value_map=True, conv_size=4)
+    teacher, blocks = make_gpt2(), TokenBlocks(random_ids(1, 640)[0], 32)
+    config, tokenizer = TransferConfig(steps=1, weight_decay=0.1), byte_tokenizer()
+    stage = TransferTrainer(
+        convert(teacher, settings), teacher, config, RunConfig(), tmp_path, blocks, tokenizer, title="t"
+    )
+    groups = stage.create_optimizer().param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in stage.model.named_parameters() if id(p) in decayed and ".0.attn." in name}
+    matrices = ("c_attn", "c_proj", "rule.delta.decay.key_gate", "rule.delta.write_gate", "rule.average.key_gate")
+    assert {name.split(".attn.")[1] for name in names} == {f"{name}.weight" for name in matrices}
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("finetune", 1), ("transfer", 0)])

@@ -31,6 +31,8 @@ class ShortConvolution(KeepsFloat32):
         size: n, of 2 up.
     """
 
+    starts_as_identity = True
+
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, size, dtype=torch.float32))

@@ -142,6 +142,7 @@ class _Projected(KeepsFloat32, FeatureMap):
     """A map of W x with a learned matrix W for each head, which starts as the identity; in float32."""
 
     non_negative = True
+    starts_as_identity = True
 
     def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__(head_dim, heads)

@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
+            decayed = set(self.get_decay_parameter_names(model)) - set(_starting_as_identity(model))
             groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():  # type: ignore[union-attr]
                 if parameter.requires_grad:
@@ -217,6 +217,13 @@ class StageTrainer(Trainer):
             return
         with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
             self.save_model(str(folder))
+
+
+def _starting_as_identity(model: torch.nn.Module) -> Iterator[str]:
+    """Names of the parameters that do nothing where they begin: decay to 0 would take away what they pass on."""
+    for prefix, module in model.named_modules():
+        if getattr(module, "starts_as_identity", False):
+            yield from (f"{prefix}.{name}" for name, _ in module.named_parameters())
 
 
 def compile_around_attention(model: PreTrainedModel) -> None:
