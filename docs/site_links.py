@@ -1,6 +1,6 @@
 """For the site: README.md and CONTRIBUTING.md name pages by their places in the repository."""
 
-_PLACES = {"](../docs/": "](", "](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md"}
+_PLACES = {"](../docs/": "](", "](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md", "](../README.md": "](index.md"}
 
 
 def on_page_markdown(markdown: str, **_) -> str:
