@@ -1,4 +1,4 @@
-"""For the site: README.md and CONTRIBUTING.md name pages by their places in the repository."""
+"""For the site: README.md, CONTRIBUTING.md and what names them do so by their places in the repository."""
 
 _PLACES = {"](../docs/": "](", "](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md", "](../README.md": "](index.md"}
 
