@@ -1,6 +1,11 @@
 """For the site: README.md, CONTRIBUTING.md and what names them do so by their places in the repository."""
 
-_PLACES = {"](../docs/": "](", "](docs/": "](", "](../CONTRIBUTING.md": "](contributing.md", "](../README.md": "](index.md"}
+_PLACES = {
+    "](../docs/": "](",
+    "](docs/": "](",
+    "](../CONTRIBUTING.md": "](contributing.md",
+    "](../README.md": "](index.md",
+}
 
 
 def on_page_markdown(markdown: str, **_) -> str:

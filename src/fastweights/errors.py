@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class FastWeightsError(ValueError):
@@ -61,6 +62,21 @@ def check_folder(output: Path) -> None:
         raise FastWeightsError(f"output {output}: {path} is a file, give a folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise FastWeightsError(f"output {output}: {path} may not be written to, give another folder")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A setting that counts something, which JSON may have as 64.0.
+
+    Raises:
+        FastWeightsError: it is a fraction, or no number.
+    """
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, str) or number != value:
+        raise FastWeightsError(f"{name} is {value!r}; it must be a whole number")
+    return number
 
 
 def check_seed(seed: int) -> None:

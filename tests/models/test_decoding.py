@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.feature_maps import SoftmaxOfProjection
 from fastweights.layers.quantised import Int4Linear, Int8Linear
 from fastweights.models import add_fast_weight_layer, convert, decoding
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, SlidingCacheLayer, state_bytes
@@ -67,6 +68,16 @@ def with_layer(model, **settings):
         if model.fast_weight_layer.settings.updates:
             model.fast_weight_layer.log_step_size += 3.0
     return model.eval()
+
+
+def with_another_map(model):
+    class Twice(SoftmaxOfProjection):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    rule = model.fast_attentions()[0].rule
+    rule.query_map = Twice(model.config.head_dim, rule.shape.heads)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -403,6 +414,8 @@ def test_rows(rows):
         {"gate_rank": 4, "window": 8},
         {"rule": "gated_delta", "gate_rank": 4},
         {"rule": "delta_and_average", "gate_rank": 4},
+        {"rule": "delta_and_average", "conv_size": 4, "feature_map": "linear"},
+        {"rule": "delta_and_average", "layers": "0,2"},
     ],
 )
 def test_gates(settings):
@@ -553,6 +566,7 @@ def test_what_is_no_case_for_it():
         (make("opt", changes={"do_layer_norm_before": False}), "do_layer_norm_before is False"),
         (make("opt", changes={"word_embed_proj_dim": 16}), "embedding is of another width"),
         (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),
+        (with_another_map(make("llama", "delta_and_average")), "DeltaAndAverageRule, or has a normaliser or parts"),
         (make("llama", feature_map="elu+1"), "feature map"),
         (make("llama").bfloat16(), "float32"),
         (convert(make_gpt2(activation_function="silu", hidden_act="gelu_new"), ConversionConfig()).eval(), "is silu"),

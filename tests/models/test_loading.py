@@ -15,7 +15,8 @@ from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert, load_model
 from fastweights.models.loading import check_apart, load_tokenizer
-from tests.conftest import make_gpt2
+from fastweights.settings.conversion import ConversionConfig
+from tests.conftest import make_gpt2, random_ids
 from tests.forks import Forks
 
 _OURS = """
@@ -167,13 +168,10 @@ def test_configs_with_wrong_values_are_refused_or_do_no_harm(folder, wrong):
     [
         {"conversion": "hybrid"},
         {"conversion": {"window": "8"}},
-        {"conversion": {"conv_size": 2.5}},
-        {"conversion": {"gate_rank": None}},
         {"conversion": {"none": 1}},
         {"base_config": 3},
         {"base_config": ...},
         {"fast_weight_layer": {"blocks": "x"}},
-        {"fast_weight_layer": {"segment": 64.0}},
     ],
     ids=str,
 )
@@ -181,6 +179,35 @@ def test_our_own_configs_with_wrong_values_are_refused(tmp_path, wrong):
     convert(make_gpt2()).save_pretrained(tmp_path)
     change(tmp_path / "config.json", **wrong)
     assert is_refused(load_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        ("conversion", {"conv_size": 2.5}),
+        ("conversion", {"gate_rank": None}),
+        ("conversion", {"window": "8"}),
+        ("conversion", {"window": 8, "sinks": 2.5}),
+        ("conversion", {"window": 8, "windows": [8, 8.5, 8]}),
+        ("fast_weight_layer", {"segment": 0.5}),
+    ],
+    ids=str,
+)
+def test_fractions_of_what_is_counted_are_refused(tmp_path, part, wrong):
+    convert(make_gpt2()).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", **{part: wrong})
+    with pytest.raises(FastWeightsError, match=rf"{list(wrong)[-1]} is .*; it must be a whole number"):
+        load_model(tmp_path)
+
+
+def test_whole_numbers_may_come_as_floats(tmp_path):
+    """As some programs write JSON."""
+    convert(make_gpt2(), ConversionConfig(window=8)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(tmp_path / "config.json", conversion={**config["conversion"], "window": 8.0, "windows": [8.0, 8, 8.0]})
+    model = load_model(tmp_path)
+    assert model.config.settings.windows == [8, 8, 8]
+    model.generate(random_ids(1, 12), max_new_tokens=2)
 
 
 def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused(tmp_path):

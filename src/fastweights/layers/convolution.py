@@ -32,6 +32,7 @@ class ShortConvolution(KeepsFloat32):
     """
 
     starts_as_identity = True
+    """Which is not 0, to which weight decay would draw it."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()

@@ -143,6 +143,7 @@ class _Projected(KeepsFloat32, FeatureMap):
 
     non_negative = True
     starts_as_identity = True
+    """Which is not 0, to which weight decay would draw it."""
 
     def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__(head_dim, heads)

@@ -424,7 +424,7 @@ class GatedDeltaRule(DeltaRule):
         return self.decay.log_gates(x)[0], None
 
 
-class _Kept(GatedRule):
+class KeptRule(GatedRule):
     """The gated rule's decay, of tokens that are written whole: what they weigh against each other decides."""
 
     written = Rule.written
@@ -454,7 +454,7 @@ class DeltaAndAverageRule(KeepsFloat32, Rule):
         self.delta = GatedDeltaRule(shape)
         self.query_map = SoftmaxOfProjection(shape.key_width, shape.heads)
         self.key_map = SoftmaxOfProjection(shape.key_width, shape.kv_heads)
-        self.average = _Kept(replace(shape, key_width=self.key_map.width, normaliser=True))
+        self.average = KeptRule(replace(shape, key_width=self.key_map.width, normaliser=True))
         self.share = nn.Parameter(torch.empty(shape.heads, dtype=torch.float32))
 
     @property

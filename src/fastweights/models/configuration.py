@@ -202,9 +202,6 @@ def _made_of(settings: type, name: str, given: dict) -> Any:
     known = [field.name for field in fields(settings)]
     if unknown := sorted(set(given) - set(known)):
         raise FastWeightsError(f"{name} has {', '.join(unknown)}; known settings are {', '.join(sorted(known))}")
-    for field in fields(settings):
-        if field.type == "int" and type(value := given.get(field.name, 0)) is not int:
-            raise FastWeightsError(f"{name} has {field.name}: {value!r}; it must be a whole number")
     return settings(**given)
 
 

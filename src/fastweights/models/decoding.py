@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.convolution import ShortConvolution
-from fastweights.layers.feature_maps import FeatureMap, Projection
+from fastweights.layers.feature_maps import FeatureMap, Projection, SoftmaxOfProjection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
@@ -38,7 +38,9 @@ from fastweights.layers.rules import (
     DeltaRule,
     GatedDeltaRule,
     GatedRule,
+    KeptRule,
     LowRank,
+    Rule,
 )
 from fastweights.models.architectures import (
     FusedProjections,
@@ -310,8 +312,8 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return "its layers have other parts than its family's"
     for attention in model.fast_attentions():
         rule = attention.rule
-        if type(rule) not in _RULES or rule.shape.normaliser:
-            return f"its rule is {type(rule).__name__}, or has a normaliser"
+        if type(rule) not in _RULES or rule.shape.normaliser or not _has_usual_parts(rule):
+            return f"its rule is {type(rule).__name__}, or has a normaliser or parts of its own"
         if type(attention.query_map) not in _MAPS or type(attention.key_map) not in _MAPS:
             return f"its feature map is {type(attention.query_map).__name__}"
         if type(attention.value_map) not in (type(None), Projection):
@@ -419,9 +421,23 @@ def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
     ]
 
 
+def _has_usual_parts(rule: Rule) -> bool:
+    """Whether a rule made of others has them as it was made, of which a kernel knows what they compute."""
+    if isinstance(rule, GatedDeltaRule):
+        return type(rule.decay) is GatedRule
+    if isinstance(rule, DeltaAndAverageRule):
+        maps = type(rule.query_map), type(rule.key_map)
+        usual = type(rule.delta), type(rule.average), *maps, rule.average.shape.key_width
+        kinds = GatedDeltaRule, KeptRule, SoftmaxOfProjection, SoftmaxOfProjection, 2 * rule.shape.key_width
+        return usual == kinds and _has_usual_parts(rule.delta)
+    return True
+
+
 def _gates(rule: Any) -> tuple[Any, Any, Any]:
-    """Those of the key side and of the value side, where the delta rules have their strength, and that of an average
-    beside; None for one it lacks."""
+    """Of the key side, of the value side and of an average beside, None for one it lacks.
+
+    The delta rules have their strength on the value side.
+    """
     if isinstance(rule, DeltaAndAverageRule):
         return *_gates(rule.delta)[:2], rule.average.key_gate
     if isinstance(rule, DeltaRule):
@@ -807,8 +823,9 @@ class LayerStep:
 
 def _map(feature_map: Any) -> Any:
     """The matrices of all heads, one beneath the other; empty for a map that has none."""
-    weight = getattr(feature_map, "weight", None)
-    return _EMPTY[2] if weight is None else weight.detach().flatten(0, 1).numpy()
+    if not isinstance(feature_map, Projection | SoftmaxOfProjection):
+        return _EMPTY[2]
+    return feature_map.weight.detach().flatten(0, 1).numpy()
 
 
 class _Attend:

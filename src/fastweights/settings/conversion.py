@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fastweights.errors import FastWeightsError, check_name
+from fastweights.errors import FastWeightsError, check_name, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -74,6 +74,9 @@ class SharedConversion:
             if len(bias) != 2 or not all(math.isfinite(number) for number in bias):
                 raise FastWeightsError(f"{name} is {bias}; it must be two finite numbers")
             object.__setattr__(self, name, bias)
+        for name in ("sinks", "wide_window", "conv_size", "gate_rank"):
+            if name != "sinks" or self.sinks is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
             check_name("write", self.write, WRITES)
@@ -114,6 +117,9 @@ class ConversionConfig(SharedConversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "window", whole_number("window", self.window))
+        if self.windows is not None:
+            object.__setattr__(self, "windows", [whole_number("windows", window) for window in self.windows])
         if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser or self.write_bias != _HALF:
             self._check_rule_and_feature_map()
         if self.window < 0 or self.window == 1:

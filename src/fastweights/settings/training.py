@@ -33,7 +33,7 @@ class StageConfig:
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     weight_decay: float = 0.0
-    """AdamW's weight decay of the matrices, but for those that start as the identity: feature maps, convolutions."""
+    """AdamW's weight decay of the matrices, but for those that start as the identity: maps, convolutions."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):

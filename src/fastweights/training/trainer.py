@@ -94,7 +94,9 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model)) - set(_starting_as_identity(model))
+            decayed = set(self.get_decay_parameter_names(model))
+            if self.config.weight_decay:  # else groups are as in checkpoints from before there was this difference
+                decayed -= set(_starting_as_identity(model))
             groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():  # type: ignore[union-attr]
                 if parameter.requires_grad:
@@ -220,7 +222,7 @@ class StageTrainer(Trainer):
 
 
 def _starting_as_identity(model: torch.nn.Module) -> Iterator[str]:
-    """Names of the parameters that do nothing where they begin: decay to 0 would take away what they pass on."""
+    """Names of parameters in modules whose matrices start as the identity: at 0 they would let nothing through."""
     for prefix, module in model.named_modules():
         if getattr(module, "starts_as_identity", False):
             yield from (f"{prefix}.{name}" for name, _ in module.named_parameters())

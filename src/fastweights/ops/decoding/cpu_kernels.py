@@ -5,6 +5,7 @@ Notation
     H, G     query heads, key/value heads; R = H / G of the former read each of the latter
     D, K, V  width of a head in the window, of a key in the fast weights (here K = D), of a value
     W, S     window, sinks
+    state    (K, V); with an average beside, (3K, V + 1), of which the first K rows and V columns are the delta rule's
     ring_k (B, G, D, W) has its keys one channel after another, so that sixteen of them are multiplied at once
     plain_k (B, G, W, D) has them before their rotary embedding, or is of width 0 where that is not needed
 """
@@ -198,7 +199,7 @@ def _write(state, f, z, k, v):
 
 @_inner
 def _write_by_delta(state, keep, strength, k, v, error):
-    """state = keep * state + strength k (v - keep * state^T k)^T, with k at length 1, or 0."""
+    """state = keep * state + strength k (v - keep * state^T k)^T, with k at length 1, or 0, in the columns that v has."""
     length = max(math.sqrt(_dot(k, k)), _SHORTEST)
     for i in range(k.shape[0]):
         k[i] /= length
@@ -498,13 +499,11 @@ def _attend(record):
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
     z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
     z_rest = np.empty(z.shape[0], dtype=np.float32)
+    features = 2 * D if has_mean else 0
     mean_f, mean_rest = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
-    mean_q, mean_k = np.empty((R, 2 * D), dtype=np.float32), np.empty(2 * D, dtype=np.float32)
-    mean_v, mean, one = (
-        np.ones(V + 1, dtype=np.float32),
-        np.empty(V + 1, dtype=np.float32),
-        np.ones(1, dtype=np.float32),
-    )
+    mean_q, mean_k = np.empty((R, features), dtype=np.float32), np.empty(features, dtype=np.float32)
+    mean_v, mean = np.ones(V + 1, dtype=np.float32), np.empty(V + 1, dtype=np.float32)
+    one = np.ones(1, dtype=np.float32)
     mean_low = np.empty(mean_down.shape[0], dtype=np.float32)
     key_low = np.empty(key_down.shape[0], dtype=np.float32)
     value_low = np.empty(value_down.shape[0], dtype=np.float32)
