@@ -199,7 +199,7 @@ def _write(state, f, z, k, v):
 
 @_inner
 def _write_by_delta(state, keep, strength, k, v, error):
-    """state = keep * state + strength k (v - keep * state^T k)^T, with k at length 1, or 0, in the columns that v has."""
+    """state = keep * state + strength k (v - keep * state^T k)^T, k at length 1, or 0, in the columns that v has."""
     length = max(math.sqrt(_dot(k, k)), _SHORTEST)
     for i in range(k.shape[0]):
         k[i] /= length
