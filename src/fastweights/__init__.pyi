@@ -1,5 +1,6 @@
 from .data import load_documents, tokenize
 from .errors import FastWeightsError
+from .evaluation.divergence import Divergence, divergence
 from .evaluation.dynamic_evaluation import DynamicEvaluation
 from .evaluation.parts import evaluate_parts, without_fast_weights, without_window
 from .evaluation.perplexity import Evaluation, evaluate
@@ -33,6 +34,7 @@ __version__: str
 __all__ = [
     "ConversionConfig",
     "DataConfig",
+    "Divergence",
     "DynamicEvaluation",
     "DynamicEvaluationConfig",
     "Evaluation",
@@ -56,6 +58,7 @@ __all__ = [
     "TransferConfig",
     "add_fast_weight_layer",
     "convert",
+    "divergence",
     "evaluate",
     "evaluate_parts",
     "load_adapter",

@@ -121,24 +121,29 @@ def test_eval_tells_parts_positions_and_recall(monkeypatch, capsys, model_folder
     converted = tmp_path / "converted"
     run(monkeypatch, capsys, "convert", model_folder, converted, "--window", "8")
     what = ("--text", text_file, "--block-size", "64", "--evaluation.max-tokens", "400", "--contexts", "stream")
-    what += ("--parts", "--recall", "--recall-test.distances", "40", "64", "--recall-test.repeats", "1")
+    what += ("--parts", "--recall", "--recall-test.distances", "40", "64", "--recall-test.repeats", "1", "--divergence")
     code, out, _ = run(monkeypatch, capsys, "eval", converted, *what, "--output", tmp_path / "out")
     assert code == 0
-    for table in ("bits/byte", "to 128", "names recalled"):
+    for table in ("bits/byte", "to 128", "names recalled", "divergence from the original"):
         assert table in out
-    assert out.count("fast weights alone") == 3  # methods, positions, recall
+    assert out.count("fast weights alone") == 4  # methods, positions, recall, divergence
     written = json.loads((tmp_path / "out" / "results.json").read_text())["models"][str(converted)]
     assert [row["method"] for row in written] == ["static", "static", *PARTS]
     losses = {row["method"]: row["evaluation"]["loss"] for row in written}
     # Nothing was trained, and until then the windows say all.
     assert losses["static"] == losses["window alone"] == losses["untrained window"]
     assert len(set(losses.values())) == 3
+    diverged = {row["method"]: row["divergence"] for row in written if "divergence" in row}
+    assert set(diverged) == {"static", *PARTS[:-1]}
+    assert 0 < diverged["static"]["divergence"] == diverged["untrained window"]["divergence"]
+    assert diverged["static"]["tokens"] == written[0]["evaluation"]["tokens"]
     for row in written:
         assert [place["stop"] for place in row["by_position"]] == [128, 1024]
         assert [(recall["distance"], recall["documents"]) for recall in row["recall"]] == [(40, 10), (64, 10)]
     code, out, _ = run(monkeypatch, capsys, "eval", converted, *what, "--json", "--teacher", model_folder)
     again = json.loads(out)[str(converted)]
     assert [row["by_position"] for row in again] == [row["by_position"] for row in written]
+    assert {row["method"]: row["divergence"] for row in again if "divergence" in row} == diverged
     assert [row["recall"] for row in again] == [row["recall"] for row in written]
 
 
@@ -279,7 +284,8 @@ def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tm
         (("eval", "MODEL", "--methods", "rms", "--rms.rule", "sgd"), "rms.rule is 'sgd'"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--evaluation.context", "stream"), "contexts"),
         (("eval", "MODEL", "--text", "TEXT", "--block-size", "64", "--parts"), "no layers with both fast weights and"),
-        (("eval", "MODEL", "--teacher", "embedded"), "give --parts, too"),
+        (("eval", "MODEL", "--teacher", "embedded"), "give --parts or --divergence"),
+        (("eval", "MODEL", "--text", "TEXT", "--divergence"), "was not converted: name by --teacher"),
         (("eval", "MODEL", "--recall-test.repeats", "3"), "give --recall, too"),
         (("eval", "MODEL", "--recall", "--recall-test.distances", "0"), "distances are"),
         (

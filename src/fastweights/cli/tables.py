@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.divergence import Divergence
     from fastweights.evaluation.perplexity import Evaluation
     from fastweights.evaluation.recall import Recall
     from fastweights.settings.conversion import ConversionConfig
@@ -122,6 +123,27 @@ def print_recall(name: str, recalled: dict[str, list[Recall]]) -> None:
     for method, row in recalled.items():
         cells = {recall.distance: f"{recall.accuracy:.2f} ({recall.loss:.2f})" for recall in row}
         table.add_row(method, *(cells.get(distance, "-") for distance in distances))
+    _print_whole(table)
+
+
+def print_divergences(name: str, found: dict[str, Divergence]) -> None:
+    """How far each way to read is from the original, and from where on in a document."""
+    table = Table(
+        title=as_it_is(f"{name}: divergence from the original, nats a token"),
+        title_justify="left",
+        caption="KL(original || model); same: share of tokens at which both find the same next one the likeliest",
+        caption_justify="left",
+    )
+    table.add_column("method, context", no_wrap=True)
+    ranges = next(iter(found.values())).by_position
+    columns = ["mean", "median", "same"]
+    columns += ["beyond" if x.stop is None else f"to {_short(x.stop)}" for x in ranges] if len(ranges) > 1 else []
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, measured in found.items():
+        cells = [f"{measured.divergence:.4f}", f"{measured.median:.4f}", f"{measured.same_likeliest:.3f}"]
+        cells += [f"{x.divergence:.4f}" for x in measured.by_position] if len(ranges) > 1 else []
+        table.add_row(row, *cells)
     _print_whole(table)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fastweights.data import TokenizedText
     from fastweights.settings.evaluation import EvaluationConfig
 
-PARTS = ("window alone", "fast weights alone", "untrained window", "teacher")
+TEACHER = "teacher"
+PARTS = ("window alone", "fast weights alone", "untrained window", TEACHER)
 """Of a hybrid model, in the order of tables."""
 
 

@@ -9,6 +9,7 @@ and carries the model's state through it, at constant memory.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,76 @@ def score(
             where a stream does.
         progress: as for `evaluate`.
     """
+    tokens = text.tokens[: config.max_tokens if config else None]
+    for positions, losses, counted in (
+        _losses(model, text, block_size, config)
+        if dynamic_evaluation is None
+        else _dynamic_losses(model, text, block_size, config, dynamic_evaluation)
+    ):
+        if progress is not None:
+            progress(int(positions[-1]) + 1, len(tokens))
+        yield positions[counted], losses[counted]
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel, text: TokenizedText, *, block_size: int = 1024, config: EvaluationConfig | None = None
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n V"], Bool[Tensor, " n"]]]:
+    """(positions, logits, counted) of the text's tokens, a piece at a time: what was expected where each stands.
+
+    `counted` is False of a document's first token, which nothing before it tells. Arguments are those of `score`.
+    """
+    config, tokens, begins = _checked(model, text, block_size, config)
+    with _evaluating(model):
+        pieces = _streams if config.context == "stream" else _windows
+        for positions, logits in pieces(model, tokens, begins, block_size, config):
+            yield positions, logits, ~begins[positions]
+
+
+def _losses(
+    model: PreTrainedModel, text: TokenizedText, block_size: int, config: EvaluationConfig | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    tokens = text.tokens.to(model.device)
+    for positions, logits, counted in predictions(model, text, block_size=block_size, config=config):
+        losses = cross_entropy(logits.float(), tokens[positions], reduction="none")
+        if losses.isnan().any():
+            raise DivergedError(
+                "the loss is nan: weights of the model are not finite, or its dtype has no room for what it computes; "
+                "give another model"
+            )
+        yield positions, losses, counted
+
+
+def _dynamic_losses(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    block_size: int,
+    config: EvaluationConfig | None,
+    dynamic_evaluation: DynamicEvaluation,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    config, tokens, begins = _checked(model, text, block_size, config)
+    if config.context == "sliding":
+        raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
+    with _evaluating(model):
+        if config.context == "block":
+            pieces = ((True, start, stop) for start, stop, _ in _spans(len(tokens), block_size, config))
+        else:
+            pieces = _pieces_of_documents(len(tokens), begins, block_size, config)
+        stream = Stream(model, block_size)
+        for new, start, stop in pieces:
+            if new:
+                stream = Stream(model, block_size)
+                if config.context == "stream":
+                    dynamic_evaluation.reset()
+            positions = torch.arange(start + 1, stop + 1, device=tokens.device)
+            losses = dynamic_evaluation.score(stream, tokens[None, start:stop], tokens[None, positions])
+            yield positions, losses, ~begins[positions]
+
+
+def _checked(
+    model: PreTrainedModel, text: TokenizedText, block_size: int, config: EvaluationConfig | None
+) -> tuple[EvaluationConfig, Int[Tensor, " N"], Bool[Tensor, " N"]]:
+    """How to read, the tokens, and which of them begin a document."""
     config = config or EvaluationConfig()
     if block_size < 2:
         raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
@@ -179,26 +250,15 @@ def score(
     tokens = text.tokens[: config.max_tokens].to(model.device)
     if len(tokens) < 2:
         raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
-    begins = _document_starts(text, len(tokens)).to(tokens.device)
+    return config, tokens, _document_starts(text, len(tokens)).to(tokens.device)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        if config.context == "stream":
-            pieces = _stream(model, tokens, begins, block_size, config, dynamic_evaluation)
-        elif dynamic_evaluation is not None:
-            pieces = _dynamic_blocks(model, tokens, block_size, config, dynamic_evaluation)
-        else:
-            pieces = _windows(model, tokens, block_size, config)
-        for positions, losses in pieces:
-            if dynamic_evaluation is None and losses.isnan().any():
-                raise DivergedError(
-                    "the loss is nan: weights of the model are not finite, or its dtype has no room for what it "
-                    "computes; give another model"
-                )
-            if progress is not None:
-                progress(int(positions[-1]) + 1, len(tokens))
-            counted = ~begins[positions]
-            yield positions[counted], losses[counted]
+        yield
     finally:
         model.train(was_training)
 
@@ -227,10 +287,10 @@ def _spans(length: int, size: int, config: EvaluationConfig) -> Iterator[tuple[i
         counted = stop
 
 
-@torch.no_grad()
 def _windows(
-    model: PreTrainedModel, tokens: Int[Tensor, " N"], size: int, config: EvaluationConfig
+    model: PreTrainedModel, tokens: Int[Tensor, " N"], begins: Bool[Tensor, " N"], size: int, config: EvaluationConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks or windows, as many at once as a batch has, whatever begins within them."""
     spans = list(_spans(len(tokens), size, config))
     for (length, new), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
         starts = [start for start, *_ in alike]
@@ -238,55 +298,24 @@ def _windows(
             batch = torch.tensor(starts[i : i + config.batch_size], device=tokens.device)[:, None]
             places = batch + torch.arange(length, device=tokens.device)
             logits = model(input_ids=tokens[places], use_cache=False).logits[:, -new:]
-            targets = places[:, -new:] + 1
-            yield (
-                targets.flatten(),
-                cross_entropy(logits.flatten(0, 1).float(), tokens[targets].flatten(), reduction="none"),
-            )
+            yield (places[:, -new:] + 1).flatten(), logits.flatten(0, 1)
 
 
-def _dynamic_blocks(
-    model: PreTrainedModel,
-    tokens: Int[Tensor, " N"],
-    size: int,
-    config: EvaluationConfig,
-    dynamic_evaluation: DynamicEvaluation,
+def _streams(
+    model: PreTrainedModel, tokens: Int[Tensor, " N"], begins: Bool[Tensor, " N"], size: int, config: EvaluationConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    if config.context == "sliding":
-        raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
-    for start, stop, _ in _spans(len(tokens), size, config):
-        positions = torch.arange(start + 1, stop + 1, device=tokens.device)
-        yield (
-            positions,
-            dynamic_evaluation.score(Stream(model, size), tokens[None, start:stop], tokens[None, positions]),
-        )
+    """Each document from its beginning, or all of the text from its own."""
+    stream = Stream(model, size)
+    for new, start, stop in _pieces_of_documents(len(tokens), begins, size, config):
+        stream = Stream(model, size) if new else stream
+        yield torch.arange(start + 1, stop + 1, device=tokens.device), stream.read(tokens[None, start:stop])[0]
 
 
-def _stream(
-    model: PreTrainedModel,
-    tokens: Int[Tensor, " N"],
-    begins: Bool[Tensor, " N"],
-    size: int,
-    config: EvaluationConfig,
-    dynamic_evaluation: DynamicEvaluation | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces_of_documents(
+    length: int, begins: Bool[Tensor, " N"], size: int, config: EvaluationConfig
+) -> Iterator[tuple[bool, int, int]]:
+    """(new, start, stop): tokens start ... stop - 1 are read at once, and before the new ones nothing is known."""
     starts = [0] if config.carry_documents else begins.nonzero().flatten().tolist()
-    for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        stream = Stream(model, size)
-        if dynamic_evaluation is not None:
-            dynamic_evaluation.reset()
-        for place in range(start, stop - 1, size):
-            read = tokens[None, place : min(place + size, stop - 1)]
-            positions = torch.arange(place + 1, place + 1 + read.shape[1], device=tokens.device)
-            targets = tokens[None, positions]
-            yield (
-                positions,
-                _stream_losses(stream, read, targets)
-                if dynamic_evaluation is None
-                else dynamic_evaluation.score(stream, read, targets),
-            )
-
-
-@torch.no_grad()
-def _stream_losses(stream: Stream, read: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(stream.read(read)[0].float(), targets[0], reduction="none")
+    for first, end in zip(starts, [*starts[1:], length], strict=True):
+        for start in range(first, end - 1, size):
+            yield start == first, start, min(start + size, end - 1)

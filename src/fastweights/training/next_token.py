@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fastweights.evaluation.divergence import token_divergences
 from fastweights.layers.linear import linear
 from fastweights.layers.next_token_gradient import NO_LABEL
 
@@ -58,12 +59,7 @@ def divergence(
     student_logits: Float[Tensor, "B T vocabulary"], teacher_logits: Float[Tensor, "B T vocabulary"]
 ) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) over all positions, in nats."""
-    student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
-    total = student.new_zeros((), dtype=torch.float32)
-    for rows in _pieces(len(student), _at_once(student).elements // student.shape[1]):
-        q, p = (log_softmax(logits[rows].float(), -1) for logits in (student, teacher))
-        total = total + (p.exp() * (p - q)).sum()
-    return total / len(student)
+    return token_divergences(student_logits, teacher_logits).mean()
 
 
 class Targets(NamedTuple):

@@ -11,7 +11,7 @@ import rich
 from cyclopts import Parameter
 
 from fastweights.cli.console import printable, say
-from fastweights.cli.tables import print_methods, print_positions, print_recall
+from fastweights.cli.tables import print_divergences, print_methods, print_positions, print_recall
 from fastweights.errors import FastWeightsError
 from fastweights.files import check_output_folder, make_folder, write_text
 from fastweights.settings.evaluation import DYNAMIC_RULES, ComparisonConfig, EvaluationConfig, RecallConfig
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fastweights.data import TokenizedText
     from fastweights.evaluation.comparison import MethodResult
+    from fastweights.evaluation.divergence import Divergence
     from fastweights.evaluation.recall import Recall
     from fastweights.progress import Progress
 
@@ -37,6 +38,7 @@ def evaluate(
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
     comparison: Annotated[ComparisonConfig, Parameter(name="*")] = ComparisonConfig(),  # noqa: B008 (frozen)
     parts: bool = False,
+    divergence: bool = False,
     teacher: str | None = None,
     recall: bool = False,
     recall_test: RecallConfig = RecallConfig(),  # noqa: B008 (frozen)
@@ -54,8 +56,12 @@ def evaluate(
     parts
         Read with each part of a hybrid model, too: its window alone, its fast weights alone, the window that its
         teacher gives untrained, and the teacher.
+    divergence
+        Measure as well how far what a model expects next is from what the model expects that it was made of: their KL
+        divergence, and how often both find the same token the likeliest.
     teacher
-        The model that was converted, where a hybrid one does not name it.
+        The model that was converted, where a converted one does not name it; with --divergence of any model, such as
+        one that `weights` is to round, what it is compared with.
     recall
         Test as well whether a name that a text said is recalled after so many tokens.
     weights
@@ -76,8 +82,8 @@ def evaluate(
 
     if not models:
         raise FastWeightsError("models is empty: name at least one, or leave it out for the embedded one")
-    if teacher is not None and not parts:
-        raise FastWeightsError("teacher was given, which only the parts of a hybrid model need: give --parts, too")
+    if teacher is not None and not (parts or divergence):
+        raise FastWeightsError("teacher was given, which only parts and divergence need: give --parts or --divergence")
     if recall_test != RecallConfig() and not recall:
         raise FastWeightsError("recall_test was given, which says how to test recall: give --recall, too")
     models = tuple(dict.fromkeys(models))
@@ -95,6 +101,7 @@ def evaluate(
         text = replace(text, split="train")  # a file has no other
     results: dict[str, list[MethodResult]] = {}
     recalled: dict[str, dict[str, list[Recall]]] = {}
+    diverged: dict[str, dict[str, Divergence]] = {}
     # With the tokenizers of all, a wrong name is noticed before the first model has read anything.
     held_out = {source: _read(text, source) for source in models}
     for source in models if recall else ():
@@ -104,7 +111,7 @@ def evaluate(
             model = placed(load_model(source, weights=weights))
             if dynamic:
                 check_not_quantised(model, "dynamic evaluation")
-            base = _teacher_of(model, source, teacher) if parts else None
+            base = _teacher_of(model, source, teacher, parts=parts) if parts or divergence else None
             results[source] = compare(
                 model,
                 held_out[source],
@@ -115,13 +122,20 @@ def evaluate(
                 if dynamic and comparison.tune_tokens
                 else None,
                 training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
-                teacher=base,
+                teacher=base if parts else None,
                 say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
                 progress=progress,
             )
             if recall:
                 recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
-    data = {source: _plain(rows, recalled.get(source, {})) for source, rows in results.items()}
+            if divergence:
+                assert base is not None
+                diverged[source] = _divergences(
+                    model, held_out[source], results[source], base, text.block_size, evaluation, progress
+                )
+    data = {
+        source: _plain(rows, recalled.get(source, {}), diverged.get(source, {})) for source, rows in results.items()
+    }
     if json:
         rich.print_json(data=data)
     else:
@@ -130,6 +144,8 @@ def evaluate(
             print_positions(source, rows)
             if recall:
                 print_recall(source, recalled[source])
+            if divergence:
+                print_divergences(source, diverged[source])
     if output is not None:
         _write(output, data, results, held_out)
         if not json:
@@ -143,13 +159,19 @@ def _read(config: DataConfig, model: str) -> TokenizedText:
     return tokenize(load_documents(config), load_tokenizer(model))
 
 
-def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None) -> PreTrainedModel:
+def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None, *, parts: bool) -> PreTrainedModel:
     from fastweights.evaluation.parts import is_hybrid
+    from fastweights.models.loading import load_model
+    from fastweights.models.modeling import FastWeightsForCausalLM
     from fastweights.training.teacher import load_teacher
 
-    if not is_hybrid(model):
+    if parts and not is_hybrid(model):
         raise FastWeightsError(f"{source} has no layers with both fast weights and a window: leave --parts out")
-    return load_teacher(model, teacher).to(model.device)  # type: ignore[arg-type]
+    if isinstance(model, FastWeightsForCausalLM):
+        return load_teacher(model, teacher).to(model.device)  # type: ignore[arg-type]
+    if teacher is None:
+        raise FastWeightsError(f"{source} was not converted: name by --teacher what --divergence is to compare it with")
+    return load_model(teacher).to(model.device)  # type: ignore[arg-type]
 
 
 def _recall(
@@ -173,13 +195,44 @@ def _recall(
     return found
 
 
-def _plain(rows: list[MethodResult], recalled: dict[str, list[Recall]]) -> list[dict[str, object]]:
+def _divergences(
+    model: PreTrainedModel,
+    text: TokenizedText,
+    rows: list[MethodResult],
+    original: PreTrainedModel,
+    block_size: int,
+    evaluation: EvaluationConfig,
+    progress: Progress,
+) -> dict[str, Divergence]:
+    """Of each row, by its name, but for the original's own and for dynamic evaluation, whose steps are on the text."""
+    from fastweights.evaluation.comparison import reading_as
+    from fastweights.evaluation.divergence import divergence
+    from fastweights.evaluation.parts import TEACHER
+
+    found = {}
+    for row in rows:
+        if row.method in (*DYNAMIC_RULES, TEACHER):
+            continue
+        progress.begin(printable(f"divergence, {row.name}"))
+        config = replace(evaluation, context=row.context, batch_size=1)
+        with reading_as(row.method, model, original) as reader:
+            found[row.name] = divergence(
+                reader, original, text, block_size=block_size, config=config, progress=progress
+            )
+    return found
+
+
+def _plain(
+    rows: list[MethodResult], recalled: dict[str, list[Recall]], diverged: dict[str, Divergence]
+) -> list[dict[str, object]]:
     """As JSON has it; what a method recalls stands in all of its rows."""
     found = []
     for row in rows:
         entry = row.plain()
         if row.method in recalled:
             entry["recall"] = [asdict(recall) for recall in recalled[row.method]]
+        if row.name in diverged:
+            entry["divergence"] = asdict(diverged[row.name])
         found.append(entry)
     return found
 
