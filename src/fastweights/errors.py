@@ -79,6 +79,12 @@ def whole_number(name: str, value: Any) -> int:
     return number
 
 
+def make_whole(settings: object, *names: str) -> None:
+    """Have these of a frozen dataclass be integers; raises as `whole_number` does."""
+    for name in names:
+        object.__setattr__(settings, name, whole_number(name, getattr(settings, name)))
+
+
 def check_seed(seed: int) -> None:
     """Refuse what NumPy takes for no seed."""
     if not 0 <= seed < 2**32:

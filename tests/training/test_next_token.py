@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from fastweights.layers.distributions import AtOnce
 from fastweights.models.quantisation import quantise
-from fastweights.training.next_token import AtOnce, Targets, divergence, next_token_loss, read_out_loss
+from fastweights.training.next_token import Targets, divergence, next_token_loss, read_out_loss
 from tests import tolerances
 from tests.conftest import make_llama, random_ids
 from tests.ops.problems import error
@@ -24,7 +25,7 @@ def test_divergence_is_zero_for_the_teacher_itself_and_positive_otherwise():
 @pytest.mark.parametrize("elements", [1, 20, 1 << 20])
 def test_divergence_has_the_gradient_of_its_definition(monkeypatch, elements):
     """However many rows are done at once."""
-    monkeypatch.setattr("fastweights.training.next_token._ON_CPU", AtOnce(1, elements))
+    monkeypatch.setattr("fastweights.layers.distributions.ON_CPU", AtOnce(1, elements))
     student, teacher = torch.randn(2, 2, 5, 7)
     student.requires_grad_()
     truth = kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum") / 10
@@ -58,7 +59,7 @@ def defined(hidden, head, labels, states, teacher_head, kl_weight):
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 def test_the_loss_of_hidden_states_is_that_of_their_logits(monkeypatch, rows, elements, kl_weight):
     """With all derivatives, however many rows are done at once."""
-    monkeypatch.setattr("fastweights.training.next_token._ON_CPU", AtOnce(rows, elements))
+    monkeypatch.setattr("fastweights.layers.distributions.ON_CPU", AtOnce(rows, elements))
     hidden, head, labels, states, teacher_head = problem()
     targets = Targets(labels, states if kl_weight else None)
     found = read_out_loss(hidden, head, targets, teacher_head=teacher_head if kl_weight else None, kl_weight=kl_weight)
@@ -75,7 +76,7 @@ def test_the_loss_of_hidden_states_is_that_of_their_logits(monkeypatch, rows, el
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 def test_among_some_tokens_the_others_are_none(monkeypatch, kl_weight, kind):
     """As if both unembeddings had no other rows, whatever they are made of."""
-    monkeypatch.setattr("fastweights.training.next_token._ON_CPU", AtOnce(7, 60))
+    monkeypatch.setattr("fastweights.layers.distributions.ON_CPU", AtOnce(7, 60))
     hidden, head, labels, states, teacher_head = problem()
     vocabulary = torch.tensor([0, 3, 4, 11, 12, 25, 38, 39])
     places = torch.full((VOCABULARY + 100,), -100)

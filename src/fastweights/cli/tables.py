@@ -101,8 +101,7 @@ def print_positions(name: str, results: list[MethodResult]) -> None:
     table.add_column("method", no_wrap=True)
     table.add_column("context", no_wrap=True)
     for place in ranges:
-        name = "beyond" if place.stop is None else f"to {_short(place.stop)}"
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(_until(place.stop), justify="right", no_wrap=True)
     for result in results:
         table.add_row(result.method, result.context, *(f"{place.loss:.3f}" for place in result.by_position))
     _print_whole(table)
@@ -136,14 +135,12 @@ def print_divergences(name: str, found: dict[str, Divergence]) -> None:
     )
     table.add_column("method, context", no_wrap=True)
     ranges = next(iter(found.values())).by_position
-    columns = ["mean", "median", "same"]
-    columns += ["beyond" if x.stop is None else f"to {_short(x.stop)}" for x in ranges] if len(ranges) > 1 else []
-    for column in columns:
+    several = len(ranges) > 1
+    for column in ("mean", "median", "same", *(_until(place.stop) for place in ranges if several)):
         table.add_column(column, justify="right", no_wrap=True)
     for row, measured in found.items():
         cells = [f"{measured.divergence:.4f}", f"{measured.median:.4f}", f"{measured.same_likeliest:.3f}"]
-        cells += [f"{x.divergence:.4f}" for x in measured.by_position] if len(ranges) > 1 else []
-        table.add_row(row, *cells)
+        table.add_row(row, *cells, *(f"{place.divergence:.4f}" for place in measured.by_position if several))
     _print_whole(table)
 
 
@@ -195,6 +192,11 @@ def _retention(row: Row) -> str:
 
 def _part(row: Row, part: str) -> str:
     return f"{row.parts[part]:.3f}" if part in row.parts else "-"
+
+
+def _until(stop: int | None) -> str:
+    """What a range of positions that ends there is called."""
+    return "beyond" if stop is None else f"to {_short(stop)}"
 
 
 def _short(n: int) -> str:

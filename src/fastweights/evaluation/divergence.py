@@ -10,23 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import log_softmax
 
 from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.evaluation.perplexity import by_position, predictions
+from fastweights.layers.distributions import token_divergences
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from fastweights.data import TokenizedText
     from fastweights.settings.evaluation import EvaluationConfig
-
-_ON_CPU, _ON_GPU = 1 << 18, 1 << 26
-"""Numbers of a distribution that are made at once: as many as a second-level cache holds, or are worth a launch."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +52,6 @@ class Divergence:
     """Tokens that were predicted."""
     by_position: list[RangeDivergence]
     """The same mean by position in the document."""
-
-
-def token_divergences(logits: Float[Tensor, "*shape V"], original: Float[Tensor, "*shape V"]) -> Float[Tensor, " N"]:
-    """KL(original || other) of each position, in nats, in float32 at least.
-
-    Args:
-        logits: of the other model.
-        original: of the original.
-    """
-    rows = max(1, (_ON_CPU if logits.is_cpu else _ON_GPU) // logits.shape[-1])
-    found = []
-    for pair in zip(logits.flatten(0, -2).split(rows), original.flatten(0, -2).split(rows), strict=True):
-        q, p = (log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1) for x in pair)
-        found.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(found)
 
 
 @torch.no_grad()

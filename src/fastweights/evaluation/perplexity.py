@@ -224,18 +224,17 @@ def _dynamic_losses(
         raise FastWeightsError('dynamic evaluation reads each token once: context "block" or "stream", not "sliding"')
     with _evaluating(model):
         if config.context == "block":
-            pieces = ((True, start, stop) for start, stop, _ in _spans(len(tokens), block_size, config))
+            texts = ([(start, stop)] for start, stop, _ in _spans(len(tokens), block_size, config))
         else:
-            pieces = _pieces_of_documents(len(tokens), begins, block_size, config)
-        stream = Stream(model, block_size)
-        for new, start, stop in pieces:
-            if new:
-                stream = Stream(model, block_size)
-                if config.context == "stream":
-                    dynamic_evaluation.reset()
-            positions = torch.arange(start + 1, stop + 1, device=tokens.device)
-            losses = dynamic_evaluation.score(stream, tokens[None, start:stop], tokens[None, positions])
-            yield positions, losses, ~begins[positions]
+            texts = _documents(len(tokens), begins, block_size, config)
+        for pieces in texts:
+            stream = Stream(model, block_size)
+            if config.context == "stream":
+                dynamic_evaluation.reset()
+            for start, stop in pieces:
+                positions = torch.arange(start + 1, stop + 1, device=tokens.device)
+                losses = dynamic_evaluation.score(stream, tokens[None, start:stop], tokens[None, positions])
+                yield positions, losses, ~begins[positions]
 
 
 def _checked(
@@ -305,17 +304,16 @@ def _streams(
     model: PreTrainedModel, tokens: Int[Tensor, " N"], begins: Bool[Tensor, " N"], size: int, config: EvaluationConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each document from its beginning, or all of the text from its own."""
-    stream = Stream(model, size)
-    for new, start, stop in _pieces_of_documents(len(tokens), begins, size, config):
-        stream = Stream(model, size) if new else stream
-        yield torch.arange(start + 1, stop + 1, device=tokens.device), stream.read(tokens[None, start:stop])[0]
+    for pieces in _documents(len(tokens), begins, size, config):
+        stream = Stream(model, size)
+        for start, stop in pieces:
+            yield torch.arange(start + 1, stop + 1, device=tokens.device), stream.read(tokens[None, start:stop])[0]
 
 
-def _pieces_of_documents(
+def _documents(
     length: int, begins: Bool[Tensor, " N"], size: int, config: EvaluationConfig
-) -> Iterator[tuple[bool, int, int]]:
-    """(new, start, stop): tokens start ... stop - 1 are read at once, and before the new ones nothing is known."""
+) -> Iterator[list[tuple[int, int]]]:
+    """Of each, (start, stop) of its pieces: tokens start ... stop - 1 are read at once."""
     starts = [0] if config.carry_documents else begins.nonzero().flatten().tolist()
     for first, end in zip(starts, [*starts[1:], length], strict=True):
-        for start in range(first, end - 1, size):
-            yield start == first, start, min(start + size, end - 1)
+        yield [(start, min(start + size, end - 1)) for start in range(first, end - 1, size)]

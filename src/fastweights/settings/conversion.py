@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fastweights.errors import FastWeightsError, check_name, whole_number
+from fastweights.errors import FastWeightsError, check_name, make_whole, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -74,9 +74,7 @@ class SharedConversion:
             if len(bias) != 2 or not all(math.isfinite(number) for number in bias):
                 raise FastWeightsError(f"{name} is {bias}; it must be two finite numbers")
             object.__setattr__(self, name, bias)
-        for name in ("sinks", "wide_window", "conv_size", "gate_rank"):
-            if name != "sinks" or self.sinks is not None:
-                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        make_whole(self, "wide_window", "conv_size", "gate_rank", *(() if self.sinks is None else ("sinks",)))
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
             check_name("write", self.write, WRITES)
@@ -117,7 +115,7 @@ class ConversionConfig(SharedConversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "window", whole_number("window", self.window))
+        make_whole(self, "window")
         if self.windows is not None:
             object.__setattr__(self, "windows", [whole_number("windows", window) for window in self.windows])
         if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser or self.write_bias != _HALF:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastweights.errors import FastWeightsError, check_name, whole_number
+from fastweights.errors import FastWeightsError, check_name, make_whole
 
 DECAYS = ("none", "scalar", "channel", "input")
 
@@ -34,8 +34,7 @@ class FastWeightLayerSettings:
 
     def __post_init__(self) -> None:
         check_name("decay", self.decay, DECAYS)
-        for name in ("expansion", "segment", "slow_vocabulary"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        make_whole(self, "expansion", "segment", "slow_vocabulary")
         if self.expansion < 1:
             raise FastWeightsError(f"expansion is {self.expansion}; it must be at least 1")
         if self.segment < 0:

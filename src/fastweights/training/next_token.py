@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fastweights.evaluation.divergence import token_divergences
+from fastweights.layers.distributions import at_once, pieces, token_divergences
 from fastweights.layers.linear import linear
 from fastweights.layers.next_token_gradient import NO_LABEL
 
@@ -22,25 +22,6 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from jaxtyping import Float, Int
-
-
-class AtOnce(NamedTuple):
-    """How much is made at once."""
-
-    rows: int
-    """Tokens whose logits are there: enough for their product to be worth reading the unembedding for."""
-    elements: int
-    """Logits that are made distributions of."""
-
-
-_ON_CPU = AtOnce(rows=512, elements=1 << 18)
-"""One megabyte of distributions in fp32, so that a second-level cache holds them."""
-_ON_GPU = AtOnce(rows=4096, elements=1 << 26)
-"""A quarter of a gigabyte: a launch for every few rows would take longer than what it computes."""
-
-
-def _at_once(x: Tensor) -> AtOnce:
-    return _ON_CPU if x.is_cpu else _ON_GPU
 
 
 def next_token_loss(logits: Float[Tensor, "B T vocabulary"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
@@ -59,7 +40,7 @@ def divergence(
     student_logits: Float[Tensor, "B T vocabulary"], teacher_logits: Float[Tensor, "B T vocabulary"]
 ) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) over all positions, in nats."""
-    return token_divergences(student_logits, teacher_logits).mean()
+    return token_divergences(student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)).mean()
 
 
 class Targets(NamedTuple):
@@ -176,7 +157,7 @@ class _ReadOut(torch.autograd.Function):
             for i, is_needed in needed
             if is_needed and differentiate
         }
-        for rows in _pieces(N, _at_once(hidden).rows):
+        for rows in pieces(N, at_once(hidden).rows):
             x = hidden[rows].detach().requires_grad_(0 in found)
             with torch.set_grad_enabled(differentiate):
                 logits = head(x)
@@ -216,7 +197,7 @@ def _differentiate(
     """
     total, derivatives = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
     labels = labels.masked_fill(labels == NO_LABEL, 0)[:, None]
-    for rows in _pieces(len(logits), _at_once(logits).elements // logits.shape[1]):
+    for rows in pieces(len(logits), at_once(logits).elements // logits.shape[1]):
         log_q, label, weight = log_softmax(logits[rows].float(), -1), labels[rows], weights[rows, None]
         # Not a product alone: of a token that cannot be, 0 times infinity.
         total -= torch.where(weight > 0, log_q.gather(1, label) * weight, 0.0).sum()
@@ -229,8 +210,3 @@ def _differentiate(
             derivative = log_q.exp_().mul_(weight + kl_weight).sub_(p.mul_(kl_weight))
         derivatives[rows] = derivative.scatter_add_(1, label, -weight).div_(len(logits))
     return total, derivatives
-
-
-def _pieces(length: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(start, start + size) for start in range(0, length, size))
