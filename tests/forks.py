@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
-from typing import Self
+from typing import IO, TYPE_CHECKING, NoReturn, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MODELS = "import fastweights.evaluation.comparison, fastweights.training.pipeline, transformers.generation"
 """What most commands import, which takes five seconds."""
@@ -118,6 +125,72 @@ class Forks:
     def run(self, *arguments: object, code: str | None = None, given: str = "") -> subprocess.CompletedProcess[str]:
         """What comes of one, as of `start`."""
         return self.start(*arguments, code=code, given=given).wait()
+
+
+class Part:
+    """A fork of this very process that runs a module, in the place of a `Popen` of `python -m MODULE`.
+
+    Args:
+        command: Python, -m, the module and its arguments.
+        cwd: its working folder.
+        env: its environment, of which what modules read as they are imported comes too late.
+        stdout: file that its output goes to.
+        stderr: `subprocess.STDOUT`, as its errors do.
+    """
+
+    def __init__(self, command: list[str], *, cwd: Path, env: Mapping[str, str], stdout: IO, stderr: int) -> None:
+        assert command[:2] == [sys.executable, "-m"]
+        assert stderr == subprocess.STDOUT
+        self.code: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            _become(command[2:], cwd, env, stdout.fileno())
+
+    def poll(self) -> int | None:
+        """Its exit code, or None."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """Its exit code, once it has ended."""
+        until = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired([], timeout)
+            time.sleep(0.05)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """At once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _become(arguments: list[str], cwd: Path, env: Mapping[str, str], output: int) -> NoReturn:
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(cwd)
+        os.environ.update(env)
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _reply(file: int, what: str) -> int:
