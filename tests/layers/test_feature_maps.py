@@ -70,6 +70,33 @@ def test_softmax_of_a_projection():
     torch.testing.assert_close(make_feature_map("softmax", 6, 4).double()(x), start)
 
 
+@pytest.mark.parametrize("features", [4, 6, 15])
+@pytest.mark.parametrize(("name", "sides"), [("relu", 1), ("softmax", 2)])
+def test_more_features_and_fewer(name, sides, features):
+    queries, keys = (make_feature_map(name, 6, heads, features=features) for heads in (4, 2))
+    assert queries.weight.shape == (4, features, 6)
+    assert queries.width == keys.width == sides * features
+    assert queries(torch.randn(2, 3, 4, 6)).shape == (2, 3, 4, queries.width)
+    assert (queries.weight == keys.weight[0]).all()  # so that they agree at first
+    for rows in queries.weight[0].split(6):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)))
+    assert queries.weight[0, :6].equal(torch.eye(6)) == (features >= 6)
+
+
+@pytest.mark.parametrize("settings", [{"rule": "delta_and_average"}, {"rule": "gated", "feature_map": "softmax"}])
+@pytest.mark.parametrize("features", [5, 20])
+def test_more_features_and_fewer_in_a_model(settings, features, tmp_path):
+    model = convert(make_llama(), ConversionConfig(**settings, feature_dim=features)).eval()
+    assert model.fast_attentions()[0].rule.state_shape[1] == 2 * features + (8 if "feature_map" not in settings else 0)
+    check_pieces_equal_one_pass(model, (7, 8, 25))
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        for name in model.new_parameter_names():
+            model.get_parameter(name).add_(0.1)
+        model.save_pretrained(tmp_path)
+        assert load_model(tmp_path)(ids).logits.equal(model(ids).logits)
+
+
 @pytest.mark.parametrize(("name", "nu"), [("dpfp", 1), ("dpfp-2", 2), ("dpfp-3", 3)])
 def test_dpfp_multiplies_neighbours(name, nu):
     x, found = torch.randn(2, 3, 4, 5, dtype=torch.float64), make_feature_map(name, 5, 4)

@@ -284,10 +284,12 @@ def test_the_delta_rules_write_what_the_value_is_beyond_the_answer(name, inclusi
 
 
 @both_reads
-def test_delta_and_average_is_the_sum_of_what_both_say(inclusive):
+@pytest.mark.parametrize("features", [None, 2, 7])
+def test_delta_and_average_is_the_sum_of_what_both_say(features, inclusive):
     """The average in quadratic form: token i's value has the weight g_{i+1} ... g_t φ(q_t)·φ(k_i)."""
     torch.manual_seed(0)
-    rule = make_rule("delta_and_average", SHAPE).double()
+    rule = make_rule("delta_and_average", replace(SHAPE, features=features)).double()
+    assert rule.state_shape == (G, K + 2 * (features or K), V + 1)
     for parameter in rule.parameters():
         torch.nn.init.normal_(parameter)
     x, q, k, v = (tensor.double() for tensor in inputs())

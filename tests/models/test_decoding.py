@@ -414,6 +414,8 @@ def test_rows(rows):
         {"rule": "delta_and_average", "gate_rank": 4},
         {"rule": "delta_and_average", "conv_size": 4, "feature_map": "linear"},
         {"rule": "delta_and_average", "layers": "0,2"},
+        {"rule": "delta_and_average", "feature_dim": 3},
+        {"rule": "delta_and_average", "feature_dim": 20, "window": 8},
     ],
 )
 def test_gates(settings):

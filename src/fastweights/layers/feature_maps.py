@@ -5,7 +5,8 @@ keys, of which there are fewer where heads share them; maps that learn have weig
 either, and one that is `positional` is told where each token stands. The paper's own map is the identity (H. H. Mao,
 2022).
 
-Notation: B batch, T time, H heads (of queries, or of keys), D width of a head, K width after the map.
+Notation: B batch, T time, H heads (of queries, or of keys), D width of a head, F rows of a learned matrix, K width
+after the map.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class FeatureMap(nn.Module):
     """Whether nothing that comes out is below 0, so that weights q·k can be divided by their sum."""
     positional = False
     """Whether `forward` takes the tokens' positions, too."""
+    learns_features = False
+    """Whether it can be told how many features to learn."""
 
     def __init__(self, head_dim: int, heads: int) -> None:
         super().__init__()
@@ -139,23 +142,39 @@ class CosFormer(FeatureMap):
 
 
 class _Projected(KeepsFloat32, FeatureMap):
-    """A map of W x with a learned matrix W for each head, which starts as the identity; in float32."""
+    """A map of W x with a learned matrix W for each head, which starts as the identity; in float32.
+
+    Rows of W beyond those of the identity are those of random rotations, and so are all of one with fewer: the same for
+    each head, as queries and keys are to agree at first.
+
+    Args:
+        head_dim: width D of a query or key.
+        heads: of queries, or of keys.
+        features: rows F of W; by default D.
+    """
 
     non_negative = True
+    learns_features = True
     starts_as_identity = True
     """Which is not 0, to which weight decay would draw it."""
 
-    def __init__(self, head_dim: int, heads: int) -> None:
+    def __init__(self, head_dim: int, heads: int, features: int | None = None) -> None:
         super().__init__(head_dim, heads)
-        self.weight = nn.Parameter(torch.empty(heads, head_dim, head_dim, dtype=torch.float32))
+        self.width = features or head_dim
+        self.weight = nn.Parameter(torch.empty(heads, self.width, head_dim, dtype=torch.float32))
         _Projected.reset_parameters(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start where x itself is what the map is of."""
-        self.weight.copy_(torch.eye(self.weight.shape[-1]))
+        features, width = self.weight.shape[1:]
+        rows = [torch.eye(width, device="cpu")] if features >= width else []
+        random = torch.Generator().manual_seed(0)
+        while len(rows) * width < features:
+            rows.append(torch.linalg.qr(torch.randn(width, width, generator=random, device="cpu"))[0])
+        self.weight.copy_(torch.cat(rows)[:features])
 
-    def project(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+    def project(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H F"]:
         """W x in float32, whatever autocast says."""
         with torch.autocast(x.device.type, enabled=False):
             return torch.einsum("bthd,hkd->bthk", x.to(self.weight.dtype), self.weight)
@@ -173,6 +192,10 @@ class Projection(_Projected):
     """
 
     non_negative = False
+    learns_features = False
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__(head_dim, heads)  # more rows would be none of the queries' and keys' own
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
@@ -182,17 +205,18 @@ class Projection(_Projected):
 class ReluOfProjection(_Projected):
     """relu(W x + b), with W and b learned for each head.
 
-    T2R: Kasai et al., "Finetuning Pretrained Transformers into RNNs" (arXiv 2103.13076). The width stays D, W starts as
-    the identity and b at 0.
+    T2R: Kasai et al., "Finetuning Pretrained Transformers into RNNs" (arXiv 2103.13076). W starts as the identity and b
+    at 0.
 
     Args:
         head_dim: width D of a query or key.
         heads: of queries, or of keys.
+        features: rows of W, which are the width of what comes out; by default D.
     """
 
-    def __init__(self, head_dim: int, heads: int) -> None:
-        super().__init__(head_dim, heads)
-        self.bias = nn.Parameter(torch.zeros(heads, head_dim, dtype=torch.float32))
+    def __init__(self, head_dim: int, heads: int, features: int | None = None) -> None:
+        super().__init__(head_dim, heads, features)
+        self.bias = nn.Parameter(torch.zeros(heads, self.width, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -213,11 +237,12 @@ class SoftmaxOfProjection(_Projected):
     Args:
         head_dim: width D of a query or key.
         heads: of queries, or of keys.
+        features: rows of W, of which what comes out has twice as many; by default D.
     """
 
-    def __init__(self, head_dim: int, heads: int) -> None:
-        super().__init__(head_dim, heads)
-        self.width = 2 * head_dim
+    def __init__(self, head_dim: int, heads: int, features: int | None = None) -> None:
+        super().__init__(head_dim, heads, features)
+        self.width *= 2
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
@@ -238,7 +263,9 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 }
 
 
-def make_feature_map(name: str, head_dim: int, heads: int, length: int | None = None) -> FeatureMap:
+def make_feature_map(
+    name: str, head_dim: int, heads: int, length: int | None = None, features: int | None = None
+) -> FeatureMap:
     """The map of that name.
 
     Args:
@@ -246,10 +273,15 @@ def make_feature_map(name: str, head_dim: int, heads: int, length: int | None = 
         head_dim: width of a query or key.
         heads: of queries, or of keys.
         length: of the longest text, for a positional map; by default its own.
+        features: that a map learns which can be told how many; by default D.
 
     Raises:
         FastWeightsError: if there is none; it names those that there are.
     """
     check_name("feature_map", name, FEATURE_MAPS)
-    kind = FEATURE_MAPS[name]
-    return kind(head_dim, heads, length) if kind.positional and length is not None else kind(head_dim, heads)  # type: ignore[call-arg]
+    kind, settings = FEATURE_MAPS[name], {}
+    if kind.positional and length is not None:
+        settings["length"] = length
+    if kind.learns_features:
+        settings["features"] = features
+    return kind(head_dim, heads, **settings)

@@ -48,6 +48,8 @@ class RuleShape:
     """Rank of a gate's matrix; 0 for a full one."""
     write_bias: tuple[float, float] = (0.0, 0.0)
     """First and last bias of a head's write gate, in the rules that have one."""
+    features: int | None = None
+    """Rows of the learned matrices of a rule that has feature maps of its own; by default as many as a key is wide."""
     normaliser: bool = False
     """Whether what is read is divided by the sum of its weights, which must not be negative."""
 
@@ -79,6 +81,8 @@ class Rule(nn.Module):
     """Those of a conversion that speak of its gates."""
     normalises = False
     """Whether it has a normaliser, by its paper, where the feature map is nowhere negative."""
+    learns_features = False
+    """Whether it has feature maps of its own."""
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__()
@@ -441,19 +445,21 @@ class DeltaAndAverageRule(KeepsFloat32, Rule):
     with the feature map of the Hedgehog (Zhang et al., arXiv 2402.04347), its normaliser, and one decay a head. W, one
     for queries and one for keys of each head, starts as the identity, and s, one a head, at 1. Ours.
 
-    The state is that of the delta rule with A and z beneath it: three times as many rows, and a column for z.
+    The state is that of the delta rule with A and z beneath it: three times as many rows, and a column for z. A has two
+    rows for each of W, which may have more than columns.
 
     Args:
         shape: sizes of the layer.
     """
 
     settings = GatedDeltaRule.settings
+    learns_features = True
 
     def __init__(self, shape: RuleShape) -> None:
         super().__init__(shape)
         self.delta = GatedDeltaRule(shape)
-        self.query_map = SoftmaxOfProjection(shape.key_width, shape.heads)
-        self.key_map = SoftmaxOfProjection(shape.key_width, shape.kv_heads)
+        self.query_map = SoftmaxOfProjection(shape.key_width, shape.heads, shape.features)
+        self.key_map = SoftmaxOfProjection(shape.key_width, shape.kv_heads, shape.features)
         self.average = KeptRule(replace(shape, key_width=self.key_map.width, normaliser=True))
         self.share = nn.Parameter(torch.empty(shape.heads, dtype=torch.float32))
 

@@ -428,7 +428,7 @@ def _has_usual_parts(rule: Rule) -> bool:
     if isinstance(rule, DeltaAndAverageRule):
         maps = type(rule.query_map), type(rule.key_map)
         usual = type(rule.delta), type(rule.average), *maps, rule.average.shape.key_width
-        kinds = GatedDeltaRule, KeptRule, SoftmaxOfProjection, SoftmaxOfProjection, 2 * rule.shape.key_width
+        kinds = GatedDeltaRule, KeptRule, SoftmaxOfProjection, SoftmaxOfProjection, rule.key_map.width
         return usual == kinds and _has_usual_parts(rule.delta)
     return True
 

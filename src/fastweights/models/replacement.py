@@ -35,7 +35,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
         if config.layer_types[i] == "full_attention":
             continue
         query_map, key_map = (
-            make_feature_map(settings.feature_map, shape.head_dim, heads, length)
+            make_feature_map(settings.feature_map, shape.head_dim, heads, length, settings.feature_dim)
             for heads in (shape.heads, shape.kv_heads)
         )
         rule_shape = RuleShape(
@@ -48,6 +48,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             gate_bias=settings.gate_bias,
             gate_rank=settings.gate_rank,
             write_bias=settings.write_bias,
+            features=settings.feature_dim,
             normaliser=bool(settings.normaliser),
         )
         attention = FastWeightAttention(

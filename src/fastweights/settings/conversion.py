@@ -23,7 +23,7 @@ _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-ADDED = {"value_map": False, "conv_size": 0}
+ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTO = "auto:"
@@ -108,6 +108,9 @@ class ConversionConfig(SharedConversion):
     """Update rule of the fast weights; decay is the paper's, others are in docs/methods.md."""
     feature_map: str = "identity"
     """Feature map of queries and keys; identity is the paper's, others are in docs/methods.md."""
+    feature_dim: int | None = None
+    """Features that maps which learn them make of a query or key, softmax with either sign: relu, softmax, and those
+    within rule delta_and_average; by default as many as a head is wide."""
     window: int = 0
     """Tokens that an exact softmax sees beside the fast weights, 0 for none; the state stays constant either way."""
     windows: list[int] | None = None
@@ -115,11 +118,14 @@ class ConversionConfig(SharedConversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        make_whole(self, "window")
+        make_whole(self, "window", *(() if self.feature_dim is None else ("feature_dim",)))
         if self.windows is not None:
             object.__setattr__(self, "windows", [whole_number("windows", window) for window in self.windows])
-        if (self.rule, self.feature_map) != _OF_THE_PAPER or self.normaliser or self.write_bias != _HALF:
+        others = self.normaliser, self.write_bias != _HALF, self.feature_dim is not None
+        if (self.rule, self.feature_map) != _OF_THE_PAPER or any(others):
             self._check_rule_and_feature_map()
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise FastWeightsError(f"feature_dim is {self.feature_dim}; allowed are 1 and more features")
         if self.window < 0 or self.window == 1:
             raise FastWeightsError(f"window is {self.window}; allowed are 0 (none) and 2 or more tokens")
         if self.layer_types is not None:
@@ -151,6 +157,13 @@ class ConversionConfig(SharedConversion):
             raise FastWeightsError(
                 f"normaliser was given, and with feature_map {self.feature_map} weights may sum to 0: leave it out, or "
                 f"take one of {maps}"
+            )
+        learned = RULES[self.rule].learns_features or FEATURE_MAPS[self.feature_map].learns_features
+        if self.feature_dim is not None and not learned:
+            maps, rules = ([x for x, row in rows.items() if row.learns_features] for rows in (FEATURE_MAPS, RULES))
+            raise FastWeightsError(
+                f"feature_dim is {self.feature_dim}, and rule {self.rule} with feature_map {self.feature_map} learns "
+                f"none: leave it out, or take feature_map {' or '.join(maps)}, or rule {' or '.join(rules)}"
             )
 
     def _normalises(self) -> bool:

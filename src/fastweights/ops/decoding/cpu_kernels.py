@@ -126,15 +126,15 @@ def _gate(logits, up, low, bias, first, keep, let_go):
 @_inner
 def _map(weight, head, x, out):
     """out = the head's matrix times x, or x where there are none."""
-    first = head * x.shape[0]
-    for i in range(x.shape[0]):
+    first = head * out.shape[0]
+    for i in range(out.shape[0]):
         out[i] = _dot(weight[first + i], x) if weight.shape[0] > 0 else x[i]
 
 
 @_inner
 def _softmaxes(weight, head, x, out):
     """out = [softmax(p), softmax(-p)] of the head's matrix times x."""
-    width = x.shape[0]
+    width = out.shape[0] // 2
     up, down = out[:width], out[width:]
     _map(weight, head, x, up)
     most, least = up[0], up[0]
@@ -442,9 +442,9 @@ def _compile(version: int) -> Any:
             values, in this order, and the tokens before; of width 0 for none.
         query_map, key_map, value_map: (H * D, D), (G * D, D), (G * V, V) the matrices of each head's queries, keys and
             values for the fast weights; of width 0 for none.
-        mean_logits, mean_down, mean_up, mean_bias: of the gate, one a head, of a second state of (2D, V + 1), which is
+        mean_logits, mean_down, mean_up, mean_bias: of the gate, one a head, of a second state of (2F, V + 1), which is
             read as an average; it lies beneath that of the delta rule, whose last column is then not used.
-        mean_query_map, mean_key_map: (H * D, D) and (G * D, D) its maps, of the fast weights' queries and keys.
+        mean_query_map, mean_key_map: (H * F, D) and (G * F, D) its maps, of the fast weights' queries and keys.
         share: (H,) of that average in what is said; of width 0 without such a state.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
@@ -499,7 +499,7 @@ def _attend(record):
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
     z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
     z_rest = np.empty(z.shape[0], dtype=np.float32)
-    features = 2 * D if has_mean else 0
+    features = fast.shape[2] - D if has_mean else 0
     mean_f, mean_rest = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
     mean_q, mean_k = np.empty((R, features), dtype=np.float32), np.empty(features, dtype=np.float32)
     mean_v, mean = np.ones(V + 1, dtype=np.float32), np.empty(V + 1, dtype=np.float32)
