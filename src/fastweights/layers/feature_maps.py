@@ -195,7 +195,7 @@ class Projection(_Projected):
     learns_features = False
 
     def __init__(self, head_dim: int, heads: int) -> None:
-        super().__init__(head_dim, heads)  # more rows would be none of the queries' and keys' own
+        super().__init__(head_dim, heads)  # more rows would be sums of these
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""

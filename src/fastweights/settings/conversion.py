@@ -162,8 +162,8 @@ class ConversionConfig(SharedConversion):
         if self.feature_dim is not None and not learned:
             maps, rules = ([x for x, row in rows.items() if row.learns_features] for rows in (FEATURE_MAPS, RULES))
             raise FastWeightsError(
-                f"feature_dim is {self.feature_dim}, and rule {self.rule} with feature_map {self.feature_map} learns "
-                f"none: leave it out, or take feature_map {' or '.join(maps)}, or rule {' or '.join(rules)}"
+                f"feature_dim is {self.feature_dim}, and neither rule {self.rule} nor feature_map {self.feature_map} "
+                f"learns features: leave it out, or take feature_map {' or '.join(maps)}, or rule {' or '.join(rules)}"
             )
 
     def _normalises(self) -> bool:
