@@ -186,7 +186,7 @@ def layer_config(config: DemoConfig) -> TrainConfig:
         stage="meta",
         held_out="validation",
         meta=MetaConfig(steps=config.meta_steps),
-        evaluation=HeldOutConfig(max_tokens=8192),
+        evaluation=HeldOutConfig(max_tokens=min(8192, config.held_out_tokens)),
     )
 
 
