@@ -281,9 +281,11 @@ def _trainings(hour: Hour) -> list[list[Training]]:
         alone = {"finetune.no-fast-weights": ""}
         beside[0].append(hybrid("smollm2", "smollm2"))
         if not small:
-            # The recipe's fast weights, the same with the pretrained values, and none.
+            # The recipe's fast weights, the same with an average beside them, with the pretrained values, and none.
             first, window = "windows-128", {"convert.window": "64"}
             beside[0].append(hybrid(first, "smollm2-windows"))
+            average = {"convert.rule": "delta_and_average"}
+            beside[0].append(hybrid("windows-128-average", "smollm2-windows", first, **average))
             beside[0].append(hybrid("windows-128-values", "smollm2-windows", first, **{"convert.no-value-map": ""}))
             beside[0].append(hybrid("windows-128-alone", "smollm2-windows", first, **alone))
             beside[1].append(hybrid("windows-64", "smollm2-windows", **window))

@@ -78,8 +78,8 @@ def test_each_training_on_a_gpu_is_a_command_that_there_is(tmp_path):
     (tmp_path / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     there = gpu_hour.Hour(1, "cuda", tmp_path / "data", tmp_path)
     trainings = [training for beside in gpu_hour._trainings(there) for training in beside]
-    names = ["smollm2", "windows-128", "windows-128-values", "windows-128-alone", "windows-64", "windows-64-alone"]
-    assert [training.name for training in trainings] == [*names, "stories15m", "embedded", "layer"]
+    windows = [f"windows-{name}" for name in ("128", "128-average", "128-values", "128-alone", "64", "64-alone")]
+    assert [training.name for training in trainings] == ["smollm2", *windows, "stories15m", "embedded", "layer"]
     for training in trainings:
         tokens = gpu_hour._command(training, tmp_path / training.name, dict.fromkeys(training.stages, 100))[3:]
         recipe = None
