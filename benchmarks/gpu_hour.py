@@ -8,9 +8,9 @@
    with flash attention (benchmarks/training.py).
 3. Trainings, each with as many steps as its share of the time that is left allows, by the speed of a short trial, and
    several at once, as one leaves the card idle half of the time. SmolLM2 as recipes/smollm2.toml has it, and with a
-   window of 128 in all layers, with fast weights, with fast weights that have the pretrained values, and without any;
-   stories15M in the paper's pure form, on text sampled from itself, and SmolLM2 with a window of 64, with and without;
-   the embedded model's pretraining, and a Fast Weight Layer on SmolLM2.
+   window of 128 in all layers, with fast weights, with an average beside them, with such as have the pretrained values,
+   and without any; stories15M in the paper's pure form, on text sampled from itself, and SmolLM2 with a window of 64,
+   with and without; the embedded model's pretraining, and a Fast Weight Layer on SmolLM2.
 4. Of each SmolLM2 that was trained, what its parts are worth on WikiText-2's test split, at three lengths of text.
 
 Any part may be cut off at any second: the kernels' CSV has the rows so far, a training its checkpoints, and the same

@@ -130,6 +130,8 @@ class Forks:
 class Part:
     """A fork of this very process that runs a module, in the place of a `Popen` of `python -m MODULE`.
 
+    Not multiprocessing's: begun by a thread of a pool, that would wait at its end for the pool's threads, itself one.
+
     Args:
         command: Python, -m, the module and its arguments.
         cwd: its working folder.

@@ -80,9 +80,11 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def make_whole(settings: object, *names: str) -> None:
-    """Have these of a frozen dataclass be integers; raises as `whole_number` does."""
+    """Have these of a frozen dataclass be integers, or None if that is their default; raises as `whole_number` does."""
     for name in names:
-        object.__setattr__(settings, name, whole_number(name, getattr(settings, name)))
+        value = getattr(settings, name)
+        if value is not None or getattr(type(settings), name) is not None:
+            object.__setattr__(settings, name, whole_number(name, value))
 
 
 def check_seed(seed: int) -> None:

@@ -7,7 +7,7 @@ from fastweights.layers.feature_maps import FEATURE_MAPS, FeatureMap, make_featu
 from fastweights.models import convert, load_model
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_llama, random_ids
-from tests.models.checks import check_pieces_equal_one_pass
+from tests.models.checks import check_changed_and_saved_it_is_loaded_as_it_is, check_pieces_equal_one_pass
 
 
 @pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
@@ -83,18 +83,16 @@ def test_more_features_and_fewer(name, sides, features):
     assert queries.weight[0, :6].equal(torch.eye(6)) == (features >= 6)
 
 
-@pytest.mark.parametrize("settings", [{"rule": "delta_and_average"}, {"rule": "gated", "feature_map": "softmax"}])
+@pytest.mark.parametrize(
+    ("settings", "rows"), [({"rule": "delta_and_average"}, 8), ({"rule": "gated", "feature_map": "softmax"}, 0)]
+)
 @pytest.mark.parametrize("features", [5, 20])
-def test_more_features_and_fewer_in_a_model(settings, features, tmp_path):
+def test_more_features_and_fewer_in_a_model(settings, rows, features, tmp_path):
+    """A state has two rows for each, beside those of the delta rule's keys."""
     model = convert(make_llama(), ConversionConfig(**settings, feature_dim=features)).eval()
-    assert model.fast_attentions()[0].rule.state_shape[1] == 2 * features + (8 if "feature_map" not in settings else 0)
+    assert model.fast_attentions()[0].rule.state_shape[1] == rows + 2 * features
     check_pieces_equal_one_pass(model, (7, 8, 25))
-    ids = random_ids(2, 40)
-    with torch.no_grad():
-        for name in model.new_parameter_names():
-            model.get_parameter(name).add_(0.1)
-        model.save_pretrained(tmp_path)
-        assert load_model(tmp_path)(ids).logits.equal(model(ids).logits)
+    check_changed_and_saved_it_is_loaded_as_it_is(model, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "nu"), [("dpfp", 1), ("dpfp-2", 2), ("dpfp-3", 3)])

@@ -10,13 +10,14 @@ import torch
 from fastweights.errors import FastWeightsError
 from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.rules import RULES, AddRule, RuleShape, TokenMarks, make_rule
-from fastweights.models import convert, load_model
+from fastweights.models import convert
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
 from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
     PADDING,
     check_a_padded_batch_generates_what_each_row_does_alone,
+    check_changed_and_saved_it_is_loaded_as_it_is,
     check_padding_gives_each_row_what_it_has_alone,
     check_pieces_equal_one_pass,
 )
@@ -250,11 +251,7 @@ def test_every_rule_and_map_works_in_a_model(rule, feature_map, tmp_path):
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
-    with torch.no_grad():
-        for name in model.new_parameter_names():
-            model.get_parameter(name).add_(0.1)
-        model.save_pretrained(tmp_path)
-        assert load_model(tmp_path)(ids).logits.equal(model(ids).logits)
+    check_changed_and_saved_it_is_loaded_as_it_is(model, tmp_path)
 
 
 @both_reads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastweights.models import load_model
 from tests import tolerances
 from tests.conftest import random_ids
 from tests.ops.problems import error
@@ -21,6 +22,16 @@ def check_pieces_equal_one_pass(model, cuts) -> None:
         pieces.append(output.logits)
     assert error(torch.cat(pieces, 1), whole) <= tolerances.FLOAT32
     assert cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+def check_changed_and_saved_it_is_loaded_as_it_is(model, folder) -> None:
+    """With all of its new parameters other than at the start."""
+    ids = random_ids(2, 40)
+    for name in model.new_parameter_names():
+        model.get_parameter(name).add_(0.1)
+    model.save_pretrained(folder)
+    assert load_model(folder)(ids).logits.equal(model(ids).logits)
 
 
 @torch.no_grad()

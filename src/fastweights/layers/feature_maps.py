@@ -154,7 +154,6 @@ class _Projected(KeepsFloat32, FeatureMap):
     """
 
     non_negative = True
-    learns_features = True
     starts_as_identity = True
     """Which is not 0, to which weight decay would draw it."""
 
@@ -192,10 +191,6 @@ class Projection(_Projected):
     """
 
     non_negative = False
-    learns_features = False
-
-    def __init__(self, head_dim: int, heads: int) -> None:
-        super().__init__(head_dim, heads)  # more rows would be sums of these
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """Queries or keys, head by head."""
@@ -213,6 +208,8 @@ class ReluOfProjection(_Projected):
         heads: of queries, or of keys.
         features: rows of W, which are the width of what comes out; by default D.
     """
+
+    learns_features = True
 
     def __init__(self, head_dim: int, heads: int, features: int | None = None) -> None:
         super().__init__(head_dim, heads, features)
@@ -239,6 +236,8 @@ class SoftmaxOfProjection(_Projected):
         heads: of queries, or of keys.
         features: rows of W, of which what comes out has twice as many; by default D.
     """
+
+    learns_features = True
 
     def __init__(self, head_dim: int, heads: int, features: int | None = None) -> None:
         super().__init__(head_dim, heads, features)

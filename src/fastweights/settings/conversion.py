@@ -74,7 +74,7 @@ class SharedConversion:
             if len(bias) != 2 or not all(math.isfinite(number) for number in bias):
                 raise FastWeightsError(f"{name} is {bias}; it must be two finite numbers")
             object.__setattr__(self, name, bias)
-        make_whole(self, "wide_window", "conv_size", "gate_rank", *(() if self.sinks is None else ("sinks",)))
+        make_whole(self, "wide_window", "conv_size", "gate_rank", "sinks")
         check_name("positions", self.positions, POSITIONS)
         if self.write is not None:
             check_name("write", self.write, WRITES)
@@ -118,7 +118,7 @@ class ConversionConfig(SharedConversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        make_whole(self, "window", *(() if self.feature_dim is None else ("feature_dim",)))
+        make_whole(self, "window", "feature_dim")
         if self.windows is not None:
             object.__setattr__(self, "windows", [whole_number("windows", window) for window in self.windows])
         others = self.normaliser, self.write_bias != _HALF, self.feature_dim is not None
