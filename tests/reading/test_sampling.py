@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 
 import pytest
@@ -12,6 +14,8 @@ from fastweights.data import tokenize
 from fastweights.embedded import byte_tokenizer
 from fastweights.models.loading import load_model, load_tokenizer
 from fastweights.reading import sampling
+from fastweights.reading.memory import fingerprint
+from fastweights.reading.sampled_text import name_of_run
 from fastweights.reading.sampling import draw
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama
@@ -40,9 +44,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_each_token_is_the_one_that_the_whole_text_before_it_gives(make, monkeypatch):
-    model, seen = ends_sometimes(make().double()), {}
+def note_draws(monkeypatch) -> dict[float, tuple]:
+    """What tokens are drawn from, and which, by their random numbers."""
+    seen = {}
 
     def noted(logits, uniform):
         drawn = draw(logits, uniform)
@@ -51,6 +55,26 @@ def test_each_token_is_the_one_that_the_whole_text_before_it_gives(make, monkeyp
         return drawn
 
     monkeypatch.setattr(sampling, "draw", noted)
+    return seen
+
+
+def check_draws(model, sampler, number: int, start: list[int], ids: list[int], seen: dict[float, tuple]):
+    """A check that the token at a place was drawn from what the whole text before it gives."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*start, *ids]])).logits[0].float()
+    uniform = sampler._uniform(range(number, number + 1))[0]
+
+    def check(place: int) -> None:
+        row, token = seen[float(uniform[place])]
+        assert token == ids[place]
+        assert torch.allclose(row, logits[len(start) + place - 1], atol=1e-4)
+
+    return check
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_each_token_is_the_one_that_the_whole_text_before_it_gives(make, monkeypatch):
+    model, seen = ends_sometimes(make().double()), note_draws(monkeypatch)
     sampler = sampling._Sampler(
         model, byte_tokenizer(), SamplingConfig(tokens=640, length=40, batch_size=16), ["ab", ""]
     )
@@ -60,13 +84,9 @@ def test_each_token_is_the_one_that_the_whole_text_before_it_gives(make, monkeyp
     for number, ids in enumerate(batch, 5):
         begun = 2 if number % 2 == 0 else 0
         assert ids[:begun] == [97, 98][:begun]
-        with torch.no_grad():
-            logits = model(torch.tensor([[END, *ids]])).logits[0].float()
-        uniform = sampler._uniform(range(number, number + 1))[0]
+        check = check_draws(model, sampler, number, [END], ids, seen)
         for place in range(begun, len(ids)):
-            row, token = seen[float(uniform[place])]
-            assert token == ids[place]
-            assert torch.allclose(row, logits[place], atol=1e-4)
+            check(place)
         assert END not in ids[:-1]
         assert ids[-1] == END or len(ids) == 40
 
@@ -93,6 +113,76 @@ def test_prompts_begin_documents_in_turn():
     for number, document in enumerate(documents(make_llama(), prompts=["a b", "xyz"], tokens=200)):
         assert document.text.startswith(("a b", "xyz")[number % 2])
         assert document.tokens <= 40
+
+
+TURNS = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + eos_token }}{% endfor %}"
+TURNS += "{% if add_generation_prompt %}a:{% endif %}"
+
+
+def with_template(template: str | None):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompts", [(), ("hello", "you")])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_conversations_are_the_models_own_between_what_the_template_has(make, prompts, monkeypatch):
+    model, seen, turns = ends_sometimes(make().double()), note_draws(monkeypatch), set()
+    config = SamplingConfig(length=40, batch_size=8, conversations=True)
+    sampler = sampling._Sampler(model, with_template(TURNS), config, prompts)
+    for number, ids in enumerate(sampler._batch(0, lambda tokens: None)):
+        begun = [*f"u:{prompts[number % 2]}".encode(), END, *b"a:"] if prompts else [*b"u:"]
+        assert ids[: len(begun)] == begun
+        assert len(ids) == 40  # none ends before
+        check = check_draws(model, sampler, number, [], ids, seen)
+        role, place = "a" if prompts else "u", len(begun)
+        while place < len(ids):
+            check(place)
+            if ids[place] == END:
+                role = {"u": "a", "a": "u"}[role]
+                given = [*f"{role}:".encode()]
+                assert ids[place + 1 : place + 3] == given[: len(ids) - place - 1]
+                place += 2
+            place += 1
+        turns.add(ids.count(END))
+    assert len(turns) > 2
+
+
+def test_conversations_are_the_same_whatever_they_are_sampled_beside():
+    model, tokenizer = ends_sometimes(make_llama().double()), with_template(TURNS)
+    settings = {"tokens": 320, "length": 40, "conversations": True}
+    many, few = (
+        [
+            document
+            for batch in sample(model, tokenizer, SamplingConfig(batch_size=rows, **settings))
+            for document in batch
+        ]
+        for rows in (8, 3)
+    )
+    assert many == few[:8]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "no chat template"),
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "by no token of its own"),
+        ("{{ raise_exception('never') }}", "takes no such conversation"),
+    ],
+)
+def test_conversations_need_a_template_that_marks_turns(template, said):
+    with pytest.raises(FastWeightsError, match=said):
+        sample(make_llama(), with_template(template), SamplingConfig(conversations=True))
+
+
+def test_files_from_before_there_were_conversations_go_on():
+    model = make_llama()
+    old = {"length": None, "batch_size": 64, "temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
+    old["precision"] = "fp32"
+    said = json.dumps([fingerprint(model), old, ["a"]])
+    assert name_of_run(model, SamplingConfig(), ["a"]) == hashlib.sha256(said.encode()).hexdigest()[:10]
+    assert name_of_run(model, SamplingConfig(conversations=True), ["a"]) != name_of_run(model, SamplingConfig(), ["a"])
 
 
 def test_what_is_drawn_has_the_probabilities_of_the_logits():

@@ -15,7 +15,7 @@ from fastweights.models.cache import state_bytes
 from fastweights.reading.generation import CONTEXT, Continuation, end_tokens, go_on, read_prompt, speak
 from fastweights.reading.memory import load_memory, new_memory
 from fastweights.reading.stream import PIECE, Stream, last_position, reads_without_end
-from fastweights.reading.text import tokens_in_pieces
+from fastweights.reading.text import tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +62,14 @@ class ChatTemplate:
     def opening(self) -> str:
         """The text between what is said and its answer."""
         return self._after_place([{"role": "user", "content": _PLACE}])
+
+    def before(self) -> str:
+        """The text before what is said first."""
+        return self.first(_PLACE).partition(_PLACE)[0]
+
+    def between(self) -> str:
+        """The text between an answer and what is said next."""
+        return self.next(_PLACE).partition(_PLACE)[0]
 
     def _after_place(self, messages: list[dict[str, str]]) -> str:
         _, place, after = self._rendered(messages).partition(_PLACE)
@@ -118,7 +126,7 @@ class Conversation:
         self._last: list[int] = []  # the last token: known, but read only with what follows it
         self._before: list[int] = []  # those before an answer, by which it is decoded
         # A model may not say of itself how the template ends a turn.
-        end = self._tokens(self.template.next("a"), inside=True)[:1].tolist()
+        end = tokens_of(self.template.next("a"), tokenizer, inside=True)[:1].tolist()
         self._ends = end_tokens(model) | (set(end) & tokenizer.added_tokens_decoder.keys())
 
     @torch.no_grad()
@@ -146,7 +154,7 @@ class Conversation:
         read = 0
         for piece in turn.split(PIECE):
             if interrupted():
-                self._read(self._tokens(self.template.opening(), inside=True))
+                self._read(tokens_of(self.template.opening(), self.tokenizer, inside=True))
                 return
             self._read(piece)
             progress(read := read + len(piece), len(turn))
@@ -226,7 +234,7 @@ class Conversation:
         except UnicodeError as error:
             raise FastWeightsError(f"this is no UTF-8 text ({error}): say it in other characters") from error
         text = self.template.next(said) if self.turns else self.template.first(said)
-        ids = self._tokens(text, inside=self.tokens > 0)
+        ids = tokens_of(text, self.tokenizer, inside=self.tokens > 0)
         if self.template.plain and not self.tokens:
             ids = torch.cat((torch.tensor(first_tokens(self.tokenizer), dtype=torch.long), ids))
         if self._room() + self._has_ended() <= len(ids):
@@ -242,7 +250,3 @@ class Conversation:
         ids = torch.cat((torch.tensor(self._last, dtype=torch.long), ids))
         self.cache, self._last = read_prompt(self.model, ids, self.cache), ids[-1:].tolist()
         self._before = ids[-CONTEXT:].tolist()
-
-    def _tokens(self, text: str, *, inside: bool) -> Int[Tensor, " n"]:
-        pieces = [ids for _, ids in tokens_in_pieces([text], self.tokenizer, inside=inside)]
-        return torch.cat([torch.tensor([], dtype=torch.long), *pieces])

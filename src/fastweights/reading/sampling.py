@@ -25,14 +25,16 @@ from fastweights.data import first_tokens, token_ids
 from fastweights.errors import FastWeightsError
 from fastweights.models.cache import FastWeightsCache
 from fastweights.models.modeling import FastWeightsForCausalLM
+from fastweights.reading.conversation import ChatTemplate
 from fastweights.reading.generation import end_tokens
 from fastweights.reading.stream import check_logits, last_position
+from fastweights.reading.text import tokens_of
 from fastweights.settings.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,13 +68,14 @@ def sample(
     """Sample documents, a batch at a time, until there are `config.tokens`.
 
     A document begins with the tokenizer's start token, which is no part of its text, and then its prompt; it ends with
-    an end token, or a start token, or at `config.length`.
+    an end token, or a start token, or at `config.length`. A conversation begins as the model's chat template has it,
+    and goes on with the other's turn where one ends.
 
     Args:
         model: any causal LM, converted or not; `config.precision` is for whoever loads it.
         tokenizer: the model's.
         config: how to sample.
-        prompts: beginnings, which documents take in turn.
+        prompts: beginnings, which documents take in turn; of conversations what is said first.
         documents: how many were sampled earlier, after which to go on.
         tokens: of these.
         progress: called after each token of the batch with the number of tokens sampled so far.
@@ -81,8 +84,8 @@ def sample(
         One batch after another.
 
     Raises:
-        FastWeightsError: there is nothing to begin with, a prompt fills the length, or the length reaches beyond the
-            model's absolute positions.
+        FastWeightsError: there is nothing to begin with, a prompt fills the length, the length reaches beyond the
+            model's absolute positions, or there is no chat template for conversations.
     """
     sampler = _Sampler(model, tokenizer, config, prompts)
     return sampler.batches(documents, tokens, progress)
@@ -98,8 +101,10 @@ class _Sampler:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.length = _length(model, config)
-        self.start = _start(tokenizer)
-        self.beginnings = self._beginnings(prompts)
+        self.turns = _Turns(tokenizer) if config.conversations else None
+        self.start = first_tokens(tokenizer) if self.turns else _start(tokenizer)
+        self.answers_first = bool(prompts)
+        self.beginnings = self._beginnings(self.turns.beginnings(prompts) if self.turns else prompts)
         self.ends = torch.tensor(_ends(model, tokenizer), device=model.device)
         self.warp = _warp(config)
         # A few tokens are not sampled by the dozen.
@@ -140,6 +145,7 @@ class _Sampler:
         lengths = torch.full((self.rows,), text.shape[1], device=self.model.device)
         uniform = self._uniform(numbers)
         place, tokens = min(map(len, begun)), self.rows * (min(map(len, begun)) - start)
+        answering = [self.answers_first] * self.rows
         cache, read = _cache(self.model, text.shape[1]), 0
         rows, going = torch.arange(self.rows, device=self.model.device), torch.ones_like(lengths, dtype=torch.bool)
         while place < text.shape[1] and going.any():
@@ -150,10 +156,13 @@ class _Sampler:
             logits = self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             drawn = draw(self.warp(ids, logits.float()), uniform[rows, place - start])  # type: ignore[arg-type]
             given = text[rows, place]
+            new = going & (given == _STILL_TO_COME)
             text[rows, place] = torch.where(given == _STILL_TO_COME, drawn, given)
-            ended = going & (given == _STILL_TO_COME) & torch.isin(drawn, self.ends)
             tokens += int(going.sum())
             read, place = place, place + 1
+            ended = new & torch.isin(drawn, self.ends)
+            if self.turns:
+                ended &= ~self.turns.go_on(text[:, place:], rows, torch.where(new, drawn, _STILL_TO_COME), answering)
             lengths[rows[ended]] = place
             going = going & ~ended
             progress(tokens)
@@ -173,6 +182,59 @@ class _Sampler:
             SampledDocument(text, len(ids), back == plain)
             for text, ids, plain, back in zip(texts, batch, without, again, strict=True)
         ]
+
+
+class _Turns:
+    """The turns of conversations, which a chat template parts.
+
+    Args:
+        tokenizer: the model's.
+
+    Raises:
+        FastWeightsError: there is no template, or it ends turns by no token of its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.template = ChatTemplate(tokenizer)
+        if self.template.plain:
+            raise FastWeightsError("this tokenizer has no chat template, which conversations need: leave them out")
+        after = (self.template.between(), self.template.opening())
+        self.after_answer, self.after_said = (tokens_of(text, tokenizer, inside=True).tolist() for text in after)
+        if not {self.after_answer[0], self.after_said[0]} <= tokenizer.added_tokens_decoder.keys():
+            raise FastWeightsError(
+                "the chat template of this tokenizer ends turns by no token of its own: leave conversations out"
+            )
+
+    def beginnings(self, said: Sequence[str]) -> list[str]:
+        """What conversations begin with."""
+        return list(map(self.template.first, said)) or [self.template.before()]
+
+    def go_on(
+        self,
+        room: Int[Tensor, "batch n"],
+        rows: Int[Tensor, " rows"],
+        drawn: Int[Tensor, " rows"],
+        answering: list[bool],
+    ) -> Bool[Tensor, " rows"]:
+        """Where a token ends a turn put into the room behind it what the template has between it and the next.
+
+        Args:
+            room: tokens that are still to come, of all documents.
+            rows: documents that go on.
+            drawn: the last token of each.
+            answering: whether it is in an answer, of all documents.
+
+        Returns:
+            Whose turns ended.
+        """
+        ended = torch.zeros_like(drawn, dtype=torch.bool)
+        for place, (row, token) in enumerate(zip(rows.tolist(), drawn.tolist(), strict=True)):
+            end, *following = self.after_answer if answering[row] else self.after_said
+            if token == end:
+                n = min(len(following), room.shape[1])
+                room[row, :n] = torch.tensor(following[:n])
+                answering[row], ended[place] = not answering[row], True
+        return ended
 
 
 def draw(logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

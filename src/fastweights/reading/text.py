@@ -126,6 +126,12 @@ def tokens_in_pieces(
         yield text, torch.tensor(ids, dtype=torch.long)
 
 
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, *, inside: bool) -> Int[Tensor, " n"]:
+    """Token ids of a text, which stands `inside` another or begins one."""
+    pieces = [ids for _, ids in tokens_in_pieces([text], tokenizer, inside=inside)]
+    return torch.cat([torch.tensor([], dtype=torch.long), *pieces])
+
+
 def _cut_between_words(chunks: Iterable[str]) -> Iterator[str]:
     rest = ""
     for more in chunks:

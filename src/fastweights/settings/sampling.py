@@ -27,6 +27,9 @@ class SamplingConfig:
     """Sample from the likeliest tokens alone, so many; by default from all."""
     top_p: float | None = None
     """Sample from the likeliest tokens that together have this probability; by default from all."""
+    conversations: bool = False
+    """Sample conversations, each up to `length`, from a model with a chat template: it writes what is said to it, too
+    (Magpie; Xu et al. 2024, arXiv 2406.08464)."""
     seed: int = 0
     """Seed of sampling, from which each document has random numbers of its own."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -45,7 +45,8 @@ def sample(
     output
         File to write, .jsonl or .jsonl.gz: a document a line, with the field `text`.
     prompt_file
-        File each of whose lines begins documents, as it is, without a chat template; may be given several times.
+        File each of whose lines begins documents, as it is, or is what is said first in conversations; may be given
+        several times.
     resume
         Go on with a file that the same settings began; more tokens may be asked for.
     overwrite
