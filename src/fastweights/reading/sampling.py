@@ -101,10 +101,9 @@ class _Sampler:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.length = _length(model, config)
-        self.turns = _Turns(tokenizer) if config.conversations else None
+        self.turns = _Turns(tokenizer, prompts) if config.conversations else None
         self.start = first_tokens(tokenizer) if self.turns else _start(tokenizer)
-        self.answers_first = bool(prompts)
-        self.beginnings = self._beginnings(self.turns.beginnings(prompts) if self.turns else prompts)
+        self.beginnings = self._beginnings(self.turns.beginnings if self.turns else prompts)
         self.ends = torch.tensor(_ends(model, tokenizer), device=model.device)
         self.warp = _warp(config)
         # A few tokens are not sampled by the dozen.
@@ -145,7 +144,7 @@ class _Sampler:
         lengths = torch.full((self.rows,), text.shape[1], device=self.model.device)
         uniform = self._uniform(numbers)
         place, tokens = min(map(len, begun)), self.rows * (min(map(len, begun)) - start)
-        answering = [self.answers_first] * self.rows
+        answering = [bool(self.turns and self.turns.answers_first)] * self.rows
         cache, read = _cache(self.model, text.shape[1]), 0
         rows, going = torch.arange(self.rows, device=self.model.device), torch.ones_like(lengths, dtype=torch.bool)
         while place < text.shape[1] and going.any():
@@ -189,25 +188,24 @@ class _Turns:
 
     Args:
         tokenizer: the model's.
+        said: what conversations begin with, if the model is not to say that, too.
 
     Raises:
         FastWeightsError: there is no template, or it ends turns by no token of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.template = ChatTemplate(tokenizer)
-        if self.template.plain:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, said: Sequence[str]) -> None:
+        template = ChatTemplate(tokenizer)
+        if template.plain:
             raise FastWeightsError("this tokenizer has no chat template, which conversations need: leave them out")
-        after = (self.template.between(), self.template.opening())
+        self.beginnings = list(map(template.first, said)) or [template.before()]
+        self.answers_first = bool(said)
+        after = (template.between(), template.opening())
         self.after_answer, self.after_said = (tokens_of(text, tokenizer, inside=True).tolist() for text in after)
         if not {self.after_answer[0], self.after_said[0]} <= tokenizer.added_tokens_decoder.keys():
             raise FastWeightsError(
                 "the chat template of this tokenizer ends turns by no token of its own: leave conversations out"
             )
-
-    def beginnings(self, said: Sequence[str]) -> list[str]:
-        """What conversations begin with."""
-        return list(map(self.template.first, said)) or [self.template.before()]
 
     def go_on(
         self,
@@ -216,13 +214,13 @@ class _Turns:
         drawn: Int[Tensor, " rows"],
         answering: list[bool],
     ) -> Bool[Tensor, " rows"]:
-        """Where a token ends a turn put into the room behind it what the template has between it and the next.
+        """Where a token ends a turn, write behind it what the template has before the next.
 
         Args:
             room: tokens that are still to come, of all documents.
             rows: documents that go on.
             drawn: the last token of each.
-            answering: whether it is in an answer, of all documents.
+            answering: whether all documents are in an answer; changed where a turn ends.
 
         Returns:
             Whose turns ended.
