@@ -168,6 +168,7 @@ def test_conversations_are_the_same_whatever_they_are_sampled_beside():
     [
         (None, "no chat template"),
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "by no token of its own"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "by no token of its own"),
         ("{{ raise_exception('never') }}", "takes no such conversation"),
     ],
 )

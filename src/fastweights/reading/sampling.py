@@ -202,7 +202,8 @@ class _Turns:
         self.answers_first = bool(said)
         after = (template.between(), template.opening())
         self.after_answer, self.after_said = (tokens_of(text, tokenizer, inside=True).tolist() for text in after)
-        if not {self.after_answer[0], self.after_said[0]} <= tokenizer.added_tokens_decoder.keys():
+        marks = tokenizer.added_tokens_decoder
+        if not all(ids and ids[0] in marks for ids in (self.after_answer, self.after_said)):
             raise FastWeightsError(
                 "the chat template of this tokenizer ends turns by no token of its own: leave conversations out"
             )
