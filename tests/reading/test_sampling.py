@@ -31,9 +31,10 @@ def ends_sometimes(model):
     return model
 
 
-def documents(model, *, prompts=(), **settings):
+def documents(model, *, prompts=(), tokenizer=None, **settings):
     config = SamplingConfig(**{"tokens": 600, "length": 40, "batch_size": 16, **settings})
-    return [document for batch in sample(model, byte_tokenizer(), config, prompts=prompts) for document in batch]
+    tokenizer = tokenizer or byte_tokenizer()
+    return [document for batch in sample(model, tokenizer, config, prompts=prompts) for document in batch]
 
 
 MODELS = {
@@ -151,15 +152,8 @@ def test_conversations_are_the_models_own_between_what_the_template_has(make, pr
 
 def test_conversations_are_the_same_whatever_they_are_sampled_beside():
     model, tokenizer = ends_sometimes(make_llama().double()), with_template(TURNS)
-    settings = {"tokens": 320, "length": 40, "conversations": True}
-    many, few = (
-        [
-            document
-            for batch in sample(model, tokenizer, SamplingConfig(batch_size=rows, **settings))
-            for document in batch
-        ]
-        for rows in (8, 3)
-    )
+    settings = {"tokenizer": tokenizer, "tokens": 320, "conversations": True}
+    many, few = (documents(model, batch_size=rows, **settings) for rows in (8, 3))
     assert many == few[:8]
 
 

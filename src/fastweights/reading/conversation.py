@@ -57,28 +57,30 @@ class ChatTemplate:
     def next(self, said: str) -> str:
         """The text between an answer and the next: the end of the one, what is said, and the beginning of the other."""
         before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACE}]
-        return self._after_place([*before, {"role": "user", "content": said}])
+        return self._around_place(self._rendered([*before, {"role": "user", "content": said}]))[1]
 
     def opening(self) -> str:
         """The text between what is said and its answer."""
-        return self._after_place([{"role": "user", "content": _PLACE}])
+        return self._around_place(self._rendered([{"role": "user", "content": _PLACE}]))[1]
 
     def before(self) -> str:
         """The text before what is said first."""
-        return self.first(_PLACE).partition(_PLACE)[0]
+        return self._around_place(self.first(_PLACE))[0]
 
     def between(self) -> str:
         """The text between an answer and what is said next."""
-        return self.next(_PLACE).partition(_PLACE)[0]
+        return self._around_place(self.next(_PLACE))[0]
 
-    def _after_place(self, messages: list[dict[str, str]]) -> str:
-        _, place, after = self._rendered(messages).partition(_PLACE)
+    @staticmethod
+    def _around_place(text: str) -> tuple[str, str]:
+        """The text before and after what was said first."""
+        before, place, after = text.partition(_PLACE)
         if not place:
             raise FastWeightsError(
                 "the chat template of this tokenizer leaves out what was said, so that no turn can be read by itself: "
                 "give a model with another"
             )
-        return after
+        return before, after
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         template = _PLAIN if self.plain else None

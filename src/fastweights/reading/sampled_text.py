@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import written_whole
 from fastweights.reading.memory import fingerprint
+from fastweights.settings.sampling import ADDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +35,8 @@ def check_name_of_samples(path: Path) -> None:
 
 def name_of_run(model: PreTrainedModel, config: SamplingConfig, prompts: Sequence[str]) -> str:
     """Ten characters that tell apart what was sampled by other models, with other settings or from other prompts."""
-    settings = {name: value for name, value in asdict(config).items() if name != "tokens"}
-    if not config.conversations:
-        del settings["conversations"]  # files from before there were any go on
+    told = {name: value for name, value in asdict(config).items() if name != "tokens"}
+    settings = {name: value for name, value in told.items() if not (name in ADDED and value == ADDED[name])}
     said = json.dumps([fingerprint(model), settings, list(prompts)])
     return hashlib.sha256(said.encode()).hexdigest()[:10]
 

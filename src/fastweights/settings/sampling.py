@@ -8,6 +8,8 @@ from typing import Literal
 from fastweights.errors import FastWeightsError, check_name, check_seed
 
 PRECISIONS = ("fp32", "bf16")
+ADDED = {"conversations": False}
+"""Settings that came later, with what was so before: files from then do not know of them, and go on."""
 _COLDEST = 0.01
 
 
