@@ -55,15 +55,15 @@ test: setup
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding few_bits
-_PARTS := test-others test-models test-gpu test-cli test-layers test-ops test-bitsandbytes
+_PARTS := test-models test-others test-cli test-training test-gpu test-layers test-ops test-bitsandbytes
 .PHONY: $(_RULES:%=kernels-%) $(_PARTS)
-_APART := tests/models tests/cli tests/ops tests/layers
+_APART := tests/models tests/cli tests/training tests/ops tests/layers
 _PYTEST := PYTHONPATH=$(VENV)/tests-only $(BIN)/python -m pytest
 
 $(_RULES:%=kernels-%): kernels-%:
 	$(BIN)/python -c "from fastweights.ops.numba.runtime import load_kernels; load_kernels('$*')"
 
-test-models test-cli test-ops test-layers: test-%:
+test-models test-cli test-training test-ops test-layers: test-%:
 	$(_PYTEST) tests/$*
 
 test-others:

@@ -22,7 +22,7 @@ class DataConfig:
     join_rows: bool = False
     """Rows are consecutive lines of one running text (as in WikiText), not documents of their own."""
     split: str = "train"
-    """Split to read. A file or folder has the splits that its file names say, otherwise "train" alone."""
+    """Split to read. A folder has the splits that its files' names say, else "train" alone, as a file has."""
     block_size: int = 1024
     """Tokens in a block."""
 
