@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastweights.embedded import ByteIds, stdlib_documents
-from fastweights.errors import FastWeightsError, reason_of
+from fastweights.errors import FastWeightsError, NoSuchSplitError, reason_of
 from fastweights.hub import is_hub_name, why_not_on_hub
 from fastweights.settings.text import STDLIB, DataConfig
 
@@ -66,7 +66,8 @@ def load_documents(config: DataConfig) -> list[str]:
         One string for each document, or one for all with `join_rows`.
 
     Raises:
-        FastWeightsError: there is no such text, split or column, the file is not whole, or it holds no text.
+        NoSuchSplitError: the text has no such split.
+        FastWeightsError: there is no such text or column, the file is not whole, or it holds no text.
     """
     _check_used(config)
     documents = stdlib_documents(config.split) if config.text == STDLIB else _load_with_datasets(config)
@@ -173,7 +174,7 @@ def _builder_of_file(path: Path, config: DataConfig) -> str:
     if path.stat().st_size == 0:
         raise FastWeightsError(f"{path} is empty: give a file with text in it")
     if config.split != "train":
-        raise FastWeightsError(f"{path} is one file and has the split 'train' alone; {config.split!r} was asked for")
+        raise NoSuchSplitError(f"{path} is one file and has the split 'train' alone; {config.split!r} was asked for")
     return builder
 
 
@@ -244,4 +245,5 @@ def _load(builder: str, config: DataConfig, **arguments: Any) -> Any:
 
 def _not_read(config: DataConfig, error: Exception) -> FastWeightsError:
     reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
-    return FastWeightsError(f"cannot read text from {config.text} (split {config.split!r}): {reason}")
+    kind = NoSuchSplitError if reason.startswith(("Unknown split", "Bad split")) else FastWeightsError
+    return kind(f"cannot read text from {config.text} (split {config.split!r}): {reason}")

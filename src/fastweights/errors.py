@@ -10,6 +10,10 @@ class FastWeightsError(ValueError):
     """An input that the library refuses; its message is one line and complete."""
 
 
+class NoSuchSplitError(FastWeightsError):
+    """A text has no split of that name."""
+
+
 class DivergedError(FastWeightsError):
     """What was computed is no longer finite: a loss, or a weight that was trained."""
 

@@ -30,7 +30,7 @@ _OLD = "old"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _OF_A_MODEL = {"generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 _OF_A_MODEL |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"}
-_OF_A_MODEL |= {"adapter_config.json", "adapter_model.safetensors"}
+_OF_A_MODEL |= {"config.json", "adapter_config.json", "adapter_model.safetensors"}
 _OF_A_MODEL |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates", "modeling_fastweights.py"}
 _CONFIGS = {"config.json", "adapter_config.json"}
 """Without one of these, a folder is neither a model nor an adapter."""

@@ -147,6 +147,19 @@ def test_eval_tells_parts_positions_and_recall(monkeypatch, capsys, model_folder
     assert [row["recall"] for row in again] == [row["recall"] for row in written]
 
 
+def test_eval_tells_what_it_measured_before_a_model_that_it_refuses(
+    monkeypatch, capsys, model_folder, text_file, tmp_path
+):
+    converted = tmp_path / "converted"
+    run(monkeypatch, capsys, "convert", model_folder, converted, "--window", "8")
+    what = ("--text", text_file, "--block-size", "64", "--evaluation.max-tokens", "200", "--parts")
+    code, out, err = run(monkeypatch, capsys, "eval", converted, model_folder, *what, "--output", tmp_path / "out")
+    assert code == 1
+    assert "no layers with both fast weights and a window" in err.splitlines()[-1]
+    assert "fast weights alone" in out
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["models"]) == [str(converted)]
+
+
 def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tmp_path):
     """Meta-train a Fast Weight Layer on a converted model, compare ways to read, read a text, generate from it."""
     converted, trained, memory = tmp_path / "converted", tmp_path / "trained", tmp_path / "x.memory"

@@ -51,7 +51,13 @@ def expected(model, documents) -> Memory:
     return new_memory(model).read([tokens])
 
 
-def test_several_texts_are_documents_of_one_memory(monkeypatch, capsys, endless_folder, texts, tmp_path):
+@pytest.fixture(params=[[], [3, 7]], ids=["", "start tokens"])
+def start_tokens(request, monkeypatch):
+    """Those that a tokenizer puts before each text."""
+    monkeypatch.setattr("fastweights.data.first_tokens", lambda tokenizer: request.param)
+
+
+def test_several_texts_are_documents_of_one_memory(monkeypatch, capsys, endless_folder, texts, tmp_path, start_tokens):
     files, documents = texts
     code, _, err = run(monkeypatch, capsys, "read", endless_folder, *files, "-o", tmp_path / "m")
     assert (code, err) == (0, "")
@@ -104,12 +110,13 @@ def stop_after(monkeypatch, pieces: int, number: int, *, within: bool = True) ->
         (2, signal.SIGINT, True),
         (3, signal.SIGINT, False),
         (1, signal.SIGTERM, True),
-        (7, signal.SIGTERM, True),  # the end token between the two
+        (0, signal.SIGTERM, False),
+        (7, signal.SIGTERM, True),  # the end token between the two, and what the second begins with
         (9, signal.SIGINT, True),  # all
     ],
 )
 def test_what_was_read_before_a_stop_is_saved_and_gone_on_from(
-    monkeypatch, capsys, endless_folder, texts, tmp_path, pieces, number, within
+    monkeypatch, capsys, endless_folder, texts, tmp_path, pieces, number, within, start_tokens
 ):
     files, documents = texts
     output = tmp_path / "my memory"

@@ -13,6 +13,8 @@ def test_settings_are_the_users_then_the_models_then_ours():
     theirs = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
     found = sampling_settings(theirs, nothing | {"top_k": 5}, max_new_tokens=9)
     assert found.items() >= {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0}.items()
+    unsaid = sampling_settings(GenerationConfig(do_sample=True), nothing, max_new_tokens=9)  # as transformers has it
+    assert unsaid.items() >= {"temperature": 1.0, "top_p": None, "top_k": 50, "repetition_penalty": 1.0}.items()
     greedy = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "do_sample": False}
     assert sampling_settings(theirs, nothing | {"temperature": 0.0}, max_new_tokens=9).items() >= greedy.items()
     assert sampling_settings(GenerationConfig(), nothing, max_new_tokens=9, beams=2).items() >= greedy.items()

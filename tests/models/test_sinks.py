@@ -13,7 +13,7 @@ from fastweights.models.configuration import FastWeightsConfig
 from fastweights.reading.stream import Stream
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gpt2, make_llama, random_ids
+from tests.conftest import make_gemma3, make_gpt2, make_llama, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
@@ -85,6 +85,27 @@ def test_rotary_positions_of_sinks_end():
     assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
     at_its_place = base.model.rotary_emb(torch.empty(0).double(), torch.tensor([[WINDOW + SINKS - 1]]))
     assert all(torch.equal(*pair) for pair in zip(far, at_its_place, strict=True))
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gemma3])
+def test_angles_are_exact_far_into_a_text(make):
+    """And up to 65,536 they are what the base model makes, bit for bit."""
+    base = make()
+    rotary, theirs = convert(base, ConversionConfig(window=4)).model.base.rotary_emb, base.model.rotary_emb
+    kinds = sorted(set(base.config.layer_types)) if make is make_gemma3 else [None]
+    x, near, steps = torch.empty(0), torch.tensor([[0, 1, 77, 65_535]]), torch.tensor([[0, 1, 5]])
+    for kind in kinds:
+        told = () if kind is None else (kind,)
+        assert all(torch.equal(*pair) for pair in zip(rotary(x, near, *told), theirs(x, near, *told), strict=True))
+        frequencies = getattr(theirs, "inv_freq" if kind is None else f"{kind}_inv_freq").double()
+        for far in (65_536, 10_000_019, 300_000_007):
+            cos, sin = rotary(x, far + steps, *told)
+            # What a window sees is how far it has turned since a token in it.
+            turned = (
+                torch.complex(cos, sin)[0, :, : len(frequencies)] / torch.complex(cos, sin)[0, :1, : len(frequencies)]
+            )
+            angles = steps[0, :, None] * frequencies
+            assert error(turned, torch.complex(angles.cos(), angles.sin())) <= 2e-3
 
 
 def test_how_many():

@@ -180,6 +180,19 @@ def test_a_long_turn_that_is_interrupted_is_closed(monkeypatch, template):
     assert conversation.answer() == byte_tokenizer().decode(goes_on_with(model, ids), skip_special_tokens=True)
 
 
+def test_a_turn_that_is_interrupted_before_it_is_read_begins_all_the_same(tmp_path):
+    """So that what a conversation begins with, and how a turn does, is never missing."""
+    model = MAKERS["hybrid"]()
+    conversation = talk(model)
+    conversation.read("Hi!", interrupted=lambda: True)
+    assert conversation.answer(interrupted=lambda: True) == ""
+    assert conversation.tokens == len(bytes_of(conversation.template.first("Hi!")))
+    plain = talk(model, None)
+    plain.read("x", interrupted=lambda: True)
+    plain.save(tmp_path / "memory")
+    plain.load(tmp_path / "memory")
+
+
 def test_a_saved_conversation_goes_on(tmp_path):
     model = MAKERS["hybrid"]()
     conversation, other = talk(model), talk(model)
@@ -281,6 +294,11 @@ def test_a_start_token_comes_first_where_there_is_no_template(shared_data):
         ("{{ raise_exception('never') }}", None, r"\(never\): give a model with another"),
         ("{% for", None, "takes no such conversation"),
         ("{{ messages[-1]['content'] }}", None, "leaves out what was said"),
+        (
+            "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}",
+            "x",
+            "no place for a system",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template, system, expected):

@@ -21,6 +21,7 @@ ARGUMENTS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pa
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_prompt_in_pieces_is_gone_on_from_alike(family, converted, beams, monkeypatch):
     model = convert(family, ConversionConfig(window=8)).eval() if converted else family
+    model.generation_config.use_cache = False  # a model that came out of transformers' Trainer may say so
     ids = random_ids(1, 50)[0]
     at_once = model.generate(
         ids[None], attention_mask=torch.ones_like(ids[None]), num_beams=beams, use_cache=True, **ARGUMENTS
@@ -68,6 +69,10 @@ def test_characters_come_whole_and_bytes_that_are_none_come_too(tokenizer):
 
 def test_the_end_token_is_no_text(tokenizer):
     assert told(tokenizer, [97], [98, 256])[0] == "b"
+
+
+def test_special_tokens_leave_a_character_whole(tokenizer):
+    assert told(tokenizer, [97], [256, 256, 256, *"🙂".encode()])[0] == "🙂"
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,23 @@ def test_reading_stops_where_the_model_predicts_nothing():
         memory.read([torch.tensor([5, 7, 5])])
 
 
+@torch.no_grad()
+def test_a_memory_whose_reading_ended_by_an_error_is_not_saved(tmp_path):
+    """Its state may be finite, and ahead of what it says was read."""
+    model = make("pure", make_llama())
+    memory = new_memory(model).read([torch.tensor([5, 6])])
+    norm = model.model.base.norm.weight
+    whole = norm.clone()
+    norm.fill_(math.inf)
+    with pytest.raises(FastWeightsError, match="logits are not finite"):
+        memory.read([torch.tensor([5, 7, 5])])
+    norm.copy_(whole)
+    memory.read([torch.tensor([8, 9])])
+    with pytest.raises(FastWeightsError, match="reading ended by an error, and nothing was saved"):
+        memory.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_long_prompt_is_read_in_pieces(monkeypatch):
     model = make("hybrid + layer")
     memory, prompt = new_memory(model).read([random_ids(1, 30)[0]]), random_ids(1, 50, seed=2)[0]

@@ -1,5 +1,6 @@
 """A run goes on only from what is whole, and says what it passed over."""
 
+import json
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from fastweights.training.checkpoints import (
     last_checkpoint,
     seal,
 )
+from fastweights.training.runs import seconds_trained, tokens_seen
 from tests.training.test_trainer import trainer
 
 
@@ -42,6 +44,11 @@ def stage(trained, tmp_path):
     for checkpoint in trained.glob("checkpoint-*"):
         shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     return tmp_path
+
+
+def last_seconds(stage):
+    """Of training, by its last checkpoint."""
+    return json.loads((last_checkpoint(stage) / "trainer_state.json").read_text())["log_history"][-1]["seconds"]
 
 
 def cut(file):
@@ -99,11 +106,35 @@ def test_a_finished_stage_whose_model_is_damaged_is_saved_again(trained, tmp_pat
     trainer(folder, steps=6).run(resume=True)
     assert damage(folder, FINISHED) is None
     assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert not (folder / "checkpoint-7").exists()  # no step was taken
+    assert (tokens_seen(folder), seconds_trained(folder)) == (tokens_seen(trained), last_seconds(trained))
     cut(folder / "model.safetensors")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(FastWeightsError, match=r"damaged: 'model.safetensors'.*no whole checkpoint"):
         checkpoint_to_resume(folder)
+
+
+def test_of_a_stage_that_was_stopped_after_its_last_step_nothing_is_trained_again(trained, tmp_path):
+    """Without an entry in its loss history, too."""
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "checkpoint-6")
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state | {"log_history": []}))
+    seal(tmp_path / "checkpoint-6", (tmp_path / "checkpoint-6").iterdir())
+    trainer(tmp_path, steps=6, schedule="constant_with_warmup").run(resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert tokens_seen(tmp_path) == tokens_seen(trained)
+    assert seconds_trained(tmp_path) >= 0
+
+
+def test_how_often_to_save_and_to_log_may_change(trained, tmp_path):
+    for checkpoint in trained.glob("checkpoint-*"):
+        if checkpoint.name == "checkpoint-4":
+            shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    trainer(tmp_path, steps=9, run=RunConfig(save_every=3, log_every=2)).run(resume=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 6, 8]
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch):

@@ -189,6 +189,20 @@ def test_the_meta_stage_gains_where_text_repeats_itself(tmp_path, kind):
     assert stream < losses[False][2] - 0.2 < static
     loaded = load_model(tmp_path / "updates True")
     assert loaded.fast_weight_layer is not None
+    further = train(
+        TrainConfig(
+            model=str(tmp_path / "updates True"),
+            output=tmp_path / "further",
+            stage="meta",
+            held_out="test",
+            data=DataConfig(text=str(folder), block_size=64),
+            meta=MetaConfig(steps=1),
+            evaluation=HeldOutConfig(max_tokens=4000),
+        )
+    )
+    assert [row.stage for row in further] == ["static", "meta", "meta, stream"]
+    assert further[0].evaluation.loss == pytest.approx(static, abs=1e-5)
+    assert load_model(tmp_path / "further").fast_weight_layer is not None
 
 
 def test_bad_settings():

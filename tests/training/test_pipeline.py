@@ -12,14 +12,14 @@ from fastweights.data import load_documents, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS, evaluate_parts
 from fastweights.evaluation.perplexity import evaluate
-from fastweights.models import load_model
+from fastweights.models import convert, load_model
 from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.settings.text import DataConfig
 from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
-from fastweights.training.pipeline import _without_the_end
+from fastweights.training.pipeline import _overlap, _without_the_end
 
 
 @pytest.fixture
@@ -115,6 +115,99 @@ def test_an_adapter_is_trained_on(config, tmp_path):
     whole = train(replace(further, output=tmp_path / "whole", finetune=config.finetune))
     assert whole[-1].stage == "finetune"
     assert (tmp_path / "whole" / "config.json").exists()
+
+
+def test_an_adapter_may_take_the_place_of_a_model(config):
+    """In a run's own folder and its stages', which it starts anew; and the other way round."""
+    train(config)
+    (config.output / "tokenizer.json").touch()
+    results = train(with_lora(config, overwrite=True))
+    for folder in (config.output, config.output / "transfer", config.output / "finetune"):
+        assert (folder / "adapter_config.json").exists()
+        assert not (folder / "config.json").exists()
+    held_out = tokenize(_without_the_end(load_documents(config.data))[1], load_tokenizer(config.model))
+    merged = evaluate(load_model(config.output), held_out, block_size=32, config=EvaluationConfig(max_tokens=400))
+    assert merged.loss == pytest.approx(results[-1].evaluation.loss, rel=1e-4)
+    train(replace(config, overwrite=True))
+    assert not (config.output / "adapter_config.json").exists()
+    load_model(config.output)
+
+
+def test_lora_on_what_no_adapter_could_be_of_is_refused_before_it_is_trained(config, tmp_path):
+    train(config)  # all weights
+    further = replace(
+        with_lora(config),
+        model=str(config.output),
+        output=tmp_path / "further",
+        convert=ConversionConfig(),
+        stage="finetune",
+        transfer=TransferConfig(),
+    )
+    with pytest.raises(FastWeightsError, match=r"is not as in the base model .*: leave lora_rank out, or train the"):
+        train(further)
+    assert not further.output.exists()
+
+
+def test_what_cannot_be_trained_leaves_an_earlier_run_as_it_is(config, tmp_path):
+    train(with_lora(config, run=RunConfig(save_every=1)))
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    again = replace(config, overwrite=True, stage="finetune", transfer=TransferConfig())
+    pure = replace(again, convert=ConversionConfig(rule="average"), finetune=FinetuneConfig(fast_weights=False))
+    with pytest.raises(FastWeightsError, match="no window that could be trained alone"):
+        train(pure)
+    assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
+
+
+def test_a_trained_model_says_of_its_use_of_a_cache_what_the_original_says(config):
+    train(config)
+    assert load_model(config.model).config.use_cache
+    assert load_model(config.output).config.use_cache
+    assert load_model(config.output / "finetune").config.use_cache
+
+
+def test_a_run_goes_on_with_the_conversion_that_it_began_with(config, tmp_path):
+    """Its weights do not tell how long its window is."""
+    converted = tmp_path / "converted"
+    convert(config.model, ConversionConfig(window=8)).save_pretrained(converted)
+    load_tokenizer(config.model).save_pretrained(converted)
+    config = replace(config, model=str(converted), convert=ConversionConfig())
+    train(config)
+    train(replace(config, resume=True))
+    convert(load_model(converted).config.base_model, ConversionConfig(window=16)).save_pretrained(converted)
+    with pytest.raises(FastWeightsError, match="the converted model is not what it was"):
+        train(replace(config, resume=True))
+    run = json.loads((config.output / "run.json").read_text())
+    del run["contents"]["converted model"]  # as in runs from before
+    (config.output / "run.json").write_text(json.dumps(run))
+    train(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"words": "a"}\n'], ids=["empty", "cut off", "another column"])
+def test_a_validation_split_that_cannot_be_read_is_no_reason_to_take_another(config, tmp_path, text):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one bottle of beer on the wall, one bottle of beer."}\n' * 90)
+    config = replace(config, data=replace(config.data, text=str(folder)))
+    train(config)  # the last twentieth is held out
+    (folder / "validation.jsonl").write_text(text)
+    with pytest.raises(FastWeightsError, match=r"validation|column"):
+        train(replace(config, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out", "overlap"),
+    [
+        ("train", "validation", False),
+        ("train", "train", True),
+        ("train+validation", "validation", True),
+        ("train + validation[:5]", "validation", True),
+        ("train", "train[90%:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("all", "test", True),
+    ],
+)
+def test_splits_of_which_one_is_part_of_the_other_overlap(split, held_out, overlap):
+    assert _overlap(held_out, split) is overlap
 
 
 def test_a_killed_stage_with_lora_goes_on(config):

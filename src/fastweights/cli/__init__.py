@@ -123,6 +123,7 @@ _LEFT: dict[str, str] = dict.fromkeys(
     ("train", "compare", "pretrain", "sample"), "what was saved stays, and --resume goes on from there"
 )
 _LEFT["demo"] = "what was saved stays, and the next demo starts anew with --overwrite"
+_LEFT["chat"] = "what /save has written stays"
 
 TRACEBACK = "FASTWEIGHTS_TRACEBACK"
 """Environment variable that, set to anything, shows where in the code an error comes from that nobody had foreseen."""
@@ -138,7 +139,7 @@ def main() -> None:
     try:
         make_app(show_all=SHOW_ALL in os.environ).meta(sys.argv[1:])
     except KeyboardInterrupt:
-        command = next((token for token in sys.argv[1:] if token in _LEFT), "")
+        command = next((token for token in sys.argv[1:] if token in COMMANDS), "")
         note(f"stopped; {_LEFT.get(command, 'nothing new was saved')}")
         sys.exit(130)
     except BrokenPipeError:  # whoever reads our output has had enough of it

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _USUAL = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+_OF_TRANSFORMERS = 50
+"""Tokens that its own `generate` samples from where a model that is to be sampled from does not say how many."""
 _TOKENS_ALONE = {"num_return_sequences": 1, "return_dict_in_generate": False}
 """What `generate` is to return, whatever a model's own settings say."""
 
@@ -57,8 +59,8 @@ def sampling_settings(
         usual = dict.fromkeys(_USUAL) | {"repetition_penalty": 1.0}
         asked = asked | {"temperature": None}
     elif own.do_sample:
-        said = {name: getattr(own, name) for name in _USUAL}
-        usual = said | {"temperature": own.temperature or 1.0, "repetition_penalty": 1.0}
+        top_k = _OF_TRANSFORMERS if own.top_k is None else own.top_k
+        usual = {"temperature": own.temperature or 1.0, "top_k": top_k, "top_p": own.top_p, "repetition_penalty": 1.0}
     else:
         usual = dict(_USUAL)
     usual["repetition_penalty"] = own.repetition_penalty or usual["repetition_penalty"]

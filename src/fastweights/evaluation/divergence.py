@@ -54,6 +54,16 @@ class Divergence:
     """The same mean by position in the document."""
 
 
+def check_vocabularies(model: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Refuse two models that choose between different tokens, as far as their number tells."""
+    ours, theirs = model.config.vocab_size, original.config.vocab_size
+    if ours != theirs:
+        raise FastWeightsError(
+            f"the model chooses between {ours} tokens and its original between {theirs}: give the model that it was "
+            "made of"
+        )
+
+
 @torch.no_grad()
 def divergence(
     model: PreTrainedModel,
@@ -80,15 +90,11 @@ def divergence(
     Raises:
         FastWeightsError: the two have vocabularies of different sizes, or as `evaluate` does.
     """
+    check_vocabularies(model, original)
     of_text = torch.full((len(text.tokens[: config.max_tokens if config else None]),), float("nan"))
     same = torch.zeros(len(of_text), dtype=torch.bool)
     both = (predictions(each, text, block_size=block_size, config=config) for each in (model, original))
     for (places, logits, counted), (_, expected, _) in zip(*both, strict=True):
-        if logits.shape != expected.shape:
-            raise FastWeightsError(
-                f"the model chooses between {logits.shape[-1]} tokens and its original between {expected.shape[-1]}: "
-                "give the model that it was made of"
-            )
         found = token_divergences(logits, expected)
         if not found.isfinite().all():
             raise DivergedError(

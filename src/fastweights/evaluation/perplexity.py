@@ -237,6 +237,12 @@ def _dynamic_losses(
                 yield positions, losses, ~begins[positions]
 
 
+def check_long_enough(text: TokenizedText, config: EvaluationConfig) -> None:
+    """Refuse a text in which nothing can be predicted."""
+    if (n_tokens := len(text.tokens[: config.max_tokens])) < 2:
+        raise FastWeightsError(f"the text has {n_tokens} tokens; at least 2 are needed to predict one")
+
+
 def _checked(
     model: PreTrainedModel, text: TokenizedText, block_size: int, config: EvaluationConfig | None
 ) -> tuple[EvaluationConfig, Int[Tensor, " N"], Bool[Tensor, " N"]]:
@@ -246,9 +252,8 @@ def _checked(
         raise FastWeightsError(f"block_size is {block_size}; it must be at least 2")
     check_block_size(model, block_size)
     check_stride(config, block_size)
+    check_long_enough(text, config)
     tokens = text.tokens[: config.max_tokens].to(model.device)
-    if len(tokens) < 2:
-        raise FastWeightsError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one")
     return config, tokens, _document_starts(text, len(tokens)).to(tokens.device)
 
 

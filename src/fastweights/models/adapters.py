@@ -51,7 +51,9 @@ _MOST = {2: 0.2, 1: 0.01}
 bits it is 0.01, to five 0.04, to four 0.08 to 0.14; vectors are not quantised, and rounding to bf16 is 0.002."""
 
 
-def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str | Path | PreTrainedModel) -> None:
+def save_adapter(
+    model: FastWeightsForCausalLM, folder: str | Path, *, base: str | Path | PreTrainedModel, replace: bool = False
+) -> None:
     """Write what training made of a conversion, without its base model; whole or not at all.
 
     Matrices are stored in bf16, so that what is loaded differs by this rounding; vectors in fp32.
@@ -60,19 +62,20 @@ def save_adapter(model: FastWeightsForCausalLM, folder: str | Path, *, base: str
         model: a conversion, with peft's LoRA in it (adapter "default") or without any; it stays as it is.
         folder: new, or one of an adapter, which is replaced.
         base: the model that was converted, or its name.
+        replace: whether it may take the place of a model in that folder.
 
     Raises:
         FastWeightsError: more was trained than an adapter holds, or it cannot be written.
     """
     folder = Path(folder)
     check_not_quantised(model, "an adapter")
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and not replace:
         raise FastWeightsError(f"{folder} has a model in it: give the adapter a folder of its own")
     original = convert(base, model.config.settings)
     state = model.state_dict()
     new = set(model.new_tensors())
     lora = _lora_settings(model)
-    _check_rest(state, original)
+    check_rest(model, original, "train with LoRA, or keep the whole model")
     kept = {
         _PREFIX + name.replace(".default.", "."): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
@@ -252,18 +255,24 @@ def _lora_settings(model: FastWeightsForCausalLM) -> dict[str, Any]:
     }
 
 
-def _check_rest(state: dict[str, Tensor], original: FastWeightsForCausalLM) -> None:
-    """Refuse to leave out what is not the base model's own, bit for bit."""
+def check_rest(model: FastWeightsForCausalLM, original: FastWeightsForCausalLM, advice: str) -> None:
+    """Refuse to leave out what is not the base model's own, bit for bit.
+
+    Args:
+        model: a conversion, with LoRA or without.
+        original: the same conversion of the base model, untrained.
+        advice: what to do instead.
+    """
     new = set(original.new_tensors())
     theirs = {name: x for name, x in original.state_dict().items() if name not in new}
-    ours = {name.replace(".base_layer.", "."): x for name, x in state.items() if ".lora_" not in name}
+    ours = {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items() if ".lora_" not in name}
     for name, tensor in ours.items():
         if name in new:
             continue
         if name not in theirs or not theirs[name].to(tensor).equal(tensor):
             raise FastWeightsError(
                 f"{name} is not as in the base model {original.config.base_model or ''}, and an adapter holds LoRA, "
-                "gates and factors alone: train with LoRA, or keep the whole model"
+                f"gates and factors alone: {advice}"
             )
 
 

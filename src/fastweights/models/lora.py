@@ -72,10 +72,8 @@ def add_lora(
     Raises:
         FastWeightsError: if peft is not installed, or LoRA of another rank is there.
     """
-    check_not_quantised(model, "LoRA")
-    if (there := lora_rank(model)) not in (0, rank):
-        raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
-    if not there:
+    check_lora(model, rank)
+    if not lora_rank(model):
         config = lora_config(model, rank, alpha=alpha, targets=targets)
         from peft import inject_adapter_in_model
 
@@ -83,6 +81,15 @@ def add_lora(
     new = set(model.new_parameter_names())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in new or "lora_" in name)
+
+
+def check_lora(model: FastWeightsForCausalLM, rank: int) -> None:
+    """Refuse what `add_lora` could not do."""
+    check_not_quantised(model, "LoRA")
+    if (there := lora_rank(model)) not in (0, rank):
+        raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
+    if not there:
+        lora_config(model, rank)
 
 
 def lora_rank(model: nn.Module) -> int:

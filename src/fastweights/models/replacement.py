@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastweights.layers.attention import AttentionShape, FastWeightAttention
@@ -74,7 +76,8 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
 
 
 def keep_frequencies(base: nn.Module, row: Architecture) -> None:
-    """Rotary frequencies stay those of short texts where others are meant for longer ones ("longrope", "dynamic").
+    """Rotary frequencies stay those of short texts where others are meant for longer ones ("longrope", "dynamic"), and
+    exact at any position.
 
     A stream has no length, and what a window sees is near. Otherwise a text in pieces would not be the text.
 
@@ -85,12 +88,43 @@ def keep_frequencies(base: nn.Module, row: Architecture) -> None:
     if row.rotary is None:
         return
     rotary: Any = base.get_submodule(row.rotary)
+    if isinstance(rotary, EndlessRotary):
+        return
     kinds = rotary.rope_type
 
     def kept(kind: str) -> str:
         return "default" if kind == "longrope" or "dynamic" in kind else kind
 
     rotary.rope_type = {name: kept(kind) for name, kind in kinds.items()} if isinstance(kinds, dict) else kept(kinds)
+    base.set_submodule(row.rotary, EndlessRotary(rotary))
+
+
+_EXACT = 2**16
+"""Positions whose angles are as exact in float32 as base models have them."""
+
+
+class EndlessRotary(nn.Module):
+    """A base model's rotary embedding, as exact far into a text as at its beginning.
+
+    In float32 the angle of position 10 million is off by half a radian. So a position is taken for a multiple of 65,536
+    and a rest: what the base model makes for the rest is turned by the angle of the multiple, without whole circles.
+    Up to 65,536 nothing changes, bit for bit.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(
+        self, x: Tensor, position_ids: Int[Tensor, "B T"], *layer_type: str, **named: str
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, T, d) each, as the base model's own gives them."""
+        cos, sin = self.rotary(x, position_ids % _EXACT, *layer_type, **named)
+        names = [f"{kind}_inv_freq" for kind in (*layer_type, *named.values())] or ["inv_freq"]
+        circles = (getattr(self.rotary, names[0]).float() * _EXACT) % (2 * math.pi)
+        angle = (position_ids // _EXACT)[..., None].float() * circles.to(x.device)
+        far_cos, far_sin = (torch.cat((turn, turn), -1).to(cos.dtype) for turn in (angle.cos(), angle.sin()))
+        return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
 
 class ConstantPosition(nn.Module):

@@ -49,19 +49,24 @@ class ChatTemplate:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.first("a")
         self.next("a")
+        if system is not None and _PLACE not in self._rendered([{"role": "system", "content": _PLACE}, _said("a")]):
+            raise FastWeightsError(
+                "the chat template of this tokenizer has no place for a system prompt: leave it out, or give a model "
+                "with another"
+            )
 
     def first(self, said: str) -> str:
         """The text of the first turn, up to where its answer begins."""
-        return self._rendered([*self._system, {"role": "user", "content": said}])
+        return self._rendered([*self._system, _said(said)])
 
     def next(self, said: str) -> str:
         """The text between an answer and the next: the end of the one, what is said, and the beginning of the other."""
-        before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACE}]
-        return self._around_place(self._rendered([*before, {"role": "user", "content": said}]))[1]
+        before = [_said("a"), {"role": "assistant", "content": _PLACE}]
+        return self._around_place(self._rendered([*before, _said(said)]))[1]
 
     def opening(self) -> str:
         """The text between what is said and its answer."""
-        return self._around_place(self._rendered([{"role": "user", "content": _PLACE}]))[1]
+        return self._around_place(self._rendered([_said(_PLACE)]))[1]
 
     def before(self) -> str:
         """The text before what is said first."""
@@ -94,6 +99,10 @@ class ChatTemplate:
                 f"the chat template of this tokenizer takes no such conversation ({reason_of(error)}): {without}give a "
                 "model with another"
             ) from error
+
+
+def _said(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 class Conversation:
@@ -143,7 +152,7 @@ class Conversation:
 
         Args:
             said: what is said to the model.
-            interrupted: asked before each piece of a long turn whether to leave out the rest.
+            interrupted: asked before each piece of a long turn but the first whether to leave out the rest.
             progress: called after each piece with the tokens that were read, and their number.
 
         Raises:
@@ -155,7 +164,7 @@ class Conversation:
         self.turns += 1
         read = 0
         for piece in turn.split(PIECE):
-            if interrupted():
+            if interrupted() and read:
                 self._read(tokens_of(self.template.opening(), self.tokenizer, inside=True))
                 return
             self._read(piece)

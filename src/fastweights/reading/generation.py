@@ -72,6 +72,7 @@ def go_on(
     mask = inputs.new_ones(
         1, cache.get_seq_length() + 1
     )  # of all tokens so far, by which `generate` finds the new ones
+    arguments["use_cache"] = True  # a model may say otherwise of itself, and would read on what the cache has read
     output = model.generate(inputs, attention_mask=mask, cache=cache, **arguments)  # type: ignore[operator]
     return output[0, len(ids) :] if returned == 1 else output[:, len(ids) :]
 
@@ -151,6 +152,7 @@ class Continuation(BaseStreamer, StoppingCriteria):
         """What was told."""
         self.stopped = False
         """Whether a stop text came."""
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}  # no text
         self._ids = list(before[-CONTEXT:])
         self._told = len(self._ids)
         self._held = ""
@@ -164,7 +166,7 @@ class Continuation(BaseStreamer, StoppingCriteria):
 
     def add(self, ids: list[int]) -> None:
         """Go on with these tokens."""
-        self._ids += ids
+        self._ids += [token for token in ids if token not in self._special]
         new = self._decode(self._ids)[len(self._decode(self._ids[: self._told])) :]
         if new.endswith("\ufffd") and len(self._ids) - self._told < _BYTES_OF_A_CHARACTER:
             return  # not all bytes of a character are there

@@ -53,6 +53,8 @@ class Memory:
     """The last token of the text: known, but read only with what follows it, as its prediction is wanted then."""
     turns: int = 0
     """Of the conversation that the text ends with; 0 for a text that is none."""
+    broken: bool = False
+    """Whether reading ended by an error, so that the state may be of other tokens than those that were read."""
 
     def fork(self) -> Memory:
         """A copy that can go on by itself."""
@@ -89,7 +91,9 @@ class Memory:
         before = part.new_tensor([] if self.last_token is None else [self.last_token])
         ready = torch.cat((before, part[:-1]))
         if len(ready):
+            was, self.broken = self.broken, True
             check_logits(stream.read(ready[None].to(self.model.device), logits_to_keep=1))
+            self.broken = was
         self.last_token, self.tokens, self.turns = int(part[-1]), self.tokens + len(part), 0
 
     def generate(
@@ -125,10 +129,12 @@ class Memory:
             The path.
 
         Raises:
-            FastWeightsError: the memory is not finite, or there is no writing to that place.
+            FastWeightsError: the memory is not finite or broken, or there is no writing to that place.
         """
         path = Path(path)
         check_new_file(path, "save the memory elsewhere")
+        if self.broken:
+            raise FastWeightsError("reading ended by an error, and nothing was saved: go on from an earlier memory")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(self.cache).items()}
         if bad := not_finite(tensors):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")

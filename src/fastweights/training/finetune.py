@@ -82,18 +82,24 @@ def train_attention(student: FastWeightsForCausalLM, lora_rank: int) -> None:
         layer.requires_grad_(True)
 
 
-def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
-    """Hold the fast weights of every layer at a factor of 0, with nothing in them to train.
-
-    Raises:
-        FastWeightsError: a layer has no window, and so nothing but fast weights.
-    """
+def check_windows(student: FastWeightsForCausalLM) -> None:
+    """Refuse a model of which a layer has no window that could be trained alone."""
     for layer in student.fast_attentions():
         if not layer.window:
             raise FastWeightsError(
                 f"fast_weights is off, and layer {layer.layer_idx} has no window that could be trained alone: set "
                 "convert.window, or leave fast_weights on"
             )
+
+
+def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
+    """Hold the fast weights of every layer at a factor of 0, with nothing in them to train.
+
+    Raises:
+        FastWeightsError: a layer has no window, and so nothing but fast weights.
+    """
+    check_windows(student)
+    for layer in student.fast_attentions():
         layer.fast_scale.requires_grad_(False).zero_()
         layer.window_only = True
         for module in layer.new_modules():

@@ -12,14 +12,15 @@ import transformers
 from transformers import PreTrainedModel
 
 from fastweights.data import TokenizedText, load_documents, tokenize
-from fastweights.errors import FastWeightsError
+from fastweights.errors import FastWeightsError, NoSuchSplitError
+from fastweights.evaluation.comparison import without_layer
 from fastweights.evaluation.parts import evaluate_parts, is_hybrid
-from fastweights.evaluation.perplexity import Evaluation, check_stride, evaluate, plain
+from fastweights.evaluation.perplexity import Evaluation, check_long_enough, check_stride, evaluate, plain
 from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
-from fastweights.models.adapters import adapter_config, load_adapter, save_adapter
+from fastweights.models.adapters import adapter_config, check_rest, load_adapter, save_adapter
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
-from fastweights.models.lora import lora_rank
+from fastweights.models.lora import check_lora, lora_rank
 from fastweights.models.quantisation import check_not_quantised
 from fastweights.progress import Progress
 from fastweights.reading.memory import digest_of, fingerprint
@@ -27,10 +28,11 @@ from fastweights.reading.stream import check_block_size
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import STDLIB
-from fastweights.settings.training import TrainConfig
+from fastweights.settings.training import FinetuneConfig, TrainConfig
 from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import FINISHED, damage
 from fastweights.training.runs import (
+    CONVERTED,
     begin_run,
     check_stage,
     check_start,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from fastweights.settings.training import TransferConfig
     from fastweights.training.trainer import StageTrainer
 
 RESULTS_FILE = "results.json"
@@ -97,8 +100,10 @@ def _train_conversion(run: _Run, known: Evaluation | None) -> list[StageResult]:
     from fastweights.training.calibration import calibrate, is_fresh  # slow to import, like the stages' trainers
 
     config = run.config
-    student, teacher = _load_models(config)
-    run.begin(config.stages, teacher)
+    student, teacher, was_converted = _load_models(config)
+    for stage in config.stages:
+        _check_student(student, getattr(config, stage))
+    run.begin(config.stages, teacher, student if was_converted else None)
     student, teacher = run.place(student), run.place(teacher)
     if known is None:
         run.evaluate("teacher", teacher)
@@ -129,8 +134,8 @@ def _train_meta(run: _Run) -> list[StageResult]:
     run.begin(config.stages, base)
     del base
     model = run.place(model)
-    if not has_layer:
-        run.evaluate("static", model)  # the layer is still the identity
+    with without_layer(model):
+        run.evaluate("static", model)
     model = run.train("meta", model)
     run.evaluate("meta", model)
     run.evaluate("meta, stream", model, context="stream")
@@ -160,8 +165,16 @@ class _Run:
     def __exit__(self, *_: object) -> None:
         self._alone.close()
 
-    def begin(self, stages: Sequence[str], model: PreTrainedModel) -> None:
-        """Load the text and refuse what could not be trained or evaluated; then write down what the run is."""
+    def begin(
+        self, stages: Sequence[str], model: PreTrainedModel, student: FastWeightsForCausalLM | None = None
+    ) -> None:
+        """Load the text and refuse what could not be trained or evaluated; then write down what the run is.
+
+        Args:
+            stages: that are to be trained.
+            model: that the run begins with, or that its student is converted from.
+            student: one that was converted before.
+        """
         config = self.config
         self.stages = stages
         self.blocks, self.held_out = load_data(config, self.tokenizer)
@@ -169,9 +182,12 @@ class _Run:
         check_stride(config.evaluation, config.data.block_size)
         for stage in stages:
             check_stage(getattr(config, stage), config.run, self.blocks)
+        check_long_enough(self.held_out, config.evaluation)
         inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
             contents = contents_of(model, self.blocks, self.held_out)
+            if student is not None:
+                contents[CONVERTED] = fingerprint(student)
             self._alone.enter_context(begin_run(config, inputs, contents))
 
     def place(self, model: _Model) -> _Model:
@@ -237,7 +253,7 @@ class _Run:
         """Save the model in the run's own folder, as an adapter of its teacher if it has LoRA; all results."""
         if self.process.is_main_process:
             if isinstance(model, FastWeightsForCausalLM) and teacher is not None and lora_rank(model):
-                save_adapter(model, self.config.output, base=teacher)
+                save_adapter(model, self.config.output, base=teacher, replace=True)
             else:
                 save_model(model, self.tokenizer, self.config.output)
         self.process.wait_for_everyone()
@@ -268,16 +284,24 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """Training blocks and held-out text, which never overlap."""
     data, held_out = config.data, config.held_out
     documents = load_documents(data)
-    if held_out == data.split:
+    if _overlap(held_out, data.split):
         raise FastWeightsError(f"held_out is {held_out}, which is trained on: name another split")
     try:
         rest = load_documents(replace(data, split=held_out))
-    except FastWeightsError:
+    except NoSuchSplitError:
         if data.text == STDLIB or held_out != TrainConfig.held_out:
             raise
         documents, rest = _without_the_end(documents)
     text = tokenize(documents, tokenizer)
     return TokenBlocks(text.tokens, data.block_size, text.document_lengths), tokenize(rest, tokenizer)
+
+
+def _overlap(*splits: str) -> bool:
+    """Whether two splits, which may be sums and parts as `datasets` has them, share one of which either has all."""
+    first, second = ({part.strip() for part in split.split("+")} for split in splits)
+    whole = {part for part in first | second if "[" not in part}
+    names = ({part.partition("[")[0] for part in parts} for parts in (first, second))
+    return "all" in whole or bool(whole & set.intersection(*names))
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -294,7 +318,18 @@ def _load_trained(folder: Path, base: PreTrainedModel | None = None) -> PreTrain
     return load_model(folder) if adapter_config(folder) is None else load_adapter(folder, base, merge=False)
 
 
-def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel]:
+def _check_student(student: FastWeightsForCausalLM, config: TransferConfig | FinetuneConfig) -> None:
+    """Refuse what a stage could not train, before anything of an earlier run is touched."""
+    if config.lora_rank:
+        check_lora(student, config.lora_rank)
+    if isinstance(config, FinetuneConfig) and not config.fast_weights:
+        from fastweights.training.finetune import check_windows
+
+        check_windows(student)
+
+
+def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel, bool]:
+    """Student and teacher, and whether the student was converted before."""
     is_adapter = adapter_config(resolve_model(config.model)) is not None
     lora = any(getattr(config, stage).lora_rank for stage in config.stages)
     model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
@@ -306,7 +341,11 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
                 f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "
                 "meta, or convert the model that it was made from"
             )
-        return model, load_teacher(model, config.teacher)
+        teacher = load_teacher(model, config.teacher)
+        if lora and not is_adapter:
+            advice = "leave lora_rank out, or train the adapter or the original that it was made of"
+            check_rest(model, convert(teacher, model.config.settings), advice)
+        return model, teacher, True
     if config.stage == "finetune" and config.convert == ConversionConfig():
         raise FastWeightsError(
             f"{config.model} has no fast weights to finetune: say how to convert it (convert.window, for example), "
@@ -315,4 +354,4 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
     _refuse(config.teacher, None, "teacher", f"{config.model} is still to be converted and its own teacher")
     transformers.set_seed(config.run.seed)
     student = convert(model, config.convert)
-    return student, model.requires_grad_(False)
+    return student, model.requires_grad_(False), False

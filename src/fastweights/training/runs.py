@@ -38,6 +38,10 @@ TRAINER_STATE_FILE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME, w
 _STAGES = ("transfer", "finetune", "meta", "short", "long")
 
 
+CONVERTED = "converted model"
+"""Among the things that a run reads: one that was converted before. Runs from earlier do not have it."""
+
+
 def process_state() -> PartialState:
     """This process among those that accelerate or torchrun launched; on a machine without accelerator they use gloo."""
     from accelerate import PartialState
@@ -138,7 +142,7 @@ def _check_contents(folder: Path, contents: dict[str, str]) -> None:
         return  # none was started here
     before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("contents", {})
     for name, digest in contents.items():
-        if before.get(name) != digest:
+        if before.get(name, digest if name == CONVERTED else None) != digest:
             raise FastWeightsError(
                 f"the {name} is not what it was when the run in {folder} was started: put it back, or start anew with "
                 "--overwrite"

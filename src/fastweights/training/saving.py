@@ -58,6 +58,7 @@ class Saving(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._saved = time.monotonic()
+        state.compute_steps(args, state.max_steps)  # how often to save and to log: not as a checkpoint says
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self._saved = time.monotonic()

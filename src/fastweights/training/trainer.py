@@ -8,6 +8,7 @@ end a run with a checkpoint; progress is one line.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.files import model_written_whole, said
@@ -34,7 +35,7 @@ from fastweights.training.checkpoints import (
     seal,
 )
 from fastweights.training.progress import Clock, ProgressBar
-from fastweights.training.runs import check_stage
+from fastweights.training.runs import TRAINER_STATE_FILE, check_stage
 from fastweights.training.saving import Saving
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class StageTrainer(Trainer):
         rates: Mapping[str, float] | None = None,
     ) -> None:
         check_stage(config, run, blocks)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=_arguments(config, run, output),
@@ -76,6 +78,7 @@ class StageTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=default_data_collator,  # blocks need no padding
         )
+        model.config.use_cache = use_cache  # which the Trainer switches off, and is saved with the model
         if run.compile:
             for each in filter(None, (model, self.teacher)):
                 compile_around_attention(each)
@@ -194,7 +197,8 @@ class StageTrainer(Trainer):
         found = [str(checkpoint_to_resume(self.output) or "") if resume and self.is_world_process_zero() else ""]
         checkpoint = broadcast_object_list(found)[0]
         with self.saving.until_told(), self.progress:
-            self.train(resume_from_checkpoint=checkpoint or None)
+            if not (checkpoint and self._is_last(checkpoint)):
+                self.train(resume_from_checkpoint=checkpoint or None)
         if self.saving.told_to_stop.is_set():
             if self.is_world_process_zero():
                 step = self.state.global_step
@@ -211,11 +215,27 @@ class StageTrainer(Trainer):
                 seal(self.output, (file for file in self.output.iterdir() if file.is_file()), FINISHED)
         self.accelerator.wait_for_everyone()
 
+    def _is_last(self, checkpoint: str) -> bool:
+        """Whether nothing is left to train after a checkpoint, which then is where the stage is.
+
+        The Trainer looks at the number of steps after each step alone, and would take one too many.
+        """
+        with _reading(checkpoint):
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
+        if state.global_step < self.config.steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if not state.log_history:  # how long it took is read from there
+            self.clock.on_train_begin(self.args, state, self.control)
+            self.log({})
+        return True
+
     def _write_model(self, main: bool) -> None:
         """The model with its tokenizer, or of one with LoRA the adapter."""
         if lora_rank(self.model):  # type: ignore[arg-type]
             if main:
-                save_adapter(self.model, self.output, base=self.teacher)  # type: ignore[arg-type]
+                save_adapter(self.model, self.output, base=self.teacher, replace=True)  # type: ignore[arg-type]
             return
         with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
             self.save_model(str(folder))

@@ -106,33 +106,39 @@ def evaluate(
     held_out = {source: _read(text, source) for source in models}
     for source in models if recall else ():
         check_distances(load_tokenizer(source), recall_test)
-    with Progress(unit="tokens") as progress:
-        for source in held_out:
-            model = placed(load_model(source, weights=weights))
-            if dynamic:
-                check_not_quantised(model, "dynamic evaluation")
-            base = _teacher_of(model, source, teacher, parts=parts) if parts or divergence else None
-            results[source] = compare(
-                model,
-                held_out[source],
-                comparison,
-                block_size=text.block_size,
-                evaluation=evaluation,
-                validation=_read(replace(text, split="validation"), source)
-                if dynamic and comparison.tune_tokens
-                else None,
-                training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
-                teacher=base if parts else None,
-                say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
-                progress=progress,
-            )
-            if recall:
-                recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
-            if divergence:
-                assert base is not None
-                diverged[source] = _divergences(
-                    model, held_out[source], results[source], base, text.block_size, evaluation, progress
+    failed = None
+    try:
+        with Progress(unit="tokens") as progress:
+            for source in held_out:
+                model = placed(load_model(source, weights=weights))
+                if dynamic:
+                    check_not_quantised(model, "dynamic evaluation")
+                base = _teacher_of(model, source, teacher, parts=parts) if parts or divergence else None
+                results[source] = compare(
+                    model,
+                    held_out[source],
+                    comparison,
+                    block_size=text.block_size,
+                    evaluation=evaluation,
+                    validation=_read(replace(text, split="validation"), source)
+                    if dynamic and comparison.tune_tokens
+                    else None,
+                    training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
+                    teacher=base if parts else None,
+                    say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
+                    progress=progress,
                 )
+                if recall:
+                    recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
+                if divergence:
+                    assert base is not None
+                    diverged[source] = _divergences(
+                        model, held_out[source], results[source], base, text.block_size, evaluation, progress
+                    )
+    except FastWeightsError as error:
+        if not results:
+            raise
+        failed = error  # once what was measured before it is told
     data = {
         source: _plain(rows, recalled.get(source, {}), diverged.get(source, {})) for source, rows in results.items()
     }
@@ -142,14 +148,16 @@ def evaluate(
         for source, rows in results.items():
             print_methods(source, rows, f"{text.text}, split {text.split}, blocks of {text.block_size} tokens")
             print_positions(source, rows)
-            if recall:
+            if source in recalled:
                 print_recall(source, recalled[source])
-            if divergence:
+            if source in diverged:
                 print_divergences(source, diverged[source])
     if output is not None:
         _write(output, data, results, held_out)
         if not json:
             say(f"results.json and the pictures are in {output}")
+    if failed is not None:
+        raise failed
 
 
 def _read(config: DataConfig, model: str) -> TokenizedText:
@@ -160,6 +168,7 @@ def _read(config: DataConfig, model: str) -> TokenizedText:
 
 
 def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None, *, parts: bool) -> PreTrainedModel:
+    from fastweights.evaluation.divergence import check_vocabularies
     from fastweights.evaluation.parts import is_hybrid
     from fastweights.models.loading import load_model
     from fastweights.models.modeling import FastWeightsForCausalLM
@@ -171,7 +180,9 @@ def _teacher_of(model: PreTrainedModel, source: str, teacher: str | None, *, par
         return load_teacher(model, teacher).to(model.device)  # type: ignore[arg-type]
     if teacher is None:
         raise FastWeightsError(f"{source} was not converted: name by --teacher what --divergence is to compare it with")
-    return load_model(teacher).to(model.device)  # type: ignore[arg-type]
+    original = load_model(teacher)
+    check_vocabularies(model, original)
+    return original.to(model.device)  # type: ignore[arg-type]
 
 
 def _recall(

@@ -56,13 +56,16 @@ def generate(
     max_new_tokens
         Tokens to generate at most.
     temperature
-        0 takes the likeliest token, higher values sample; by default as the model says, else 0.8, with beams 0.
+        0 takes the likeliest token, higher values sample; by default as the model's generation_config says, or 0.8 if
+        that does not sample, with beams 0.
     top_k
-        Tokens to sample from; by default as the model's generation_config says, else 50.
+        Tokens to sample from; by default as that says, or 50.
     top_p
-        Sample from the likeliest tokens that together have this probability; by default as the model says, else 0.95.
+        Sample from the likeliest tokens that together have this probability; by default as that says, or 0.95 if it
+        does not sample.
     repetition_penalty
-        Makes tokens that were generated less likely; by default as the model says, else 1.1, or 1 at temperature 0.
+        Makes tokens that were generated less likely; by default as that says, or 1.1 if it does not sample, 1 if it
+        does or at temperature 0.
     stop
         Text before which to end; may be given several times.
     beams

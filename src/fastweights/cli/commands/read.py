@@ -138,21 +138,25 @@ def _read_all(
     """Read from a place on, which moves; between two pieces there is time for other things."""
     import torch
 
+    from fastweights.data import first_tokens
     from fastweights.reading.text import token_pieces
 
     pipes = [_is_pipe(file) for file in files]
     sizes = [0 if is_pipe else file.stat().st_size for file, is_pipe in zip(files, pipes, strict=True)]
     total = None if any(pipes) else sum(sizes)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start, none = first_tokens(tokenizer), torch.tensor([], dtype=torch.long)
+    before = torch.tensor(start if memory.last_token is None and not place.characters else [], dtype=torch.long)
     for index, file in enumerate(files):
         with Progress(printable(f"reading {file.name}"), unit=BYTES, quick=True) as progress:
             for piece in token_pieces(file, tokenizer, size=_SIZE, skip=place.characters):
                 with stops.after():
-                    memory.read([piece.ids])
+                    memory.read([torch.cat((before, piece.ids))])
+                    before = none
                     place.characters = piece.characters
                 progress(sum(sizes[:index]) + piece.bytes, total)
                 yield
         if index + 1 < len(files):
             with stops.after():
-                memory.read([torch.tensor(end, dtype=torch.long)])
+                memory.read([torch.tensor([*end, *start], dtype=torch.long)])
                 place.file, place.characters = index + 1, 0

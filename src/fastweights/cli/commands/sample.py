@@ -89,7 +89,8 @@ def sample(
                             saved = time.monotonic()
         except Stopped:
             samples.save()
-            note(f"stopped: {_told(samples)}; go on with the same command and --resume")
+            how = "--resume in the place of --overwrite" if overwrite else "--resume"
+            note(f"stopped: {_told(samples)}; go on with the same command and {how}")
             sys.exit(128 + stops.number)
         except FastWeightsError:
             samples.save()
