@@ -18,7 +18,7 @@ from benchmarks.common import write_csv
 from fastweights.environment import environment
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import HeldOutConfig
-from fastweights.settings.text import DataConfig
+from fastweights.settings.text import STDLIB, DataConfig
 from fastweights.settings.training import RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
 
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--llama-text", help="text of its kind")
     arguments = parser.parse_args()
     jobs = [("embedded", DataConfig(), name, settings) for name, settings in CONVERSIONS.items()]
+    if bool(arguments.llama) != bool(arguments.llama_text):
+        parser.error("--llama and --llama-text go together: give both or neither")
     if arguments.llama:
         text = DataConfig(text=arguments.llama_text, block_size=256)
         jobs += [(arguments.llama, text, name, settings) for name, settings in LLAMA.items()]
@@ -63,8 +65,8 @@ def main() -> None:
         for model, data, name, settings in jobs:
             rows.append(_run(model, data, name, settings, seed, arguments))
             console.print(rows[-1])
+            write_csv(arguments.output, rows, environment())
     _print(rows)
-    write_csv(arguments.output, rows, environment())
 
 
 def _run(model: str, data: DataConfig, name: str, settings: dict, seed: int, arguments: argparse.Namespace) -> dict:
@@ -74,7 +76,7 @@ def _run(model: str, data: DataConfig, name: str, settings: dict, seed: int, arg
         output=arguments.runs / f"{name}-{seed}".replace(" ", "-"),
         overwrite=True,
         stage="transfer",
-        held_out="test",
+        held_out="test" if data.text == STDLIB else TrainConfig.held_out,  # a file has no other split
         convert=ConversionConfig(**settings),
         data=data,
         transfer=TransferConfig(

@@ -226,6 +226,23 @@ def test_folder_with_splits(tmp_path):
     assert load_documents(DataConfig(text=str(tmp_path), split="test")) == ["test text"]
 
 
+def test_other_files_of_a_folder_are_no_text(tmp_path):
+    """Whether files are named by splits or not."""
+    for name in ("train.txt", "test.txt", "more/test.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    for name in ("train.log", "test.csv", "LICENSE", "cover.png", "more/test.html"):
+        (tmp_path / name).write_bytes(b"no text \xff\xfe")
+    assert sorted(load_documents(DataConfig(text=str(tmp_path), split="test"))) == [
+        "text of more/test.txt",
+        "text of test.txt",
+    ]
+    (tmp_path / "train.txt").rename(tmp_path / "a.txt")
+    (tmp_path / "test.txt").unlink()
+    (tmp_path / "more" / "test.txt").unlink()
+    assert load_documents(DataConfig(text=str(tmp_path))) == ["text of train.txt"]
+
+
 def test_rows_that_are_lines_of_one_text(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row + "\n"}) + "\n" for row in ROWS))
     assert load_documents(DataConfig(text=str(tmp_path / "a.jsonl"), join_rows=True)) == ["\n".join(ROWS) + "\n"]

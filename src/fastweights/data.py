@@ -77,6 +77,14 @@ def load_documents(config: DataConfig) -> list[str]:
     return ["".join(documents)] if config.join_rows else documents
 
 
+def overlap(*splits: str) -> bool:
+    """Whether two splits, which may be sums and parts as `datasets` has them, share one of which either has all."""
+    first, second = ({part.strip() for part in split.split("+")} for split in splits)
+    whole = {part for part in first | second if "[" not in part}
+    names = ({part.partition("[")[0] for part in parts} for parts in (first, second))
+    return "all" in whole or bool(whole & set.intersection(*names))
+
+
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
     """Token ids of all documents, each between what the tokenizer puts before a text and an end token.
 
@@ -204,11 +212,16 @@ def _rows_of_files(builder: str, config: DataConfig, argument: str) -> list[Any]
             raise _not_read(config, error) from error
 
 
+def _not_text(folder: str, names: list[str]) -> list[str]:
+    """Files whose suffix is not that of a text, which `datasets` would read as if they were one."""
+    return [name for name in names if not Path(folder, name).is_dir() and _builder_of(Path(name)) is None]
+
+
 def _linked(path: Path, folder: Path) -> str:
     """A name for a file or folder that is no pattern: `datasets` takes notes[1].txt for notes1.txt, a::b for a URL."""
     path, link = path.resolve(), folder / "text"
     if path.is_dir():
-        shutil.copytree(path, link, copy_function=os.symlink, ignore_dangling_symlinks=True)
+        shutil.copytree(path, link, copy_function=os.symlink, ignore=_not_text, ignore_dangling_symlinks=True)
     else:
         link = link.with_suffix("".join(path.suffixes[-2:]))
         link.symlink_to(path)

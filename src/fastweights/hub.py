@@ -7,8 +7,6 @@ from typing import Literal
 
 from fastweights.files import said
 
-_SECONDS = 3.0
-
 
 def is_hub_name(name: str) -> bool:
     """Whether the hub could have something of this name: `name` or `owner/name`."""
@@ -27,13 +25,14 @@ def why_not_on_hub(name: str, kind: Literal["model", "dataset"]) -> str | None:
     The libraries that download it would try again for a minute.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as SECONDS
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     found: list[str | None] = []
 
     def ask() -> None:
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
+            HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
             found.append(None)
         except RepositoryNotFoundError:
             found.append(f"the Hugging Face hub has no such {kind}, or not for you")
@@ -45,5 +44,7 @@ def why_not_on_hub(name: str, kind: Literal["model", "dataset"]) -> str | None:
     # No time limit of a request holds for the look-up of the hub's address.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_SECONDS)
-    return found[0] if found else f"the Hugging Face hub cannot be reached within {_SECONDS:g} seconds"
+    thread.join(SECONDS)
+    if found:
+        return found[0]
+    return f"the Hugging Face hub cannot be reached within {SECONDS:g} seconds (HF_HUB_ETAG_TIMEOUT says how many)"

@@ -160,6 +160,23 @@ def test_eval_tells_what_it_measured_before_a_model_that_it_refuses(
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())["models"]) == [str(converted)]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--methods", "sgd", "--tune-tokens", "100", "--split", "validation"),
+            "step sizes are tuned on split validation",
+        ),
+        (("--methods", "sgd", "--tune-tokens", "100", "--split", "test+validation"), "tuned on split validation"),
+        (("--methods", "rms", "--split", "train"), "rms has sizes from split train"),
+    ],
+)
+def test_dynamic_evaluation_is_not_judged_by_what_it_was_tuned_on(monkeypatch, capsys, model_folder, options, expected):
+    code, _, err = run(monkeypatch, capsys, "eval", model_folder, *options)
+    assert (code, err.count("\n")) == (1, 1)
+    assert expected in err
+
+
 def test_learning_while_reading(monkeypatch, capsys, model_folder, text_file, tmp_path):
     """Meta-train a Fast Weight Layer on a converted model, compare ways to read, read a text, generate from it."""
     converted, trained, memory = tmp_path / "converted", tmp_path / "trained", tmp_path / "x.memory"

@@ -174,6 +174,16 @@ def test_gains_say_where_a_method_gains(model, tokenizer):
         assert total == pytest.approx(expected, abs=0.05)
 
 
+def test_what_diverged_on_the_way_says_nothing_of_its_first_tokens(model, tokenizer):
+    text = tokenize([TEXT * 3], tokenizer)
+    settings = ComparisonConfig(methods=("static", "sgd"), sgd=DynamicEvaluationConfig(learning_rate=1e8))
+    static, sgd = compare(model, text, settings, block_size=64)
+    assert not math.isfinite(sgd.evaluation.loss)
+    assert static.by_position
+    assert not sgd.by_position
+    assert all(not rows for rows in gains([static, sgd], text).values())
+
+
 def test_peak_memory_sees_what_is_made_and_given_back():
     with PeakMemory(torch.device("cpu")) as peak:
         x = torch.ones(30_000_000)

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import add_fast_weight_layer, convert
-from fastweights.models.cache import state_bytes
+from fastweights.models.cache import FastWeightsCache, state_bytes
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
 from tests.models.checks import (
@@ -162,6 +162,13 @@ def test_kept_positions_end_with_a_clear_line():
     model(random_ids(1, 128), cache=cache)
     with pytest.raises(FastWeightsError, match='positions="drop"'):
         model(random_ids(1, 1), cache=cache)
+    cache = FastWeightsCache(model.config)
+    model(random_ids(1, 128), cache=cache)
+    cache.begin_here()
+    with pytest.raises(FastWeightsError, match="absolute positions end at 128"):
+        model(random_ids(1, 2), cache=cache)
+    with pytest.raises(FastWeightsError, match="position_ids go up to 128 and this model's absolute positions end at"):
+        model(random_ids(1, 2), position_ids=torch.tensor([[5, 128]]))
     with pytest.raises(FastWeightsError, match="absolute positions"):
         model.generate(random_ids(1, 120), max_new_tokens=20, do_sample=False, eos_token_id=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastweights.errors import FastWeightsError
 from fastweights.models import convert, load_model
 from fastweights.models.adapters import save_adapter
 from fastweights.models.loading import load_tokenizer
-from fastweights.models.names import SMOLLM2_HUB, resolve_model
+from fastweights.models.names import SMOLLM2_HUB, as_argument, resolve_model
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_llama, random_ids, without
 
@@ -38,6 +39,20 @@ def test_smollm2_is_an_adapter_in_the_package(shipped):
     assert model.config.base_model == SMOLLM2_HUB
     assert load_tokenizer("smollm2").get_vocab() == byte_tokenizer().get_vocab()
     assert load_model("smollm2-base")(random_ids(1, 3)).logits.equal(make_llama()(random_ids(1, 3)).logits)
+
+
+def test_a_folder_that_is_called_like_it(shipped, tmp_path, monkeypatch):
+    """A path is a path, and what commands say can be typed."""
+    monkeypatch.chdir(tmp_path)
+    convert(make_llama(), ConversionConfig(window=4)).save_pretrained("smollm2")
+    assert load_model("smollm2").config.settings.window == 8
+    assert load_model("./smollm2").config.settings.window == load_model(Path("smollm2")).config.settings.window == 4
+    assert [as_argument(Path(name)) for name in ("smollm2", "embedded", "mine", "my own")] == [
+        "./smollm2",
+        "./embedded",
+        "mine",
+        "'my own'",
+    ]
 
 
 def test_an_installation_without_it_says_so(shipped):

@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fastweights.errors import FastWeightsError
-from fastweights.models import convert, load_model
+from fastweights.models import add_fast_weight_layer, convert, load_model
 from fastweights.models.quantisation import WeightsConfig, quantise
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import MAKERS, make_gpt2, random_ids
@@ -39,6 +39,30 @@ def load(folder, way: str, offload_folder):
     else:
         disk_offload(loaded, str(offload_folder), CPU)
     return loaded
+
+
+@pytest.mark.parametrize("way", ["device_map disk", "cpu_offload", "some on disk"])
+def test_a_model_that_is_spread_out_is_not_converted(tmp_path, way):
+    """What is put into it would lie where accelerate does not look for it."""
+    make_gpt2().save_pretrained(tmp_path / "model")
+    if way == "some on disk":
+        places = {
+            "transformer.wte": "cpu",
+            "transformer.wpe": "cpu",
+            "transformer.h": "disk",
+            "transformer.ln_f": "cpu",
+        }
+        places |= {"transformer.drop": "cpu", "lm_head": "cpu"}
+        given = {"device_map": places, "offload_folder": tmp_path / "offload"}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **given)
+    else:
+        model = load(tmp_path / "model", way, tmp_path / "offload")
+    for change in (convert, add_fast_weight_layer):
+        with pytest.raises(FastWeightsError, match=r"^the model lies on .*: load it without device_map"):
+            change(model)
+    whole = load(tmp_path / "model", "device_map cpu", tmp_path / "offload")
+    for change in (convert, add_fast_weight_layer):
+        change(whole)(random_ids(1, 5))
 
 
 @torch.no_grad()

@@ -165,6 +165,9 @@ def test_attention_maps_of_models_that_have_them(family):
         assert len(part(ids).attentions) == 3
         assert len(part(ids).hidden_states) == 4
         assert part(ids, output_attentions=False, output_hidden_states=False).attentions is None
+    model.config.output_attentions = False
+    cache = model(ids, use_cache=True).cache
+    assert len(model(ids[:, :1], cache=cache).hidden_states) == 4  # of a single token, too
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastweights.data import load_documents, tokenize
+from fastweights.data import load_documents, overlap, tokenize
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS, evaluate_parts
 from fastweights.evaluation.perplexity import evaluate
@@ -19,7 +19,7 @@ from fastweights.settings.evaluation import EvaluationConfig, HeldOutConfig
 from fastweights.settings.text import DataConfig
 from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
-from fastweights.training.pipeline import _overlap, _without_the_end
+from fastweights.training.pipeline import _without_the_end
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_validation_split_that_cannot_be_read_is_no_reason_to_take_another(con
 
 
 @pytest.mark.parametrize(
-    ("split", "held_out", "overlap"),
+    ("split", "held_out", "shared"),
     [
         ("train", "validation", False),
         ("train", "train", True),
@@ -206,8 +206,8 @@ def test_a_validation_split_that_cannot_be_read_is_no_reason_to_take_another(con
         ("all", "test", True),
     ],
 )
-def test_splits_of_which_one_is_part_of_the_other_overlap(split, held_out, overlap):
-    assert _overlap(held_out, split) is overlap
+def test_splits_of_which_one_is_part_of_the_other_overlap(split, held_out, shared):
+    assert overlap(held_out, split) is shared
 
 
 def test_a_killed_stage_with_lora_goes_on(config):

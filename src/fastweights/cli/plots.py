@@ -98,21 +98,22 @@ def plot_comparison(results: list[MethodResult], output: Path) -> None:
     _save(figure, output)
 
 
-def plot_gains(gains: dict[str, dict[str, list[Gain]]], methods: list[str], output: Path) -> None:
+def plot_gains(gains: dict[str, dict[str, list[Gain]]], methods: dict[str, str], output: Path) -> None:
     """Where each method gains on the static model: one panel for each way to group tokens, one line for each method.
 
     Args:
         gains: for each way to group, for each row's name, the gain of each group.
-        methods: of each row, for its colour.
+        methods: of each row, by its name, for its colour.
         output: PNG file to write.
     """
+    styles = {"stream": "--", "sliding": ":"}
     figure, panels = _figure(len(gains), width=5 * len(gains))
     for panel, (grouping, rows) in zip(panels, gains.items(), strict=True):
-        for (name, points), method in zip(rows.items(), methods, strict=True):
-            style = "--" if name.endswith("stream") else "-"
+        for name, points in rows.items():
+            style = styles.get(name.rsplit(", ", 1)[-1], "-")
             line = [point.bits for point in points]
-            panel.plot(line, style, color=_METHOD_COLORS[method], label=name, marker="o", markersize=4)
-        groups = [point.group for point in next(iter(rows.values()))]
+            panel.plot(line, style, color=_METHOD_COLORS[methods[name]], label=name, marker="o", markersize=4)
+        groups = [point.group for point in next(iter(rows.values()), [])]
         panel.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
         panel.axhline(0, color="#bbbbbb", linewidth=1)
         _label(panel, x=grouping, y="gain over static blocks (bits per token)")
@@ -140,7 +141,7 @@ def plot_grid(rows: list[Row], output: Path) -> None:
             style = {"color": _MAP_COLORS[i % len(_MAP_COLORS)], "label": feature_map, "error_kw": {"linewidth": 1}}
             panel.bar(
                 here,
-                [row.retention for row in mine],
+                [row.parts.get("all", row.retention) for row in mine],
                 thickness,
                 yerr=[row.retention_spread or 0.0 for row in mine],
                 **style,
@@ -154,7 +155,8 @@ def plot_grid(rows: list[Row], output: Path) -> None:
         panel.set_xlim(-0.5, len(rules) - 0.5)
         panel.set_title(f"window of {window}" if window else "no window")
         panel.set_ylim(bottom=0)
-        _label(panel, x="update rule, best first", y="retention of perplexity", beside=True)
+        on = ", on the text that parts are read on" if any("all" in row.parts for row in places.values()) else ""
+        _label(panel, x="update rule, best first", y=f"retention of perplexity{on}", beside=True)
     _save(figure, output)
 
 

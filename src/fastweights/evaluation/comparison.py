@@ -289,7 +289,7 @@ def _run(
         method=method,
         context=evaluation.context,
         evaluation=summary(total, count, text, evaluation),
-        by_position=by_position(losses, text),
+        by_position=by_position(losses, text) if math.isfinite(total) else [],  # else it would be of the first tokens
         seconds=seconds,
         time_ratio=1.0 if unit is None else seconds / unit.seconds,
         peak_bytes=peak.bytes,

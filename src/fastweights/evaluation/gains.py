@@ -41,8 +41,10 @@ def gains(results: list[MethodResult], text: TokenizedText) -> dict[str, dict[st
 
     Returns:
         For each way to group tokens, for each result's name but the first, the gain in each group, in bits per token.
+        What diverged on the way is left out.
     """
     static, *others = results
+    others = [result for result in others if math.isfinite(result.evaluation.loss)]
     tokens = text.tokens[: len(static.losses)]
     groupings = {
         "tokens before, in the document": places(text, len(tokens)),

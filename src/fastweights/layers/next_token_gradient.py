@@ -65,6 +65,8 @@ def next_token_gradient(
 
 
 def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, classes: int) -> Tensor:
+    place = hidden.device
+    hidden, labels = hidden.to(weight.device), labels.to(weight.device)  # of a model on several GPUs
     known, labels = labels != NO_LABEL, labels.clamp(min=0)
     if classes == len(weight):
         logits, own = linear(hidden.to(weight.dtype), weight, bias), None
@@ -76,7 +78,7 @@ def _gradient(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
     gradient = linear(error[:, :classes].to(weight.dtype), weight[:classes].t()).to(hidden.dtype)
     if own is not None:
         gradient = gradient + error[:, classes:] * own
-    return gradient.masked_fill(~known[:, None], 0.0)
+    return gradient.masked_fill(~known[:, None], 0.0).to(place)
 
 
 def _gradient_by_eight_bits(hidden: Tensor, labels: Tensor, unembedding: Int8Linear, classes: int) -> Tensor:

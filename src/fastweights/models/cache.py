@@ -377,6 +377,7 @@ class PendingPosition(NamedTuple):
     @classmethod
     def last_of(cls, hidden: Float[Tensor, "B T d"], real: Bool[Tensor, "B T"]) -> PendingPosition:
         """The last real position of each row among these."""
+        real = real.to(hidden.device)  # of a model on several GPUs
         last = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(1)
         return cls(hidden[torch.arange(len(hidden), device=hidden.device), last, None], real.any(1, keepdim=True))
 

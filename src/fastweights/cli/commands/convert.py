@@ -41,6 +41,7 @@ def convert(
     from fastweights.models import convert as run
     from fastweights.models.conversion import rest_on_windows
     from fastweights.models.loading import check_apart, load_model, load_tokenizer
+    from fastweights.models.names import as_argument
 
     if data != DataConfig() and config.layers_kept is None:
         raise FastWeightsError("data was given, which only layers auto:N read: leave it out")
@@ -55,7 +56,7 @@ def convert(
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
     new = sum(model.get_parameter(name).numel() for name in model.new_parameter_names())
-    then = f"train --model {output}" if new else f"generate {output}"
+    then = f"train --model {as_argument(output)}" if new else f"generate {as_argument(output)}"
     say(
         f"{output}: {len(model.fast_attentions())} of {model.config.num_hidden_layers} layers converted, "
         f"{model.num_parameters():,} parameters, {new:,} of them new; next: fastweights {then}"

@@ -99,6 +99,8 @@ def evaluate(
         if text.split not in (HeldOutDataConfig.split, "train"):
             raise FastWeightsError(f"{text.text} is one file and has no split {text.split!r}: leave split out")
         text = replace(text, split="train")  # a file has no other
+    elif dynamic:
+        _check_unseen(text.split, tuned=bool(comparison.tune_tokens), sizes="rms" in dynamic)
     results: dict[str, list[MethodResult]] = {}
     recalled: dict[str, dict[str, list[Recall]]] = {}
     diverged: dict[str, dict[str, Divergence]] = {}
@@ -158,6 +160,15 @@ def evaluate(
             say(f"results.json and the pictures are in {output}")
     if failed is not None:
         raise failed
+
+
+def _check_unseen(split: str, *, tuned: bool, sizes: bool) -> None:
+    """Refuse to read a text with what dynamic evaluation was tuned on, or has its gradients' sizes from."""
+    from fastweights.data import overlap
+
+    for other, used, what in (("validation", tuned, "step sizes are tuned on"), ("train", sizes, "rms has sizes from")):
+        if used and overlap(split, other):
+            raise FastWeightsError(f"split is {split}, and {what} split {other}: read another, such as test")
 
 
 def _read(config: DataConfig, model: str) -> TokenizedText:
@@ -284,7 +295,7 @@ def _write(
         plot_comparison(rows, output / f"evaluation{mark}.png")
         if len(rows) > 1:
             found = gains(rows, texts[source])
-            plot_gains(found, [row.method for row in rows[1:]], output / f"gains{mark}.png")
+            plot_gains(found, {row.name: row.method for row in rows[1:]}, output / f"gains{mark}.png")
             written["gains"][source] = {  # type: ignore[index]
                 grouping: {row: [asdict(gain) for gain in points] for row, points in by_row.items()}
                 for grouping, by_row in found.items()

@@ -35,6 +35,7 @@ def merge(
     from fastweights.files import check_output_folder, only_run, save_model
     from fastweights.models.adapters import load_adapter
     from fastweights.models.loading import check_apart, load_tokenizer
+    from fastweights.models.names import as_argument
     from fastweights.models.quantisation import quantise
 
     for source in (adapter, *([] if base is None else [base])):
@@ -45,4 +46,4 @@ def merge(
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
         save_model(model, tokenizer, output)
-    say(f"{output}: {model.num_parameters():,} parameters; next: fastweights generate {output}")
+    say(f"{output}: {model.num_parameters():,} parameters; next: fastweights generate {as_argument(output)}")
