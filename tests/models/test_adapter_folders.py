@@ -261,6 +261,19 @@ def test_a_base_model_that_is_gone_is_said(adapter, base_folder):
             load(adapter)
 
 
+def test_the_weights_of_the_base_model_may_be_shared(adapter, base_folder):
+    """Where LoRA stands beside them."""
+    base = load_model(base_folder)
+    for share in (False, True):
+        model = load_adapter(adapter, base, merge=False, share=share)
+        same = {x.data_ptr() for x in base.parameters()} & {x.data_ptr() for x in model.parameters()}
+        assert bool(same) == share
+        assert error(model(random_ids(1, 9)).logits, load_adapter(adapter, base)(random_ids(1, 9)).logits) <= 1e-5
+    for given in ({"merge": True, "base": base}, {"merge": False}):
+        with pytest.raises(FastWeightsError, match="share was given, which is for a base model at hand"):
+            load_adapter(adapter, share=True, **given)
+
+
 def test_more_than_an_adapter_holds_is_not_left_out(base_folder, family, tmp_path):
     model = train(convert(base_folder, KINDS["hybrid"]), PROJECTIONS[family])
     with torch.no_grad():

@@ -140,9 +140,11 @@ def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
 
 
 def test_models_without_a_constant_state_are_refused():
-    for model in (make_gpt2(), convert(make_gpt2()), add_fast_weight_layer(make_gpt2())):
+    for model in (make_gpt2(), convert(make_gpt2())):
         with pytest.raises(FastWeightsError, match="convert it"):
             new_memory(model)
+    with pytest.raises(FastWeightsError, match="convert the model that its Fast Weight Layer was put on"):
+        new_memory(add_fast_weight_layer(make_gpt2()))
 
 
 def test_bad_files(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from fastweights.data import load_documents, overlap, tokenize
 from fastweights.errors import FastWeightsError
@@ -223,6 +224,59 @@ def test_a_killed_stage_with_lora_goes_on(config):
     found = load_file(config.output / "adapter_model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_lora_leaves_out_what_the_base_model_has(config):
+    train(with_lora(config, run=RunConfig(save_every=1)))
+    names = load_file(config.output / "finetune" / "checkpoint-2" / "model.safetensors").keys()
+    assert names
+    new = {f"{name}" for name in convert(config.model, config.convert).new_tensors()}
+    assert {name for name in names if "lora_" not in name} == new
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activation_checkpointing_computes_each_layer_twice_and_trains_the_same(config, rank, monkeypatch):
+    calls = []
+    forward = GPT2MLP.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2MLP, "forward", counted)
+    found, counts = {}, {}
+    for on in (False, True):
+        calls.clear()
+        run = RunConfig(activation_checkpointing=on)
+        changed = replace(config, stage="finetune", transfer=TransferConfig(), output=config.output / str(on), run=run)
+        train(replace(changed, finetune=replace(config.finetune, lora_rank=rank)))
+        counts[on] = sum(calls)
+        found[on] = load_file(next((config.output / str(on)).glob("*model.safetensors")))
+    assert counts[True] == 2 * counts[False] > 0
+    for name, tensor in found[False].items():
+        torch.testing.assert_close(found[True][name], tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(FastWeightsError, match="keeps no states, which stage meta needs"):
+        TrainConfig(stage="meta", run=RunConfig(activation_checkpointing=True))
+
+
+def test_what_was_evaluated_before_a_resume_is_not_evaluated_again(config, monkeypatch):
+    config = replace(config, run=RunConfig(save_every=1))
+    results = train(config)
+    finetune, evaluated = config.output / "finetune", []
+    for name in ("config.json", "model.safetensors", "finished"):
+        (finetune / name).unlink()
+    monkeypatch.setattr(
+        "fastweights.training.pipeline.evaluate",
+        lambda model, *args, **more: evaluated.append(evaluate(model, *args, **more)) or evaluated[-1],
+    )
+    again = train(replace(config, resume=True))
+    assert [row.stage for row in again] == [row.stage for row in results]
+    assert [row.evaluation for row in again[:2]] == [row.evaluation for row in results[:2]]
+    assert again[-1].evaluation.loss == pytest.approx(results[-1].evaluation.loss, rel=1e-5)
+    assert len(evaluated) == 2  # after each stage
+    evaluated.clear()
+    train(replace(config, resume=True, evaluation=HeldOutConfig(max_tokens=300, parts_tokens=0)))
+    assert len(evaluated) == 4  # in another way, all of them
 
 
 def test_one_rank_for_both_stages(config):

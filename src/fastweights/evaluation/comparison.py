@@ -279,7 +279,7 @@ def _run(
                 progress=progress,
             ):
                 losses[positions.cpu()] = part.float().cpu()
-                total, count = total + part.double().sum().item(), count + len(part)
+                total, count = total + part.cpu().double().sum().item(), count + len(part)
         seconds = time.perf_counter() - start
     unit = results[0] if results else None
     peak_bytes_ratio = None

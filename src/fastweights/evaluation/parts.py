@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.perplexity import Evaluation, evaluate
-from fastweights.models.conversion import convert
+from fastweights.models.conversion import convert_beside
 from fastweights.models.modeling import FastWeightsForCausalLM
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def untrained_window(model: FastWeightsForCausalLM, teacher: PreTrainedModel) ->
 
     Absolute positions, where the teacher has them, are kept: without training, none does without them.
     """
-    window = convert(teacher, replace(model.config.settings, positions="keep"))
+    window = convert_beside(teacher, replace(model.config.settings, positions="keep"))
     with without_fast_weights(window):
         yield window
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
 
 
+_LOGITS, _AT_ONCE = 2**28, 512
+# Logits that a batch may have (1 GB of fp32), and tokens whose losses are made of them at once, with a copy of theirs.
 POSITIONS = (128, 1024, 4096, 16384)
 """Where ranges of positions end."""
 
@@ -102,7 +104,7 @@ def evaluate(
         dynamic_evaluation=dynamic_evaluation,
         progress=progress,
     ):
-        loss += losses.double().sum().item()
+        loss += losses.cpu().double().sum().item()
         count += len(losses)
     return summary(loss, count, text, config)
 
@@ -203,7 +205,8 @@ def _losses(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     tokens = text.tokens.to(model.device)
     for positions, logits, counted in predictions(model, text, block_size=block_size, config=config):
-        losses = cross_entropy(logits.float(), tokens[positions], reduction="none")
+        both = zip(logits.split(_AT_ONCE), tokens[positions].split(_AT_ONCE), strict=True)
+        losses = torch.cat([cross_entropy(some.float(), right, reduction="none") for some, right in both])
         if losses.isnan().any():
             raise DivergedError(
                 "the loss is nan: weights of the model are not finite, or its dtype has no room for what it computes; "
@@ -296,10 +299,11 @@ def _windows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks or windows, as many at once as a batch has, whatever begins within them."""
     spans = list(_spans(len(tokens), size, config))
+    most = max(1, min(config.batch_size, _LOGITS // (size * model.config.get_text_config().vocab_size)))
     for (length, new), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
         starts = [start for start, *_ in alike]
-        for i in range(0, len(starts), config.batch_size):
-            batch = torch.tensor(starts[i : i + config.batch_size], device=tokens.device)[:, None]
+        for i in range(0, len(starts), most):
+            batch = torch.tensor(starts[i : i + most], device=tokens.device)[:, None]
             places = batch + torch.arange(length, device=tokens.device)
             logits = model(input_ids=tokens[places], use_cache=False).logits[:, -new:]
             yield (places[:, -new:] + 1).flatten(), logits.flatten(0, 1)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Unembedding: TypeAlias = nn.Linear | Int8Linear
 NO_LABEL = -100
 """Label of a position whose next token is not predicted, as in all of transformers."""
-# Logits in memory at once: 8 MB of fp32.
-_LOGITS = 2**21
+# Logits in memory at once, 8 MB of fp32; but of so many positions at least, as each piece reads the unembedding twice.
+_LOGITS, _POSITIONS = 2**21, 64
 
 
 def next_token_gradient(
@@ -43,7 +43,7 @@ def next_token_gradient(
         vocabulary: the softmax is over the first so many tokens and the position's own label; 0 for all tokens.
     """
     classes = vocabulary if 0 < vocabulary < unembedding.out_features else unembedding.out_features
-    chunk = max(1, _LOGITS // max(1, classes))
+    chunk = max(_POSITIONS, _LOGITS // max(1, classes))
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
     if isinstance(unembedding, Int8Linear):
         return _gradient_by_eight_bits(flat, flat_labels, unembedding, classes).view_as(hidden)

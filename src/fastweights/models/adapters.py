@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import model_written_whole
 from fastweights.layers.attention import UNIT
-from fastweights.models.conversion import convert, with_config
+from fastweights.models.conversion import convert_beside, copy_beside, with_config
 from fastweights.models.loading import load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora
 from fastweights.models.names import find_base, lasting_name, resolve_model
@@ -71,7 +71,7 @@ def save_adapter(
     check_not_quantised(model, "an adapter")
     if (folder / "config.json").exists() and not replace:
         raise FastWeightsError(f"{folder} has a model in it: give the adapter a folder of its own")
-    original = convert(base, model.config.settings)
+    original = convert_beside(base if isinstance(base, PreTrainedModel) else load_model(base), model.config.settings)
     state = model.state_dict()
     new = set(model.new_tensors())
     lora = _lora_settings(model)
@@ -109,6 +109,7 @@ def load_adapter(
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
     window: int | None = None,
+    share: bool = False,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
 
@@ -123,6 +124,8 @@ def load_adapter(
         merge: whether LoRA goes into the weights; else it stands beside them, by peft, to be trained on.
         window: of its hybrid layers, where it is to be another than the adapter's: a longer one takes more memory and
             keeps more, without any training.
+        share: whether what is returned is to have the very weights of `base`, a model, beside LoRA that is not merged;
+            they are not to be trained then, nor written into.
 
     Returns:
         The model in evaluation mode, with plain linear layers if merged.
@@ -130,10 +133,15 @@ def load_adapter(
     Raises:
         FastWeightsError: the adapter is none, is damaged, or belongs to another base model, or that is not to be had.
     """
+    if share and (merge or not isinstance(base, PreTrainedModel)):
+        raise FastWeightsError("share was given, which is for a base model at hand and LoRA beside it: leave it out")
     adapter = _read(Path(resolve_model(folder)))
     source = base_of(folder, adapter.config) if base is None else base
     try:
-        found = copy.deepcopy(source) if isinstance(source, PreTrainedModel) else load_model(source, dtype=dtype)
+        if isinstance(source, PreTrainedModel):
+            found = copy_beside(source) if share else copy.deepcopy(source)
+        else:
+            found = load_model(source, dtype=dtype)
     except FastWeightsError as error:
         raise FastWeightsError(f"the base model of the adapter {folder} is not to be had: {error}") from error
     source = found.config.name_or_path if isinstance(source, PreTrainedModel) else source

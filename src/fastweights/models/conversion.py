@@ -58,6 +58,23 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
     return with_config(base, config or ConversionConfig())
 
 
+def convert_beside(model: PreTrainedModel, config: ConversionConfig) -> FastWeightsForCausalLM:
+    """As `convert`, with the model's own weights in both: for what reads them, or trains what stands beside them.
+
+    Args:
+        model: a causal language model on one device, which must not be trained, or written into, from then on.
+        config: how to convert.
+    """
+    check_causal_model(model)
+    check_softmax(model, type(model).__name__)
+    return with_config(copy_beside(model), config)
+
+
+def copy_beside(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own, and the weights of the model."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 @torch.no_grad()
 def rest_on_windows(model: FastWeightsForCausalLM) -> bool:
     """Leave the fast weights of a fresh conversion out where a window stands beside them, until training finds factors.

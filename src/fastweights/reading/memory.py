@@ -165,8 +165,14 @@ def new_memory(model: PreTrainedModel) -> Memory:
         FastWeightsError: the model is not such a one.
     """
     if not isinstance(model, FastWeightsForCausalLM) or not reads_without_end(model):
+        learns = isinstance(model, FastWeightsForCausalLM) and model.fast_weight_layer is not None
+        first = (
+            "convert the model that its Fast Weight Layer was put on, and train a layer on that"
+            if learns
+            else "convert it"
+        )
         raise FastWeightsError(
-            "this model's attention keeps all it reads, so it has no memory of constant size: convert it "
+            f"this model's attention keeps all it reads, so it has no memory of constant size: {first} "
             '(with positions="drop" where its positions are absolute)'
         )
     return Memory(model, FastWeightsCache(model.config), 0, None)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fastweights.errors import FastWeightsError
 from fastweights.reading.stream import Stream
-from fastweights.training.next_token import next_token_loss
+from fastweights.training.next_token import Targets, read_out_loss
 from fastweights.training.trainer import StageTrainer
 
 if TYPE_CHECKING:
@@ -82,12 +82,13 @@ class MetaTrainer(StageTrainer):
             document_starts=starts,
             cache=cache,
             use_cache=True,
+            loss_of=read_out_loss,
+            targets=Targets(inputs["labels"]),
         )
-        loss = next_token_loss(outputs.logits, inputs["labels"])
         self.loss_is_scaled_for_ga = False
         if inputs["ends"].any():
             self._stream = None
-        return (loss, outputs) if return_outputs else loss
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _positions(
         self, position_ids: Int[Tensor, "B T"], begins: Bool[Tensor, " B"], read: int

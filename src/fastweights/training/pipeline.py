@@ -19,6 +19,7 @@ from fastweights.evaluation.perplexity import Evaluation, check_long_enough, che
 from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.adapters import adapter_config, check_rest, load_adapter, save_adapter
+from fastweights.models.conversion import convert_beside
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
 from fastweights.models.lora import check_lora, lora_rank
 from fastweights.models.quantisation import check_not_quantised
@@ -30,9 +31,10 @@ from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.text import STDLIB
 from fastweights.settings.training import FinetuneConfig, TrainConfig
 from fastweights.training.blocks import TokenBlocks
-from fastweights.training.checkpoints import FINISHED, damage
+from fastweights.training.checkpoints import FINISHED, damage, last_checkpoint
 from fastweights.training.runs import (
     CONVERTED,
+    RUN_FILE,
     begin_run,
     check_stage,
     check_start,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from fastweights.training.trainer import StageTrainer
 
 RESULTS_FILE = "results.json"
+_UNTRAINED = ("teacher", "converted", "static")
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
@@ -110,10 +113,13 @@ def _train_conversion(run: _Run, known: Evaluation | None) -> list[StageResult]:
     else:
         run.add("teacher", known)
     fresh = is_fresh(student)
-    if fresh and (config.stage == "finetune" or config.transfer.calibrate):
-        calibrate(student, teacher, run.blocks)
-    if fresh or config.stage != "finetune":
-        run.evaluate("converted", student)
+    if "converted" in run.known and run.has_begun(config.stages[0]):
+        run.evaluate("converted", student)  # which is known, and what calibration found is in the checkpoint
+    else:
+        if fresh and (config.stage == "finetune" or config.transfer.calibrate):
+            calibrate(student, teacher, run.blocks)
+        if fresh or config.stage != "finetune":
+            run.evaluate("converted", student)
     for stage in run.stages:
         student = run.train(stage, student, teacher)
         run.evaluate(stage, student)
@@ -183,12 +189,19 @@ class _Run:
         for stage in stages:
             check_stage(getattr(config, stage), config.run, self.blocks)
         check_long_enough(self.held_out, config.evaluation)
+        self.known = _known_before_training(config)
+        self.process.wait_for_everyone()  # before the first writes results anew
         inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
             contents = contents_of(model, self.blocks, self.held_out)
             if student is not None:
                 contents[CONVERTED] = fingerprint(student)
             self._alone.enter_context(begin_run(config, inputs, contents))
+
+    def has_begun(self, stage: str) -> bool:
+        """Whether a stage goes on from a checkpoint, or has come to its end."""
+        folder = self.config.output / stage
+        return damage(folder, FINISHED) is None or last_checkpoint(folder) is not None
 
     def place(self, model: _Model) -> _Model:
         """The model on this process's device."""
@@ -212,11 +225,14 @@ class _Run:
         return self.place(_load_trained(folder, *models[1:]))
 
     def evaluate(self, name: str, model: PreTrainedModel, **changes) -> None:
-        """Add a result, and bring results.json up to date.
+        """Add a result, and bring results.json up to date; what was evaluated before a resume is known.
 
         Args:
             changes: of the run's settings for evaluation.
         """
+        if name in self.known:
+            self.add(name, self.known[name])
+            return
         settings = replace(self.config.evaluation, **changes)
         with Progress(f"evaluating {name}", unit="tokens", show=self.process.is_main_process) as progress:
             evaluation = evaluate(
@@ -258,6 +274,21 @@ class _Run:
                 save_model(model, self.tokenizer, self.config.output)
         self.process.wait_for_everyone()
         return self.results
+
+
+def _known_before_training(config: TrainConfig) -> dict[str, Evaluation]:
+    """What the run that this one goes on with has evaluated, in the same way, of models that no stage has trained."""
+    if not config.resume:
+        return {}
+    try:
+        before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["config"]["evaluation"]
+        rows = json.loads((config.output / RESULTS_FILE).read_text(encoding="utf-8"))
+        if before != json.loads(json.dumps(asdict(config.evaluation), default=str)):
+            return {}
+        rows = [row for row in rows if row["stage"] in _UNTRAINED and None not in row["evaluation"].values()]
+        return {row["stage"]: Evaluation(**row["evaluation"]) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _trainer_class(stage: str) -> Callable[..., StageTrainer]:
@@ -307,7 +338,9 @@ def _without_the_end(documents: list[str]) -> tuple[list[str], list[str]]:
 
 def _load_trained(folder: Path, base: PreTrainedModel | None = None) -> PreTrainedModel:
     """What a stage has made, to go on from: LoRA stays beside the weights."""
-    return load_model(folder) if adapter_config(folder) is None else load_adapter(folder, base, merge=False)
+    if adapter_config(folder) is None:
+        return load_model(folder)
+    return load_adapter(folder, base, merge=False, share=base is not None)
 
 
 def _check_student(student: FastWeightsForCausalLM, config: TransferConfig | FinetuneConfig) -> None:
@@ -336,7 +369,7 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
         teacher = load_teacher(model, config.teacher)
         if lora and not is_adapter:
             advice = "leave lora_rank out, or train the adapter or the original that it was made of"
-            check_rest(model, convert(teacher, model.config.settings), advice)
+            check_rest(model, convert_beside(teacher, model.config.settings), advice)
         return model, teacher, True
     if config.stage == "finetune" and config.convert == ConversionConfig():
         raise FastWeightsError(
@@ -345,5 +378,6 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
         )
     _refuse(config.teacher, None, "teacher", f"{config.model} is still to be converted and its own teacher")
     transformers.set_seed(config.run.seed)
-    student = convert(model, config.convert)
+    # Beside LoRA the original's weights stay as they are, and one copy of them does.
+    student = convert_beside(model, config.convert) if lora else convert(model, config.convert)
     return student, model.requires_grad_(False), False

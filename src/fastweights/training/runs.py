@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ import transformers
 
 from fastweights.errors import FastWeightsError, check_folder, reason_of
 from fastweights.files import check_output_folder, only_run, said, things_in, write_text
-from fastweights.layers.quantised import LINEAR
+from fastweights.layers.quantised import LINEAR, has_bf16_products
 from fastweights.models.quantisation import weights_of
 from fastweights.settings.conversion import ADDED
 from fastweights.training.checkpoints import clear
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from fastweights.settings.grid import GridConfig
     from fastweights.settings.training import PretrainConfig, RunConfig, StageConfig, TrainConfig
     from fastweights.training.blocks import TokenBlocks
+
+logger = logging.getLogger("fastweights")
 
 RUN_FILE = "run.json"
 TRAINER_STATE_FILE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME, whose module is slow to import
@@ -125,6 +129,8 @@ def begin_run(
         FastWeightsError: another run writes there, or has begun there since; the folder cannot be written to; or the
             run that is to go on read something else.
     """
+    if config.run.precision == "bf16":
+        _warn_of_bf16()
     check_start(config, inputs)  # before a lock lies in a folder that is not the run's
     with only_run(config.output):
         check_start(config, inputs)
@@ -135,6 +141,12 @@ def begin_run(
                 clear(config.output / stage)
         write_text(config.output / RUN_FILE, json.dumps(_described(config) | {"contents": contents}, indent=2) + "\n")
         yield
+
+
+@cache
+def _warn_of_bf16() -> None:
+    if not torch.accelerator.is_available() and not has_bf16_products():
+        logger.warning("precision is bf16, and this CPU has no products of bf16: --run.precision fp32 is faster here")
 
 
 def _check_contents(folder: Path, contents: dict[str, str]) -> None:
@@ -152,6 +164,7 @@ def _check_contents(folder: Path, contents: dict[str, str]) -> None:
 # What may change when a run goes on.
 _FREE = ("config.resume", "config.overwrite", "config.output", "config.run.save_every", "config.run.save_minutes")
 _FREE += ("config.run.log_every", "config.run.report_to", "config.run.compile", "config.evaluation.")
+_FREE += ("config.run.activation_checkpointing",)
 _FREE += ("versions.", "contents.")
 # A grid may grow: its cells have configs of their own.
 _FREE += ("config.rules", "config.feature_maps", "config.windows", "config.seeds")

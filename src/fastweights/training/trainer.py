@@ -134,6 +134,14 @@ class StageTrainer(Trainer):
         logs["seconds"] = self.clock.seconds
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of a model with LoRA what is not the base model's own, which stays as it was: a checkpoint of some MB."""
+        model = self.model
+        if state_dict is None and lora_rank(model):  # type: ignore[arg-type]
+            new = set(model.new_tensors())  # type: ignore[union-attr, operator]
+            state_dict = {name: x for name, x in model.state_dict().items() if name in new or "lora_" in name}  # type: ignore[union-attr]
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model, trial) -> None:
         if bad := not_finite(dict(self.model.named_parameters())):  # type: ignore[union-attr]
             raise DivergedError(self._stopped(f"{bad} is no longer finite"))
@@ -291,6 +299,7 @@ def _arguments(config: StageConfig, run: RunConfig, output: Path) -> TrainingArg
         adam_beta2=run.adam_beta2,
         max_grad_norm=run.max_grad_norm,
         bf16=run.precision == "bf16",
+        activation_checkpointing=run.activation_checkpointing,
         use_cpu=not torch.accelerator.is_available(),
         seed=run.seed,
         data_seed=run.seed,

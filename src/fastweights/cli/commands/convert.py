@@ -38,8 +38,7 @@ def convert(
         Replace the model that is in that folder.
     """
     from fastweights.files import check_output_folder, only_run, save_model
-    from fastweights.models import convert as run
-    from fastweights.models.conversion import rest_on_windows
+    from fastweights.models.conversion import convert_beside, rest_on_windows
     from fastweights.models.loading import check_apart, load_model, load_tokenizer
     from fastweights.models.names import as_argument
 
@@ -50,7 +49,8 @@ def convert(
     tokenizer, base = load_tokenizer(source), load_model(source)
     if config.layers_kept is not None:
         config = _choose_layers(base, tokenizer, config, data)
-    model = run(base, config)
+    model = convert_beside(base, config)
+    del base
     rests = rest_on_windows(model)
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
