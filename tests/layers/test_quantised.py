@@ -180,15 +180,24 @@ def test_which_matrix_is_kept_how():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_joined_layers_make_what_each_does(kind):
+def test_joined_layers_make_what_each_does(kind, monkeypatch):
     layers = []
     for seed, m in enumerate((64, 192)):
         torch.manual_seed(seed)
         layers.append(kind.of(nn.Linear(64, m, bias=False)))
     x = torch.randn(1, 64)
     before, states = [layer.few(x) for layer in layers], [layer.state_dict() for layer in layers]
+    blocks, seen, find = [layer._block for layer in layers], [], quantised._where_they_are
+
+    def watched(parts, axis):
+        seen.append([layer._block for layer in layers])  # what another thread would see
+        return find(parts, axis)
+
+    monkeypatch.setattr(quantised, "_where_they_are", watched)
     joined = kind.join(layers)
     assert joined is not None
+    assert all(each == blocks for each in seen)
+    assert seen
     assert joined.few(x).equal(torch.cat(before, 1))
     for layer, made, state in zip(layers, before, states, strict=True):
         assert layer.few(x).equal(made)

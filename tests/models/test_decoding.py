@@ -11,6 +11,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -562,7 +563,15 @@ def test_what_is_no_case_for_it():
     other = make(layers="0,2")
     kept = other.model.base.layers[1].self_attn
     kept.__class__ = type("OtherAttention", (type(kept),), {})
+    others = {name: make() for name in ("activation", "unit", "layer")}
+    others["activation"].model.base.layers[2].mlp.act_fn = nn.ReLU()
+    for name, module in (("unit", "layers.1.mlp"), ("layer", "layers.1")):
+        mine = others[name].model.base.get_submodule(module)
+        mine.__class__ = type("Mine", (type(mine),), {"__module__": __name__})
     for model, reason in (
+        (others["activation"], "its activation is ReLU"),
+        (others["unit"], "it has a Mine, which is not its family's"),
+        (others["layer"], "it has a Mine, which is not its family's"),
         (make("opt", changes={"do_layer_norm_before": False}), "do_layer_norm_before is False"),
         (make("opt", changes={"word_embed_proj_dim": 16}), "embedding is of another width"),
         (make("llama", "gated", feature_map="elu+1"), "rule is GatedRule, or has a normaliser"),

@@ -6,9 +6,12 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastweights import ops
-from fastweights.ops import decay_rule
+from fastweights.ops import decay_rule, delta_rule
+from tests.ops.delta_rule.problems import Problem as DeltaProblem
+from tests.ops.delta_rule.problems import inputs as delta_inputs
 from tests.ops.problems import Problem, inputs
 
 CU = torch.tensor([0, 2, 6])
@@ -78,6 +81,27 @@ def test_packed_sequences_lie_in_one_row():
     arguments = inputs(Problem(6, 8, 4, B=2, initial_state=False), torch.float32)
     with pytest.raises(ValueError, match="q has batch 2 together with cu_seqlens"):
         decay_rule(**arguments, cu_seqlens=torch.tensor([0, 6]))
+
+
+@pytest.mark.parametrize("rule", ["decay", "delta"])
+def test_forward_mode_derivatives(rule):
+    """Where torch would take a kernel's for 0, without a word."""
+    if rule == "decay":
+        function, given = decay_rule, inputs(Problem(20, 8, 4), torch.float32)
+    else:
+        function, given = delta_rule, delta_inputs(DeltaProblem(20, 8, 4), torch.float32)
+    tangent = torch.randn_like(given["q"])
+
+    def of(q, **more):
+        return function(**given | {"q": q}, **more)[0]
+
+    _, found = torch.func.jvp(of, (given["q"],), (tangent,))
+    torch.testing.assert_close(found, of(tangent), rtol=1e-4, atol=1e-5)  # it is linear in the queries
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(of(forward_ad.make_dual(given["q"], tangent)))
+        torch.testing.assert_close(dual.tangent, found, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="backend is 'cpu', which has no forward-mode derivatives"):
+            of(given["q"], backend="cpu")
 
 
 def test_cpu_refuses_float64():

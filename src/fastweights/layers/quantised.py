@@ -186,7 +186,10 @@ class QuantisedLinear(nn.Module):
             if whole is None:
                 whole, first = torch.cat(parts, axis), 0
                 for layer, part in zip(layers, parts, strict=True):
-                    layer._buffers[name] = whole.narrow(axis, first, part.shape[axis])
+                    own: Any = whole.narrow(axis, first, part.shape[axis])
+                    if name == "weight":
+                        own._rows_packed = block  # before another thread can see it
+                    layer._buffers[name] = own
                     first += part.shape[axis]
             made._buffers[name] = whole
         for layer in (made, *layers):

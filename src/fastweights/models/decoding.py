@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import Cache
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -197,6 +199,8 @@ _MORE_TOKENS = 256
 _WORTH_A_TEAM = 20_000
 """Numbers that a layer's kernel reads for a token; one thread has done with fewer before others have woken up."""
 _enabled = True
+_beginning = threading.Lock()
+"""Held while layers of few bits are joined, and what serves all steps of a model is made."""
 
 
 def set_fast_decoding(enabled: bool) -> None:
@@ -247,7 +251,7 @@ def decode(
         or not state.has_room(input_ids.shape[1])
     ):
         state = cache.decoding = None  # which may hold much: its successor is as large
-        with torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
+        with _beginning, torch.inference_mode(False), torch.no_grad():  # what is made here is of use later, too
             state = cache.decoding = _begin(model, cache, len(input_ids))
     if state is None or (model.max_positions is not None and state.tokens + input_ids.shape[1] > model.max_positions):
         return None  # to be told that positions end there
@@ -281,7 +285,12 @@ def _is_plain_call() -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch.overrides._len_torch_function_stack() > 0
         or torch.nn.modules.module._has_any_global_hook()
+        or forward_ad._current_level >= 0
     )
+
+
+_ACTIVATIONS = ("act", "act_fn", "activation_fn")
+"""What families call the activation of their layers or units."""
 
 
 def why_plain(model: FastWeightsForCausalLM) -> str | None:
@@ -310,6 +319,12 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
         found = [(layer, parts), (layer.get_submodule(family.unit), unit)] if family.unit else [(layer, parts)]
         if any({name for name, _ in module.named_children()} - family.others != needs for module, needs in found):
             return "its layers have other parts than its family's"
+        for module, _ in found:
+            if type(module).__module__ != type(base).__module__:
+                return f"it has a {type(module).__name__}, which is not its family's"
+            for name in _ACTIVATIONS:
+                if type(act := getattr(module, name, None)) not in (type(None), type(ACT2FN[activation])):
+                    return f"its activation is {type(act).__name__}"
     for attention in model.fast_attentions():
         rule = attention.rule
         if type(rule) not in _RULES or rule.shape.normaliser or not _has_usual_parts(rule):

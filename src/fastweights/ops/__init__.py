@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 
 from .checks import LARGE, are_scalar, check_gate, check_inputs, check_per_head, compute_dtype, needs_gradients
 from .decay_rule.chunked import decay_rule_chunked
@@ -205,6 +206,8 @@ def _backend(
     elif backend not in rules:
         known = ", ".join(repr(name) for name in ("auto", *rules))
         raise ValueError(f"backend is {backend!r}; it must be one of {known}")
+    elif backend in ("cpu", "gpu") and forward_ad._current_level >= 0:
+        raise ValueError(f"backend is {backend!r}, which has no forward-mode derivatives: take 'auto' or 'chunked'")
     return rules[backend]
 
 
@@ -218,6 +221,8 @@ def _choose(rules: dict[str, Callable], device: str, dtype: torch.dtype, *, prod
         and suits_this_machine()
     ):
         backend = "gpu"
+    if forward_ad._current_level >= 0:
+        backend = "chunked"
     if not torch.compiler.is_compiling():
         _log_choice(device, dtype, backend)
     return backend

@@ -64,6 +64,14 @@ def test_exp_of_special_values():
     np.testing.assert_array_equal(_exp_of(x), np.array([1, 1, 0, np.nan, 0, 0, 0, 1] * 2, dtype=np.float32))
 
 
+def test_exp_of_growth():
+    """A gate above 1 is not checked; it must not become one that wipes a state out."""
+    x = np.linspace(0, 88.3, 4000).astype(np.float32)
+    assert np.abs(_exp_of(x) / np.exp(x.astype(np.float64)) - 1).max() < 1e-5
+    x = np.array([88.5, 89.0, 100.0, 177.0, 1e4, 1e30, 3e38, np.inf] * 2, dtype=np.float32)
+    assert (_exp_of(x) == np.inf).all()
+
+
 def test_sums():
     x = np.arange(8 * LANES, dtype=np.float32)
     out = np.empty(LANES, dtype=np.float32)

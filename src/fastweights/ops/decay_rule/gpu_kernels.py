@@ -94,7 +94,7 @@ def written(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U: what a chunk's tokens have written by its end, from a state of 0; F, Z: what it leaves of the state before."""
-    m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, g, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     tiles = tl.cdiv(V, BV)
     key_tile, value_tile = tile // tiles, tile % tiles
     keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
@@ -126,7 +126,7 @@ def read_back(
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dU: the gradient of the state before a chunk, from what the chunk's tokens read."""
-    m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, g, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     tiles = tl.cdiv(V, BV)
     keys, values = (tile // tiles) * BK + tl.arange(0, BK), (tile % tiles) * BV + tl.arange(0, BV)
     start, end = tl.load(starts + m), tl.load(ends + m)
@@ -203,7 +203,7 @@ def pairs(
     GATED: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A[t, h, lag] = scale * x_t . (gates in between) y_{t - lag}, for lags that do not leave the sub-chunk; else 0."""
-    m, h = tl.program_id(0), tl.program_id(1)
+    m, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, end = tl.load(starts + m), tl.load(ends + m)
     g = h // R
     x, y, log_gate = x + h * x_head, y + g * y_head, log_gate + g * gate_head
@@ -236,7 +236,7 @@ def outputs(
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (key tiles, tokens, H, V): what each token reads; its sum over the key tiles is the output."""
-    m, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, h, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     g, tiles = h // R, tl.cdiv(V, BV)
     key_tile, value_tile = tile // tiles, tile % tiles
     keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
@@ -286,7 +286,7 @@ def gradients(
 
     dq, dk and dlog_f are (value tiles, tokens, heads, K), dv and dlog_z (key tiles, tokens, heads, V): parts of a sum.
     """
-    m, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, g, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     tiles = tl.cdiv(V, BV)
     key_tile, value_tile = tile // tiles, tile % tiles
     keys, values = key_tile * BK + tl.arange(0, BK), value_tile * BV + tl.arange(0, BV)
@@ -402,7 +402,7 @@ def step(
     BV: tl.constexpr,
 ):  # fmt: skip
     """One token of each sequence: decay, write and read, with the state read and written once."""
-    n, g, value_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, g, value_tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     values, readers = value_tile * BV + tl.arange(0, BV), tl.arange(0, READERS)
     row = n.to(tl.int64)
     value = tl.load(v + row * v_row + g * v_head + values * v_column, mask=values < V, other=0.0).to(tl.float32)

@@ -86,7 +86,7 @@ def step(
     DECAY: tl.constexpr, INCLUSIVE: tl.constexpr, READERS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of each sequence: recall, write and read, with the state read and written once."""
-    n, g = tl.program_id(0), tl.program_id(1)
+    n, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, values, readers = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, READERS)
     row = n.to(tl.int64)
     S = _tile(before, n * G + g, keys, values, K, V)

@@ -33,6 +33,7 @@ LANES = 16 if "+avx512f" in FEATURES else 8
 
 _extending: Any = extending  # its decorators have no types
 
+_INFINITY = float("inf")
 _float = ir.FloatType()
 _int = ir.IntType(32)
 _floats = ir.VectorType(_float, LANES)
@@ -353,7 +354,7 @@ for _symbol, _method in (
 
 @njit(nogil=True, forceinline=True)
 def exp(x):
-    """e**x for x <= 0, to about one unit in the last place: 1 at 0, 0 at -inf, NaN at NaN.
+    """e**x for x <= 0, to about one unit in the last place: 1 at 0, 0 at -inf, NaN at NaN; and up to 88, inf beyond.
 
     x = n log 2 + r with |r| <= log(2) / 2; e**r by the polynomial of Cephes' expf.
     """
@@ -367,8 +368,9 @@ def exp(x):
     p = fma(p, r, fill(types.float32(5.0000001201e-1)))
     p = fma(p, r * r, r) + fill(types.float32(1.0))
     # Below, 2**n is no normal number any more, and n and r are garbage at -inf.
-    smallest = fill(types.float32(-87.0))
-    return choose_below(x, smallest, fill(types.float32(0.0)), p * _power_of_two(n))
+    smallest, largest = fill(types.float32(-87.0)), fill(types.float32(88.37))
+    result = choose_below(x, smallest, fill(types.float32(0.0)), p * _power_of_two(n))
+    return choose_below(largest, x, fill(types.float32(_INFINITY)), result)
 
 
 def _at(builder, args, pointee):

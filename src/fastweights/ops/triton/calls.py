@@ -85,13 +85,17 @@ def chunks_of(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        return _even_chunks(B, T, size, q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():  # what is made there is the graph's alone
+            return _even_chunks.__wrapped__(B, T, size, q.device, stream)
+        return _even_chunks(B, T, size, q.device, stream)
     # So many at most: how many there are is known on the GPU alone.
     return _cut(cu_seqlens.to(q.device, torch.int64, non_blocking=True), T // size + len(cu_seqlens) - 1, size)
 
 
 @lru_cache(maxsize=64)
-def _even_chunks(B: int, T: int, size: int, device: torch.device) -> Chunks:
+def _even_chunks(B: int, T: int, size: int, device: torch.device, stream: int) -> Chunks:
+    """Kept for each stream, as another may read it before it is there."""
     return _cut(torch.arange(B + 1, device=device) * T, B * -(-T // size), size)
 
 
