@@ -21,11 +21,14 @@ help:
 
 setup: $(VENV)/.installed
 
-# constraints.txt pins a CPU build of torch where pip is offered one; users of the package are not bound by it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --upgrade pip
+	touch $@
+
+# constraints.txt pins a CPU build of torch where pip is offered one; users of the package are not bound by it.
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -38,14 +41,17 @@ _OPTIONAL := tests-only/torchao tests-only/lm_eval bitsandbytes/bitsandbytes tri
 # bitsandbytes, apart from that too, as peft does; lm-eval, with those of its needs that our tests meet (others, such as
 # scikit-learn, are large); transformers' own tests; Triton, whose interpreter runs kernels without a GPU; FastAPI, for
 # transformers' server. Without one of these, the tests that need it are skipped, and the next time it is asked for again.
-$(VENV)/.tests-installed: $(VENV)/.installed tests/fetch_transformers_tests.py
+$(VENV)/.tests-installed: $(VENV)/.made
 	-$(PIP) --no-deps --upgrade --target $(VENV)/tests-only torchao
 	-$(PIP) --no-deps --upgrade --target $(VENV)/bitsandbytes bitsandbytes
 	-$(PIP) --no-deps --upgrade --target $(VENV)/tests-only $(_LM_EVAL)
 	-$(PIP) --no-deps --upgrade --target $(VENV)/triton triton
 	-$(PIP) --upgrade --target $(VENV)/serving fastapi uvicorn openai
-	-$(BIN)/python -m tests.fetch_transformers_tests
 	@for there in $(_OPTIONAL); do test -e $(VENV)/$$there || { echo "not to be had now: $$there"; exit 0; }; done; touch $@
+
+$(VENV)/.suite: $(VENV)/.installed tests/fetch_transformers_tests.py
+	-$(BIN)/python -m tests.fetch_transformers_tests
+	touch $@
 
 # The real model of the demo's second half, which goes on without it.
 demo: setup
@@ -54,7 +60,7 @@ demo: setup
 
 # Two at a time, the longest first. The CPU kernels come before all, or each process would compile them for itself.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.tests-installed $(_RULES:%=kernels-%)
+	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.tests-installed $(VENV)/.suite $(_RULES:%=kernels-%)
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
 _RULES := decay_rule delta_rule decoding few_bits

@@ -356,7 +356,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, model_folder, text_file, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastweights.models.convert", interrupted)
+    monkeypatch.setattr("fastweights.models.conversion.convert_beside", interrupted)
     monkeypatch.setattr("fastweights.training.pipeline._Run.begin", interrupted)
     options = {
         "train": (

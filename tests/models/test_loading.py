@@ -260,7 +260,7 @@ def test_a_name_that_the_hub_cannot_be_asked_for_takes_seconds(monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", slow)
-    monkeypatch.setattr("fastweights.hub._SECONDS", 0.2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.2)
     start = time.perf_counter()
     with pytest.raises(FastWeightsError, match=r"no folder owner/name, and .* cannot be reached within 0.2 seconds"):
         load_model("owner/name")
