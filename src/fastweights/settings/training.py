@@ -153,7 +153,7 @@ class RunConfig:
     """Compile what stands around the attention, norms and feed-forward parts (torch.compile): pays off on a GPU, after
     a minute or less."""
     activation_checkpointing: bool = False
-    """Compute each layer anew in the backward pass: much less memory, a third more time. Not with stage meta."""
+    """Compute each layer anew in the backward pass: much less memory, a quarter more time. Not with stage meta."""
     seed: int = 0
     """Seed of the data order."""
     adam_beta2: float = 0.99
