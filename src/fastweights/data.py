@@ -82,7 +82,7 @@ def overlap(*splits: str) -> bool:
     first, second = ({part.strip() for part in split.split("+")} for split in splits)
     whole = {part for part in first | second if "[" not in part}
     names = ({part.partition("[")[0] for part in parts} for parts in (first, second))
-    return "all" in whole or bool(whole & set.intersection(*names))
+    return "all" in whole or bool(first & second) or bool(whole & set.intersection(*names))
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedText:

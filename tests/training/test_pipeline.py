@@ -204,6 +204,7 @@ def test_a_validation_split_that_cannot_be_read_is_no_reason_to_take_another(con
         ("train + validation[:5]", "validation", True),
         ("train", "train[90%:]", True),
         ("train[:90%]", "train[90%:]", False),
+        ("train[:5%]", "train[:5%]", True),
         ("all", "test", True),
     ],
 )
@@ -255,8 +256,9 @@ def test_activation_checkpointing_computes_each_layer_twice_and_trains_the_same(
     assert counts[True] == 2 * counts[False] > 0
     for name, tensor in found[False].items():
         torch.testing.assert_close(found[True][name], tensor, rtol=1e-4, atol=1e-5)
-    with pytest.raises(FastWeightsError, match="keeps no states, which stage meta needs"):
-        TrainConfig(stage="meta", run=RunConfig(activation_checkpointing=True))
+    for stage in ("meta", "transfer"):
+        with pytest.raises(FastWeightsError, match=f"stage {stage} has no use for it"):
+            TrainConfig(stage=stage, run=RunConfig(activation_checkpointing=True))
 
 
 def test_what_was_evaluated_before_a_resume_is_not_evaluated_again(config, monkeypatch):
@@ -277,6 +279,27 @@ def test_what_was_evaluated_before_a_resume_is_not_evaluated_again(config, monke
     evaluated.clear()
     train(replace(config, resume=True, evaluation=HeldOutConfig(max_tokens=300, parts_tokens=0)))
     assert len(evaluated) == 4  # in another way, all of them
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_what_another_run_evaluated_is_not_taken_for_this_ones(config, how, monkeypatch):
+    """Not even if this one ends before it has evaluated anything."""
+    train(config)
+    changed = HeldOutConfig(max_tokens=100, parts_tokens=0)
+    if how == "resume":
+        begun = replace(config, resume=True, evaluation=changed)
+    else:
+        begun = replace(config, overwrite=True, convert=ConversionConfig(window=4), evaluation=changed)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastweights.training.pipeline.evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(begun)
+    results = train(replace(begun, overwrite=False, resume=True))
+    assert [row.evaluation.tokens for row in results] == [99] * 4
 
 
 def test_one_rank_for_both_stages(config):

@@ -111,7 +111,7 @@ class EndlessRotary(nn.Module):
 
     In float32 the angle of position 10 million is off by half a radian. So a position is taken for a multiple of 65,536
     and a rest: what the base model makes for the rest is turned by the angle of the multiple, without whole circles.
-    Up to 65,536 nothing changes, bit for bit.
+    Before 65,536 nothing changes, bit for bit.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
@@ -124,9 +124,11 @@ class EndlessRotary(nn.Module):
         """Cosines and sines, (B, T, d) each, as the base model's own gives them."""
         made = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))  # rounded once, in the end
         cos, sin = self.rotary(made, position_ids % _EXACT, *layer_type, **named)
-        angle = (position_ids // _EXACT)[..., None].float() * self._beyond_circles(*layer_type, *named.values()).to(
-            x.device
-        )
+        # In float64, which not every device has: the angle of a multiple grows without end.
+        place = x.device if x.device.type != "mps" else torch.device("cpu")
+        multiple = (position_ids // _EXACT)[..., None].to(place).double()
+        beyond = self._frequencies(*layer_type, *named.values()).to(place).double() * _EXACT
+        angle = ((multiple * beyond) % (2 * math.pi)).float().to(x.device)
         far_cos, far_sin = (torch.cat((turn, turn), -1).to(cos.dtype) for turn in (angle.cos(), angle.sin()))
         turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
         if made.dtype == x.dtype:
@@ -134,11 +136,8 @@ class EndlessRotary(nn.Module):
         dtype = self.rotary(x.new_empty(0), position_ids[..., :0], *layer_type, **named)[0].dtype
         return turned[0].to(dtype), turned[1].to(dtype)
 
-    def _beyond_circles(self, layer_type: str | None = None) -> Float[Tensor, " half"]:
-        """The angle by which `_EXACT` tokens turn each pair of channels, without whole circles."""
-        frequencies: Tensor = getattr(self.rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
-        exact = frequencies if frequencies.device.type != "mps" else frequencies.cpu()  # which has no float64
-        return ((exact.double() * _EXACT) % (2 * math.pi)).float()
+    def _frequencies(self, layer_type: str | None = None) -> Float[Tensor, " half"]:
+        return getattr(self.rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
 
 
 class ConstantPosition(nn.Module):

@@ -153,7 +153,8 @@ class RunConfig:
     """Compile what stands around the attention, norms and feed-forward parts (torch.compile): pays off on a GPU, after
     a minute or less."""
     activation_checkpointing: bool = False
-    """Compute each layer anew in the backward pass: much less memory, a quarter more time. Not with stage meta."""
+    """Compute each layer anew in the backward pass, in pretraining and stage finetune: much less memory, a quarter more
+    time."""
     seed: int = 0
     """Seed of the data order."""
     adam_beta2: float = 0.99
@@ -222,8 +223,10 @@ class TrainConfig:
             if getattr(self, name) != default:
                 raise FastWeightsError(f"{name} was given, but stage {self.stage} has no use for it: leave it out")
 
-        if self.stage == "meta" and self.run.activation_checkpointing:
-            raise FastWeightsError("run.activation_checkpointing keeps no states, which stage meta needs: leave it out")
+        if "finetune" not in self.stages and self.run.activation_checkpointing:
+            raise FastWeightsError(
+                f"run.activation_checkpointing was given, but stage {self.stage} has no use for it: leave it out"
+            )
         if self.stage == "all" and not self.finetune.fast_weights:
             raise FastWeightsError(
                 "finetune.fast_weights is off and stage is all, whose first part trains them: give stage finetune"

@@ -34,6 +34,7 @@ from fastweights.training.blocks import TokenBlocks
 from fastweights.training.checkpoints import FINISHED, damage, last_checkpoint
 from fastweights.training.runs import (
     CONVERTED,
+    RESULTS_FILE,
     RUN_FILE,
     begin_run,
     check_stage,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from fastweights.settings.training import TransferConfig
     from fastweights.training.trainer import StageTrainer
 
-RESULTS_FILE = "results.json"
 _UNTRAINED = ("teacher", "converted", "static")
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -370,7 +370,7 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
         if lora and not is_adapter:
             advice = "leave lora_rank out, or train the adapter or the original that it was made of"
             check_rest(model, convert_beside(teacher, model.config.settings), advice)
-        return model, teacher, True
+        return model, teacher, lora or not is_adapter  # what is merged may be rounded otherwise on another machine
     if config.stage == "finetune" and config.convert == ConversionConfig():
         raise FastWeightsError(
             f"{config.model} has no fast weights to finetune: say how to convert it (convert.window, for example), "

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastweights")
 
 RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"
 TRAINER_STATE_FILE = "trainer_state.json"  # transformers' TRAINER_STATE_NAME, whose module is slow to import
 # Each has a folder of its own in a run's.
 _STAGES = ("transfer", "finetune", "meta", "short", "long")
@@ -139,8 +140,18 @@ def begin_run(
         else:
             for stage in _STAGES:
                 clear(config.output / stage)
+        if not config.resume or _is_evaluated_otherwise(config):
+            (config.output / RESULTS_FILE).unlink(missing_ok=True)  # which a resume would take for this run's
         write_text(config.output / RUN_FILE, json.dumps(_described(config) | {"contents": contents}, indent=2) + "\n")
         yield
+
+
+def _is_evaluated_otherwise(config: TrainConfig | PretrainConfig | GridConfig) -> bool:
+    """Whether a run that goes on was evaluated with other settings before."""
+    if not (config.output / RUN_FILE).exists():
+        return False
+    before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["config"].get("evaluation")
+    return before != _described(config)["config"].get("evaluation")
 
 
 @cache
