@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -291,13 +292,9 @@ def test_what_another_run_evaluated_is_not_taken_for_this_ones(config, how, monk
     else:
         begun = replace(config, overwrite=True, convert=ConversionConfig(window=4), evaluation=changed)
 
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fastweights.training.pipeline.evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(begun)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fastweights.training.pipeline.evaluate", Mock(side_effect=KeyboardInterrupt))
+        train(begun)
     results = train(replace(begun, overwrite=False, resume=True))
     assert [row.evaluation.tokens for row in results] == [99] * 4
 
