@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -283,7 +283,7 @@ def test_what_was_evaluated_before_a_resume_is_not_evaluated_again(config, monke
 
 
 @pytest.mark.parametrize("how", ["overwrite", "resume"])
-def test_what_another_run_evaluated_is_not_taken_for_this_ones(config, how, monkeypatch):
+def test_what_another_run_evaluated_is_not_taken_for_this_ones(config, how):
     """Not even if this one ends before it has evaluated anything."""
     train(config)
     changed = HeldOutConfig(max_tokens=100, parts_tokens=0)
@@ -292,8 +292,8 @@ def test_what_another_run_evaluated_is_not_taken_for_this_ones(config, how, monk
     else:
         begun = replace(config, overwrite=True, convert=ConversionConfig(window=4), evaluation=changed)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fastweights.training.pipeline.evaluate", Mock(side_effect=KeyboardInterrupt))
+    interrupted = patch("fastweights.training.pipeline.evaluate", side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt):
         train(begun)
     results = train(replace(begun, overwrite=False, resume=True))
     assert [row.evaluation.tokens for row in results] == [99] * 4
