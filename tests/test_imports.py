@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from statistics import median
 
 import pytest
 
@@ -58,11 +57,11 @@ main()
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_takes_less_than_a_second(arguments):
+def test_help_needs_nothing_that_is_slow_to_import(arguments):
     code = "import os\nfrom fastweights.cli import main\n{}\nprint(sum(os.times()[:2]))"
     run_it = f"import sys\nsys.argv[1:] = {arguments}\ntry:\n    main()\nexcept SystemExit:\n    pass"
     seconds = [float(run(code.format(run_it)).splitlines()[-1]) for _ in range(3)]
-    assert median(seconds) < 1.0  # 0.3 on a machine at rest, 5 with torch
+    assert min(seconds) < 2.0  # 0.3 to 0.6 on a machine at rest, twice that on a busy one, 5 with torch
 
 
 @pytest.fixture(scope="module")
