@@ -103,6 +103,9 @@ def test_angles_are_exact_far_into_a_text(make):
     for kind in kinds:
         told = () if kind is None else (kind,)
         assert all(torch.equal(*pair) for pair in zip(rotary(x, near, *told), theirs(x, near, *told), strict=True))
+        beyond = torch.cat((near, torch.tensor([[70_000]])), 1)  # of which one is turned
+        mixed = zip(rotary(x, beyond, *told), theirs(x, near, *told), strict=True)
+        assert all(torch.equal(found[:, :-1], own) for found, own in mixed)
         frequencies = getattr(theirs, "inv_freq" if kind is None else f"{kind}_inv_freq").double()
         for far in (65_533, 65_536, 10_000_019, 65_536 * 300 - 2, 65_536 * 2**30 - 3):
             assert all(made.dtype == torch.bfloat16 for made in rotary(x.bfloat16(), far + steps, *told))

@@ -56,7 +56,7 @@ class Divergence:
 
 def check_vocabularies(model: PreTrainedModel, original: PreTrainedModel) -> None:
     """Refuse two models that choose between different tokens, as far as their number tells."""
-    ours, theirs = model.config.vocab_size, original.config.vocab_size
+    ours, theirs = (each.config.get_text_config().vocab_size for each in (model, original))
     if ours != theirs:
         raise FastWeightsError(
             f"the model chooses between {ours} tokens and its original between {theirs}: give the model that it was "

@@ -15,10 +15,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from fastweights.errors import DivergedError, FastWeightsError
 from fastweights.evaluation.gains import places
+from fastweights.layers.distributions import token_losses
 from fastweights.reading.stream import Stream, check_block_size
 from fastweights.settings.evaluation import EvaluationConfig
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fastweights.evaluation.dynamic_evaluation import DynamicEvaluation
 
 
-_LOGITS, _AT_ONCE = 2**28, 512
-# Logits that a batch may have (1 GB of fp32), and tokens whose losses are made of them at once, with a copy of theirs.
+_LOGITS = 2**28
+"""That a batch may have: 1 GB of fp32."""
 POSITIONS = (128, 1024, 4096, 16384)
 """Where ranges of positions end."""
 
@@ -205,8 +205,7 @@ def _losses(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     tokens = text.tokens.to(model.device)
     for positions, logits, counted in predictions(model, text, block_size=block_size, config=config):
-        both = zip(logits.split(_AT_ONCE), tokens[positions].split(_AT_ONCE), strict=True)
-        losses = torch.cat([cross_entropy(some.float(), right, reduction="none") for some, right in both])
+        losses = token_losses(logits, tokens[positions])
         if losses.isnan().any():
             raise DivergedError(
                 "the loss is nan: weights of the model are not finite, or its dtype has no room for what it computes; "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
@@ -38,6 +38,12 @@ def pieces(length: int, size: int) -> Iterator[slice]:
     """Of so many rows, so many at a time, and at least one."""
     size = max(1, size)
     return (slice(start, start + size) for start in range(0, length, size))
+
+
+def token_losses(logits: Float[Tensor, "N vocabulary"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Cross-entropy of each position with its token, in nats and fp32."""
+    slices = pieces(len(logits), at_once(logits).elements // logits.shape[1])
+    return torch.cat([cross_entropy(logits[rows].float(), labels[rows], reduction="none") for rows in slices])
 
 
 def token_divergences(

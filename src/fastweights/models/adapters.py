@@ -27,7 +27,7 @@ from fastweights.files import model_written_whole
 from fastweights.layers.attention import UNIT
 from fastweights.models.conversion import convert_beside, copy_beside, with_config
 from fastweights.models.loading import load_model, not_finite
-from fastweights.models.lora import ADAPTER, add_lora
+from fastweights.models.lora import ADAPTER, add_lora, tensors_beside
 from fastweights.models.names import find_base, lasting_name, resolve_model
 from fastweights.models.quantisation import check_not_quantised
 from fastweights.settings.conversion import BEFORE, ConversionConfig
@@ -71,15 +71,12 @@ def save_adapter(
     check_not_quantised(model, "an adapter")
     if (folder / "config.json").exists() and not replace:
         raise FastWeightsError(f"{folder} has a model in it: give the adapter a folder of its own")
-    original = convert_beside(base if isinstance(base, PreTrainedModel) else load_model(base), model.config.settings)
-    state = model.state_dict()
-    new = set(model.new_tensors())
+    original = convert_beside(base, model.config.settings)
     lora = _lora_settings(model)
     check_rest(model, original, "train with LoRA, or keep the whole model")
     kept = {
         _PREFIX + name.replace(".default.", "."): tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if name in new or _LORA.search(name)
+        for name, tensor in tensors_beside(model).items()
     }
     kept = {name: x.to(torch.bfloat16 if x.ndim > 1 else torch.float32) for name, x in kept.items()}
     if bad := not_finite(kept):

@@ -53,21 +53,25 @@ def convert(model: str | Path | PreTrainedModel, config: ConversionConfig | None
         FastWeightsError: if the model is of no known family, has fast weights already, or has something in its
             attention or head that its family's row cannot express.
     """
-    base = _own(model)
-    check_softmax(base, type(model).__name__ if isinstance(model, PreTrainedModel) else str(model))
-    return with_config(base, config or ConversionConfig())
+    return _converted(model, config, share=False)
 
 
-def convert_beside(model: PreTrainedModel, config: ConversionConfig) -> FastWeightsForCausalLM:
+def convert_beside(model: str | Path | PreTrainedModel, config: ConversionConfig) -> FastWeightsForCausalLM:
     """As `convert`, with the model's own weights in both: for what reads them, or trains what stands beside them.
 
     Args:
-        model: a causal language model on one device, which must not be trained, or written into, from then on.
+        model: as there; one that is given itself must not be trained, or written into, from then on.
         config: how to convert.
     """
-    check_causal_model(model)
-    check_softmax(model, type(model).__name__)
-    return with_config(copy_beside(model), config)
+    return _converted(model, config, share=True)
+
+
+def _converted(
+    model: str | Path | PreTrainedModel, config: ConversionConfig | None, *, share: bool
+) -> FastWeightsForCausalLM:
+    base = _own(model, share=share)
+    check_softmax(base, type(model).__name__ if isinstance(model, PreTrainedModel) else str(model))
+    return with_config(base, config or ConversionConfig())
 
 
 def copy_beside(model: PreTrainedModel) -> PreTrainedModel:
@@ -130,12 +134,12 @@ def add_fast_weight_layer(
     return model
 
 
-def _own(model: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """A causal language model to change, from its name or as a copy."""
+def _own(model: str | Path | PreTrainedModel, *, share: bool = False) -> PreTrainedModel:
+    """A causal language model to change, from its name or as a copy, whose weights may be the same."""
     if isinstance(model, (str, PathLike)):
         return load_model(model)  # type: ignore[arg-type]
     check_causal_model(model)
-    return copy.deepcopy(model)
+    return copy_beside(model) if share else copy.deepcopy(model)
 
 
 def check_causal_model(model: object) -> None:

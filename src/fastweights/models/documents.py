@@ -207,6 +207,13 @@ class Numbers(NamedTuple):
         return cls(torch.cat((before, own if real is None else own.masked_fill(~real, -1)), 1), own)
 
 
+def can_be_read(positions: Int[Tensor, "..."] | None) -> bool:
+    """Whether it takes nothing to look at them, not even waiting for a GPU."""
+    if positions is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return positions.device.type == "cpu" and positions.numel() > 0
+
+
 def documents_mask(numbers: Numbers, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """What softmax attention adds to q·k, (B, 1, T, L): 0 where a token sees another of its document, else -max.
 

@@ -15,7 +15,10 @@ from fastweights.layers.attention import FastWeightAttention
 from fastweights.models.quantisation import check_not_quantised
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from peft import LoraConfig
+    from torch import Tensor
 
     from fastweights.models.modeling import FastWeightsForCausalLM
 
@@ -38,10 +41,7 @@ def lora_config(
     Raises:
         FastWeightsError: if peft is not installed.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise FastWeightsError("LoRA needs peft, which is not installed: pip install 'fastweights[lora]'") from error
+    peft = _peft()
     if targets is None:
         targets = [
             f"{name}.{child}"
@@ -50,7 +50,7 @@ def lora_config(
             for child, module in attention.named_children()
             if isinstance(module, _LINEAR)
         ]
-    return LoraConfig(
+    return peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=targets,
@@ -88,8 +88,21 @@ def check_lora(model: FastWeightsForCausalLM, rank: int) -> None:
     check_not_quantised(model, "LoRA")
     if (there := lora_rank(model)) not in (0, rank):
         raise FastWeightsError(f"lora_rank is {rank}, and the adapter to train on has {there}: give that")
-    if not there:
-        lora_config(model, rank)
+    _peft()
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise FastWeightsError("LoRA needs peft, which is not installed: pip install 'fastweights[lora]'") from error
+    return peft
+
+
+def tensors_beside(model: FastWeightsForCausalLM) -> dict[str, Tensor]:
+    """By name, what conversion and LoRA have added to the weights of the base model."""
+    new = set(model.new_tensors())
+    return {name: tensor for name, tensor in model.state_dict().items() if name in new or ".lora_" in name}
 
 
 def lora_rank(model: nn.Module) -> int:

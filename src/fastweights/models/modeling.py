@@ -26,7 +26,7 @@ from fastweights.models.architectures import architecture_of, attention_modules,
 from fastweights.models.cache import BlockCacheLayer, FastWeightsCache, PendingPosition, SlidingCacheLayer
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.decoding import decode
-from fastweights.models.documents import Numbers, Reading, documents_masks, next_real_tokens, read_tokens
+from fastweights.models.documents import Numbers, Reading, can_be_read, documents_masks, next_real_tokens, read_tokens
 from fastweights.models.initialisation import initialise, mark_as_initialised
 from fastweights.models.replacement import drop_positions, keep_frequencies, replace_attention
 from fastweights.models.unembedding import readable
@@ -309,11 +309,14 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
                 "save it, and what is loaded has the others"
             )
 
-    def _check_outputs(self, kwargs: dict[str, Any]) -> None:
-        """Pass on what the config asks for, which the base model's does not say, and refuse maps that are not there."""
+    def _ask_as_config_does(self, kwargs: dict[str, Any]) -> None:
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
+
+    def _check_outputs(self, kwargs: dict[str, Any]) -> None:
+        """Pass on what the config asks for, which the base model's does not say, and refuse maps that are not there."""
+        self._ask_as_config_does(kwargs)
         if not kwargs.get("output_attentions"):
             return
         types = self.config.layer_types
@@ -330,7 +333,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         limit = self.max_positions
         if limit is None:
             return
-        if length <= limit and not (chosen and _can_be_read(position_ids)):
+        if length <= limit and not (chosen and can_be_read(position_ids)):
             return
         last = length - 1 if position_ids is None else int(position_ids.max())
         if last >= limit:
@@ -537,10 +540,9 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(loss=self.reproduction_errors(attention_records, position_ids).mean())
         if self.model.__dict__.get("causal") is not self:  # a replica of DataParallel's
             self.model.__dict__["causal"] = self
-        asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
+        self.model._ask_as_config_does(kwargs)
         others = {
             **kwargs,
-            **{name: getattr(self.config, name) if wanted is None else wanted for name, wanted in asked.items()},
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "loss_of": loss_of,
@@ -617,13 +619,6 @@ def _mask_of_all(reading: Reading, cache: FastWeightsCache | None) -> Tensor | N
     if reading.mask is None or cache is None:
         return reading.mask
     return nn.functional.pad(reading.mask, (cache.position_offset, 0), value=True)
-
-
-def _can_be_read(positions: Tensor | None) -> bool:
-    """Whether it takes nothing to look at them, not even waiting for a GPU."""
-    if positions is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    return positions.device.type == "cpu" and positions.numel() > 0
 
 
 def _documents_in_windows(reading: Reading, cache: FastWeightsCache | None, given: Tensor) -> Numbers | None:

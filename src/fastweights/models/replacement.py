@@ -14,6 +14,7 @@ from fastweights.layers.convolution import ShortConvolution
 from fastweights.layers.feature_maps import Projection, make_feature_map
 from fastweights.layers.rules import RuleShape, make_rule
 from fastweights.models.architectures import architecture_of, has_rotary, position_vectors
+from fastweights.models.documents import can_be_read
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -122,6 +123,8 @@ class EndlessRotary(nn.Module):
         self, x: Tensor, position_ids: Int[Tensor, "B T"], *layer_type: str, **named: str
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (B, T, d) each, as the base model's own gives them."""
+        if can_be_read(position_ids) and int(position_ids.max()) < _EXACT:
+            return self.rotary(x, position_ids, *layer_type, **named)
         made = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))  # rounded once, in the end
         cos, sin = self.rotary(made, position_ids % _EXACT, *layer_type, **named)
         # In float64, which not every device has: the angle of a multiple grows without end.

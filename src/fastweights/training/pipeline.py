@@ -35,7 +35,6 @@ from fastweights.training.checkpoints import FINISHED, damage, last_checkpoint
 from fastweights.training.runs import (
     CONVERTED,
     RESULTS_FILE,
-    RUN_FILE,
     begin_run,
     check_stage,
     check_start,
@@ -113,13 +112,12 @@ def _train_conversion(run: _Run, known: Evaluation | None) -> list[StageResult]:
     else:
         run.add("teacher", known)
     fresh = is_fresh(student)
-    if "converted" in run.known and run.has_begun(config.stages[0]):
-        run.evaluate("converted", student)  # which is known, and what calibration found is in the checkpoint
-    else:
-        if fresh and (config.stage == "finetune" or config.transfer.calibrate):
-            calibrate(student, teacher, run.blocks)
-        if fresh or config.stage != "finetune":
-            run.evaluate("converted", student)
+    # What calibration found is in a checkpoint.
+    is_known = "converted" in run.known and run.has_begun(config.stages[0])
+    if fresh and not is_known and (config.stage == "finetune" or config.transfer.calibrate):
+        calibrate(student, teacher, run.blocks)
+    if fresh or config.stage != "finetune":
+        run.evaluate("converted", student)
     for stage in run.stages:
         student = run.train(stage, student, teacher)
         run.evaluate(stage, student)
@@ -189,14 +187,15 @@ class _Run:
         for stage in stages:
             check_stage(getattr(config, stage), config.run, self.blocks)
         check_long_enough(self.held_out, config.evaluation)
-        self.known = _known_before_training(config)
-        self.process.wait_for_everyone()  # before the first writes results anew
         inputs = [*self.inputs, name_of(model)]
         if self.process.is_main_process:
             contents = contents_of(model, self.blocks, self.held_out)
             if student is not None:
                 contents[CONVERTED] = fingerprint(student)
             self._alone.enter_context(begin_run(config, inputs, contents))
+        self.process.wait_for_everyone()  # until results that are not this run's are gone
+        self.known = _known_before_training(config.output)
+        self.process.wait_for_everyone()  # before the first writes results anew
 
     def has_begun(self, stage: str) -> bool:
         """Whether a stage goes on from a checkpoint, or has come to its end."""
@@ -276,15 +275,10 @@ class _Run:
         return self.results
 
 
-def _known_before_training(config: TrainConfig) -> dict[str, Evaluation]:
-    """What the run that this one goes on with has evaluated, in the same way, of models that no stage has trained."""
-    if not config.resume:
-        return {}
+def _known_before_training(folder: Path) -> dict[str, Evaluation]:
+    """What the run that goes on in this folder has evaluated of models that no stage has trained."""
     try:
-        before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["config"]["evaluation"]
-        rows = json.loads((config.output / RESULTS_FILE).read_text(encoding="utf-8"))
-        if before != json.loads(json.dumps(asdict(config.evaluation), default=str)):
-            return {}
+        rows = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         rows = [row for row in rows if row["stage"] in _UNTRAINED and None not in row["evaluation"].values()]
         return {row["stage"]: Evaluation(**row["evaluation"]) for row in rows}
     except (OSError, ValueError, LookupError, TypeError):

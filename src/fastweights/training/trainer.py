@@ -23,7 +23,7 @@ from fastweights.files import model_written_whole, said
 from fastweights.models.adapters import save_adapter
 from fastweights.models.architectures import architecture_of
 from fastweights.models.loading import not_finite
-from fastweights.models.lora import lora_rank
+from fastweights.models.lora import lora_rank, tensors_beside
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.progress import Progress
 from fastweights.training.checkpoints import (
@@ -136,10 +136,8 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Of a model with LoRA what is not the base model's own, which stays as it was: a checkpoint of some MB."""
-        model = self.model
-        if state_dict is None and lora_rank(model):  # type: ignore[arg-type]
-            new = set(model.new_tensors())  # type: ignore[union-attr, operator]
-            state_dict = {name: x for name, x in model.state_dict().items() if name in new or "lora_" in name}  # type: ignore[union-attr]
+        if state_dict is None and lora_rank(self.model):  # type: ignore[arg-type]
+            state_dict = tensors_beside(self.model)  # type: ignore[arg-type]
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -205,7 +203,11 @@ class StageTrainer(Trainer):
         found = [str(checkpoint_to_resume(self.output) or "") if resume and self.is_world_process_zero() else ""]
         checkpoint = broadcast_object_list(found)[0]
         with self.saving.until_told(), self.progress:
-            if not (checkpoint and self._is_last(checkpoint)):
+            if checkpoint and (state := _state_in(checkpoint)).global_step >= self.config.steps:
+                self._take_up(
+                    checkpoint, state
+                )  # the Trainer looks at the number of steps after each, and would take one
+            else:
                 self.train(resume_from_checkpoint=checkpoint or None)
         if self.saving.told_to_stop.is_set():
             if self.is_world_process_zero():
@@ -223,21 +225,13 @@ class StageTrainer(Trainer):
                 seal(self.output, (file for file in self.output.iterdir() if file.is_file()), FINISHED)
         self.accelerator.wait_for_everyone()
 
-    def _is_last(self, checkpoint: str) -> bool:
-        """Whether nothing is left to train after a checkpoint, which then is where the stage is.
-
-        The Trainer looks at the number of steps after each step alone, and would take one too many.
-        """
-        with _reading(checkpoint):
-            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
-        if state.global_step < self.config.steps:
-            return False
+    def _take_up(self, checkpoint: str, state: TrainerState) -> None:
+        """Be where the last step left the stage."""
         self._load_from_checkpoint(checkpoint)
         self.state = state
         if not state.log_history:  # how long it took is read from there
             self.clock.on_train_begin(self.args, state, self.control)
             self.log({})
-        return True
 
     def _write_model(self, main: bool) -> None:
         """The model with its tokenizer, or of one with LoRA the adapter."""
@@ -247,6 +241,11 @@ class StageTrainer(Trainer):
             return
         with model_written_whole(self.output) if main else nullcontext(self.output) as folder:
             self.save_model(str(folder))
+
+
+def _state_in(checkpoint: str) -> TrainerState:
+    with _reading(checkpoint):
+        return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
 
 
 def _starting_as_identity(model: torch.nn.Module) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,8 @@ from fastweights.settings.text import DataConfig, HeldOutDataConfig
 from fastweights.settings.weights import Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from transformers import PreTrainedModel
 
     from fastweights.data import TokenizedText
@@ -108,39 +111,33 @@ def evaluate(
     held_out = {source: _read(text, source) for source in models}
     for source in models if recall else ():
         check_distances(load_tokenizer(source), recall_test)
-    failed = None
-    try:
-        with Progress(unit="tokens") as progress:
-            for source in held_out:
-                model = placed(load_model(source, weights=weights))
-                if dynamic:
-                    check_not_quantised(model, "dynamic evaluation")
-                base = _teacher_of(model, source, teacher, parts=parts) if parts or divergence else None
-                results[source] = compare(
-                    model,
-                    held_out[source],
-                    comparison,
-                    block_size=text.block_size,
-                    evaluation=evaluation,
-                    validation=_read(replace(text, split="validation"), source)
-                    if dynamic and comparison.tune_tokens
-                    else None,
-                    training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
-                    teacher=base if parts else None,
-                    say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
-                    progress=progress,
+    with _kept_for_later(results) as refused, Progress(unit="tokens") as progress:
+        for source in held_out:
+            model = placed(load_model(source, weights=weights))
+            if dynamic:
+                check_not_quantised(model, "dynamic evaluation")
+            base = _teacher_of(model, source, teacher, parts=parts) if parts or divergence else None
+            results[source] = compare(
+                model,
+                held_out[source],
+                comparison,
+                block_size=text.block_size,
+                evaluation=evaluation,
+                validation=_read(replace(text, split="validation"), source)
+                if dynamic and comparison.tune_tokens
+                else None,
+                training=_read(replace(text, split="train"), source) if "rms" in dynamic else None,
+                teacher=base if parts else None,
+                say=lambda line, source=source: progress.begin(printable(f"{source}: {line}")),
+                progress=progress,
+            )
+            if recall:
+                recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
+            if divergence:
+                assert base is not None
+                diverged[source] = _divergences(
+                    model, held_out[source], results[source], base, text.block_size, evaluation, progress
                 )
-                if recall:
-                    recalled[source] = _recall(model, source, results[source], base, recall_test, progress)
-                if divergence:
-                    assert base is not None
-                    diverged[source] = _divergences(
-                        model, held_out[source], results[source], base, text.block_size, evaluation, progress
-                    )
-    except FastWeightsError as error:
-        if not results:
-            raise
-        failed = error  # once what was measured before it is told
     data = {
         source: _plain(rows, recalled.get(source, {}), diverged.get(source, {})) for source, rows in results.items()
     }
@@ -158,8 +155,20 @@ def evaluate(
         _write(output, data, results, held_out)
         if not json:
             say(f"results.json and the pictures are in {output}")
-    if failed is not None:
-        raise failed
+    if refused:
+        raise refused[0]
+
+
+@contextmanager
+def _kept_for_later(results: Mapping) -> Iterator[list[FastWeightsError]]:
+    """Ends with an error in the list, where there are results to be told first; else with the error."""
+    refused: list[FastWeightsError] = []
+    try:
+        yield refused
+    except FastWeightsError as error:
+        if not results:
+            raise
+        refused.append(error)
 
 
 def _check_unseen(split: str, *, tuned: bool, sizes: bool) -> None:

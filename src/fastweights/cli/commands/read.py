@@ -145,14 +145,14 @@ def _read_all(
     sizes = [0 if is_pipe else file.stat().st_size for file, is_pipe in zip(files, pipes, strict=True)]
     total = None if any(pipes) else sum(sizes)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    start, none = first_tokens(tokenizer), torch.tensor([], dtype=torch.long)
+    start = first_tokens(tokenizer)
     before = torch.tensor(start if memory.last_token is None and not place.characters else [], dtype=torch.long)
     for index, file in enumerate(files):
         with Progress(printable(f"reading {file.name}"), unit=BYTES, quick=True) as progress:
             for piece in token_pieces(file, tokenizer, size=_SIZE, skip=place.characters):
                 with stops.after():
                     memory.read([torch.cat((before, piece.ids))])
-                    before = none
+                    before = before[:0]
                     place.characters = piece.characters
                 progress(sum(sizes[:index]) + piece.bytes, total)
                 yield
