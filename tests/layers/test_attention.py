@@ -3,7 +3,9 @@ import torch
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers import FastWeightAttention
+from fastweights.layers.window import WindowEmbeddings
 from fastweights.models import convert
+from fastweights.models.replacement import inverse_rotation
 from fastweights.ops import decay_rule
 from fastweights.settings.conversion import ConversionConfig
 from tests.conftest import make_gpt2, make_llama, random_ids
@@ -54,12 +56,13 @@ def test_rotary_can_be_left_out_of_the_fast_weights_but_not_of_the_window(rotary
     layer = convert(model, ConversionConfig(rotary=rotary, window=4, sinks=0)).fast_attentions()[0]
     x = torch.randn(1, 9, 32)
     with torch.no_grad():
-        first, second = (
-            layer.read(x, position_embeddings=model.model.rotary_emb(x, torch.arange(9)[None] * step))
-            for step in (1, 7)
-        )
-    assert torch.equal(first[0], second[0]) == (not rotary)
-    assert not torch.equal(first[1], second[1])
+        outputs = []
+        for step in (1, 7):
+            at, behind = (model.model.rotary_emb(x, (torch.arange(9)[None] - back) * step) for back in (0, 3))
+            outputs.append(layer.read(x, None, at, {4: WindowEmbeddings(None, inverse_rotation(*behind))}))
+    first, second = outputs
+    assert torch.allclose(first[0], second[0], rtol=1e-4, atol=1e-5) == (not rotary)
+    assert not torch.allclose(first[1], second[1], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("rotary", [True, False])
@@ -77,8 +80,8 @@ def test_fast_weights_beside_a_window_hold_what_has_left_it_and_is_no_sink(rotar
         held = (n[:, None] - n >= 4) & (n >= 2)
         y = (torch.einsum("bthd,bihd->bhti", q, k) * layer.scaling * held) @ v.transpose(1, 2)
         expected = layer.output(y.transpose(1, 2).flatten(-2))
-        sink_embeddings = model.model.sink_embeddings(x)
-        found, _ = layer(x, position_embeddings=embeddings, sink_embeddings=sink_embeddings)
+        window_embeddings = model.model.window_embeddings(x)
+        found, _ = layer(x, position_embeddings=embeddings, window_embeddings=window_embeddings)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -87,15 +90,15 @@ def test_values_of_their_own_are_written_and_the_window_has_the_pretrained_ones(
     models = [convert(make_llama(), ConversionConfig(window=4, write=write, value_map=of)) for of in (False, True)]
     layer, own = (model.fast_attentions()[0] for model in models)
     x, at = torch.randn(1, 20, 32), models[0].model.base.rotary_emb(torch.randn(1, 20, 32), torch.arange(20)[None])
-    sinks = models[0].model.sink_embeddings(x)
+    beside_it = models[0].model.window_embeddings(x)
     with torch.no_grad():
-        for one, other in zip(layer.read(x, None, at, sinks), own.read(x, None, at, sinks), strict=True):
+        for one, other in zip(layer.read(x, None, at, beside_it), own.read(x, None, at, beside_it), strict=True):
             assert one.equal(other)  # at the start
         matrices = own.value_map.weight.normal_()
         # Without gates of their channels, a matrix times the values is the same matrix times what is read.
         layer.rule.value_gate = own.rule.value_gate = None
-        fast, window = layer.read(x, None, at, sinks)
-        found, beside = own.read(x, None, at, sinks)
+        fast, window = layer.read(x, None, at, beside_it)
+        found, beside = own.read(x, None, at, beside_it)
     assert beside.equal(window)
     expected = torch.einsum("bthv,hwv->bthw", fast, matrices.repeat_interleave(2, 0))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

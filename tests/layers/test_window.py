@@ -10,7 +10,6 @@ from fastweights.models.cache import HybridCacheLayer, layer_tensors
 
 def dense(tokens, index, window, sinks, scale, bias=None):
     """The definition, for tokens of one row without padding: one softmax with a mask over the whole matrix."""
-    tokens = tokens[0], tokens[1][..., :6], *tokens[2:]
     q, k, v, sink_q = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
     place = torch.arange(len(index))
     distance = place[:, None] - place
@@ -33,9 +32,9 @@ def leaving(x, index, window, sinks):
     return left
 
 
-def random_tokens(batch, length, kv_heads, seed=0, others=0):
+def random_tokens(batch, length, kv_heads, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    widths = {"q": (4, 6), "k": (kv_heads, 6 + others), "v": (kv_heads, 5), "sink_q": (4, 6)}
+    widths = {"q": (4, 6), "k": (kv_heads, 6), "v": (kv_heads, 5), "sink_q": (4, 6)}
     shapes = [(batch, length, *widths[name]) for name in WindowTokens._fields]
     return WindowTokens(*(torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes))
 
@@ -53,15 +52,14 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
     padding=st.sampled_from([0.0, 0.0, 0.3, 0.9]),
     starts=st.sampled_from([0.0, 0.0, 0.2]),
     with_bias=st.booleans(),
-    others=st.sampled_from([0, 3]),
     seed=st.integers(0, 10**6),
 )
 def test_pieces_padding_and_documents_agree_with_the_definition(
-    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, others, seed
+    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, seed
 ):
     """In outputs and in all gradients, and the state is of one size."""
     length, generator = sum(pieces), torch.Generator().manual_seed(seed)
-    tokens = random_tokens(rows, length, kv_heads, seed, others)
+    tokens = random_tokens(rows, length, kv_heads, seed)
     bias = torch.randn(4, window + sinks, generator=generator, dtype=torch.float64) if with_bias else None
     real = torch.rand(rows, length, generator=generator) >= padding
     begins = (torch.rand(rows, length, generator=generator) < starts) & real
@@ -95,7 +93,7 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
         torch.testing.assert_close(found[row, kept], truth, rtol=0, atol=1e-12)
         assert not found[row, ~kept].any()
         loss = loss + (truth * weigh[row, kept]).sum()
-        for x, own in zip(left, (tokens.k[..., 6 if others else 0 :], tokens.v), strict=True):
+        for x, own in zip(left, (tokens.k, tokens.v), strict=True):
             truth = leaving(own[row, kept], index, window, sinks)
             torch.testing.assert_close(x[row, kept], truth, rtol=0, atol=0)
             loss = loss + (truth * weigh_left[row, kept]).square().sum()

@@ -831,7 +831,8 @@ def test_on_several_threads(weights, rows, monkeypatch):
     if weights != "fp32":
         quantise(model, weights)
     with threads_of_torch(3):
-        check(model, rows, tolerance=8 * tolerances.BFLOAT16)
+        # More than FEW rows at once would go another way, which rounds their numbers, on some machines to bfloat16.
+        check(model, rows, tolerance=8 * tolerances.BFLOAT16, plain_step=1)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.models.cache import layer_tensors
+from fastweights.models.cache import layer_tensors, state_bytes
 from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.replacement import inverse_rotation
 from fastweights.reading.stream import Stream
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
@@ -87,10 +88,62 @@ def test_rotary_positions_of_sinks_end():
         part = stream.read(part, logits_to_keep=1)
     # Rotary embeddings of the window's own positions are in float32.
     assert error(part, model(short, logits_to_keep=1).logits) <= 1e-2
-    far, near = (model.model.sink_embeddings(ids[:, :1], before=n)[WINDOW] for n in (65_536, WINDOW + SINKS - 1))
+    far, near = (
+        model.model.window_embeddings(ids[:, :1], before=n)[WINDOW].sinks for n in (65_536, WINDOW + SINKS - 1)
+    )
     assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
     at_its_place = base.model.rotary_emb(torch.empty(0).double(), torch.tensor([[WINDOW + SINKS - 1]]))
     assert all(torch.equal(*pair) for pair in zip(far, at_its_place, strict=True))
+
+
+@torch.no_grad()
+def test_keys_are_kept_once():
+    """Whether or not fast weights are written them with the rotary embedding that the window's have."""
+    ids, sizes = random_ids(1, 40), []
+    for rotary in (True, False):
+        model = convert(make_llama(), ConversionConfig(window=8, rotary=rotary)).eval()
+        cache = model(ids, use_cache=True).cache
+        sizes.append(state_bytes(cache))
+        model(ids[:, :1], cache=cache)
+        assert cache.decoding is not None
+        sizes.append(sum(x.nbytes for layer in cache.layers for x in vars(layer.ring).values() if torch.is_tensor(x)))
+    assert sizes[:2] == sizes[2:]
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}])
+def test_a_rotary_embedding_is_taken_off_again(rope):
+    """With the factor of YaRN, too."""
+    base = make_llama(rope_parameters={"rope_theta": 100.0, **rope})
+    model = convert(base, ConversionConfig(window=4, rotary=False))
+    x = torch.randn(2, 9, base.config.hidden_size, dtype=torch.float64)
+    layer = model.double().fast_attentions()[0]
+    q, k, _ = layer.project(x)
+    at = model.model.base.rotary_emb(x, torch.arange(9)[None])
+    rotated = layer.projections.rotate(q, k, at)
+    assert not torch.allclose(rotated[1], k, rtol=1e-2, atol=1e-2)
+    for there, back in zip((q, k), layer.projections.rotate(*rotated, inverse_rotation(*at)), strict=True):
+        torch.testing.assert_close(back, there, rtol=1e-5, atol=1e-5)  # its squares are in float32
+
+
+def test_positions_that_leave_some_out_are_refused_where_the_rotary_embedding_is_taken_off():
+    ids, at = random_ids(2, 12), torch.arange(12)[None]
+    leaves_out = torch.cat((at[:, :7], at[:, 7:] + 3), 1)
+    model = convert(make_llama(), ConversionConfig(window=4, rotary=False)).eval()
+    reason = "position_ids go from 6 to 10 within a document"
+    with pytest.raises(FastWeightsError, match=reason):
+        model(ids, position_ids=leaves_out)
+    with pytest.raises(FastWeightsError, match=reason):
+        model(ids, position_ids=torch.cat((at, leaves_out)))
+    cache = model(ids[:, :7], use_cache=True).cache
+    with pytest.raises(FastWeightsError, match=reason):
+        model(ids[:, 7:], position_ids=at[:, 7:] + 3, cache=cache)
+    model(ids[:, 7:], position_ids=at[:, 7:], cache=cache)
+    model(ids, position_ids=torch.cat((at[:, :7], at[:, :5]), 1))  # another document
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 4:6] = 0
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    model(ids, position_ids=at + 100)
+    convert(make_llama(), ConversionConfig(window=4)).eval()(ids, position_ids=leaves_out)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gemma3])

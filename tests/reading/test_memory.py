@@ -384,6 +384,21 @@ def test_a_memory_that_its_model_would_not_make_is_refused(small, saved, tmp_pat
     assert re.search(reason, refusal(small, tmp_path / "x", whole))
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_memory_from_when_keys_were_kept_twice_goes_on(tmp_path, rotary):
+    model = convert(make_llama(), ConversionConfig(window=8, rotary=rotary)).eval()
+    memory, prompt = new_memory(model).read([random_ids(1, 20)[0]]), random_ids(1, 5, seed=2)[0]
+    with safe_open(memory.save(tmp_path / "x"), framework="pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del about["checksum"]
+    about["format"] = "fastweights-memory-6"
+    for name in [name for name in tensors if name.endswith(".keys") and not rotary]:
+        tensors[name] = torch.cat((tensors[name], torch.randn_like(tensors[name])), -1)
+    save_file(tensors, tmp_path / "old", about | {"checksum": _checksum(tensors, about)})
+    loaded = load_memory(model, tmp_path / "old")
+    assert loaded.generate(prompt, **ARGUMENTS).equal(memory.generate(prompt, **ARGUMENTS))
+
+
 def test_a_memory_of_an_earlier_format_is_refused(small, tmp_path):
     old = save({"0.state0": torch.zeros(1)}, {"format": "fastweights-memory-3", "tokens": "3"})
     assert "no memory file of this version" in refusal(small, tmp_path / "x", old)

@@ -214,7 +214,7 @@ def test_each_layer_has_its_own_window_in_passes_and_steps(tmp_path):
     for window, layer in zip((4, 12, 6), model.fast_attentions(), strict=True):
         x = torch.randn(1, 30, base.config.hidden_size)
         at = torch.arange(30)[None]
-        embeddings = model.model.base.rotary_emb(x, at), model.model.sink_embeddings(x)
+        embeddings = model.model.base.rotary_emb(x, at), model.model.window_embeddings(x)
         changed = x.clone()
         changed[:, 29 - window] += 1  # the last token to leave
         _, before = layer.read(x, None, *embeddings)

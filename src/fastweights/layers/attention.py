@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastweights.layers.convolution import ShortConvolution
     from fastweights.layers.feature_maps import FeatureMap, Projection
     from fastweights.layers.rules import Rule
-    from fastweights.layers.window import KeysAndValues
+    from fastweights.layers.window import KeysAndValues, WindowEmbeddings
 
 UNIT = "fast_unit"
 """Buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
@@ -178,6 +178,8 @@ class FastWeightAttention(KeepsFloat32):
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
         self.writes_leaving = bool(window) and write == "leaving"
+        self.takes_rotary_off = self.writes_leaving and rotates and not rotary
+        """Of the keys that are written, which the window has kept with it."""
         self.scaling: float = attention.scaling  # type: ignore[assignment]
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.fast_scale = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
@@ -215,7 +217,7 @@ class FastWeightAttention(KeepsFloat32):
         hidden_states: Float[Tensor, "B T d"],
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
+        window_embeddings: dict[int, WindowEmbeddings] | None = None,
         marks: TokenMarks | None = None,
         feature_positions: Int[Tensor, "_ T"] | None = None,
         **kwargs: Any,
@@ -225,7 +227,8 @@ class FastWeightAttention(KeepsFloat32):
         Args:
             hidden_states: the layer's input.
             position_embeddings: cosines and sines of the base model's rotary embedding, where it has one.
-            sink_embeddings: the same for queries of sinks, by the layer's window (`FastWeightsModel.sink_embeddings`).
+            window_embeddings: the same for sinks and for keys that leave the window, by the layer's window
+                (`FastWeightsModel.window_embeddings`).
             marks: padding and borders of documents among the tokens.
             feature_positions: of the tokens, for a feature map that needs them; None for 0, 1, 2, ...
             **kwargs: what else the base model hands its attention: the cache under its own name, and what a recurrence
@@ -243,7 +246,7 @@ class FastWeightAttention(KeepsFloat32):
                 )
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         fast, window = self.read(
-            hidden_states, layer_cache, position_embeddings, sink_embeddings, marks, feature_positions
+            hidden_states, layer_cache, position_embeddings, window_embeddings, marks, feature_positions
         )
         return self.mix(fast, window), None
 
@@ -252,7 +255,7 @@ class FastWeightAttention(KeepsFloat32):
         x: Float[Tensor, "B T d"],
         cache: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None = None,
+        window_embeddings: dict[int, WindowEmbeddings] | None = None,
         marks: TokenMarks | None = None,
         feature_positions: Int[Tensor, "_ T"] | None = None,
     ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H V"] | None]:
@@ -262,7 +265,7 @@ class FastWeightAttention(KeepsFloat32):
             x: the layer's input.
             cache: a `StateCache`, or with a window a `WindowCache`, to start from and write to.
             position_embeddings: of the rotary embedding.
-            sink_embeddings: of the rotary embedding, for queries of sinks, by the layer's window.
+            window_embeddings: for sinks and for keys that leave the window, by the layer's window.
             marks: padding and borders of documents.
             feature_positions: of the tokens, for a feature map that needs them; None for 0, 1, 2, ...
         """
@@ -271,22 +274,21 @@ class FastWeightAttention(KeepsFloat32):
         q, k, v = self.project(x)
         if self.convolution is not None:
             q, k, v = self._convolved(self.convolution, (q, k, v), cache, marks)
-        rotated, sink_q = (q, k), q
+        rotated, sink_q, of_leaving = (q, k), q, None
         if position_embeddings is not None and (self.rotary or self.window):
             rotated = self.projections.rotate(q, k, position_embeddings)
-        if position_embeddings is not None and self.sinks:
-            assert sink_embeddings is not None
-            sink_q, _ = self.projections.rotate(q, k[:, :, :0], sink_embeddings[self.window])
+        if position_embeddings is not None and (self.sinks or self.takes_rotary_off):
+            assert window_embeddings is not None
+            of_sinks, of_leaving = window_embeddings[self.window]
+            if of_sinks is not None:
+                sink_q, _ = self.projections.rotate(q, k[:, :, :0], of_sinks)
         if self.rotary:
             q, k = rotated
         window = None
         window_only = self.window_only and cache is None
         if self.window:
-            kept = rotated[1]
-            if self.writes_leaving and not self.rotary and position_embeddings is not None:
-                kept = torch.cat((kept, k), -1)
             window, left = windowed(
-                WindowTokens(rotated[0], kept, v, sink_q),
+                WindowTokens(*rotated, v, sink_q),
                 cache,
                 window=self.window,
                 scale=self.scaling,
@@ -300,6 +302,9 @@ class FastWeightAttention(KeepsFloat32):
             if left is not None:
                 # Before anything has left a document's window its state is empty: a token may as well be padding.
                 k, v, marks = left.k, left.v, marks._replace(real=left.any)
+                if of_leaving is not None:
+                    _, k = self.projections.rotate(q[:, :, :0], k, of_leaving)
+                    k = k.to(v.dtype)
         fast, state = self.rule(
             x,
             *self._features(q, k, feature_positions),

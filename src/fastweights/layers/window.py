@@ -26,11 +26,19 @@ class WindowTokens(NamedTuple):
     """What a window is told of the new tokens."""
 
     q: Float[Tensor, "B T H D"]
-    k: Float[Tensor, "B T G D+E"]
-    """The window's D channels, and others that stay beside them in it."""
+    k: Float[Tensor, "B T G D"]
     v: Float[Tensor, "B T G V"]
     sink_q: Float[Tensor, "B T H D"]
     """The queries for sinks, from which a rotary embedding never takes them farther than the window and they reach."""
+
+
+class WindowEmbeddings(NamedTuple):
+    """Rotary embeddings, cosines and sines, for more than the tokens' own places."""
+
+    sinks: tuple[Tensor, Tensor] | None
+    """Of queries for sinks; None without sinks."""
+    leaving: tuple[Tensor, Tensor] | None
+    """What takes the embedding off the key that leaves the window beside each token; None where it stays on."""
 
 
 class KeysAndValues(NamedTuple):
@@ -131,11 +139,11 @@ def windowed(
         leaving: whether what leaves the window is wanted.
 
     Returns:
-        What each token sees; and if wanted the key (its other channels, where it has any) and the value of the token
-        that each one is the last to see in its window, where that is one of its document and no sink.
+        What each token sees; and if wanted the key and the value of the token that each one is the last to see in its
+        window, where that is one of its document and no sink.
     """
     real, starts = marks = marks or TokenMarks()
-    (T, _, D), back = new.q.shape[1:], None
+    T, back = new.q.shape[1], None
     if real is not None:  # what padding holds may be anything, and 0 times NaN is NaN
         new = WindowTokens(*(x.masked_fill(~real[:, :, None, None], 0) for x in new))
     before = 0 if cache is None else cache.document_length()
@@ -150,18 +158,14 @@ def windowed(
         index = index.gather(1, order)
     first = 0 if real is None else T - real.sum(1, keepdim=True)
     places = _Places(index, before, first, real is None and starts is None and isinstance(before, int))
-    near_k, other_k = k.split((D, k.shape[-1] - D), -1)
-    left = None
-    if leaving:
-        left = _leaving(KeysAndValues(other_k if other_k.shape[-1] else k, v), places, window, sinks)
-    new = new._replace(k=new.k[..., :D])
+    left = _leaving(KeysAndValues(k, v), places, window, sinks) if leaving else None
     seen_sinks = last_sinks = None
     if sinks:
         seen_sinks, last_sinks = _sinks(new, cache, places, window, sinks)
     if cache is not None:
         cache.keep(KeysAndValues(k, v), last_sinks, places.after())
     index = None if T == 1 and places.alike else index
-    o = window_attention(new.q, near_k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
+    o = window_attention(new.q, k, v, window=window, scale=scale, bias=bias, index=index, sinks=seen_sinks)
     if back is None:
         return o, left
     if left is not None:

@@ -43,8 +43,6 @@ class Ring:
     """What a window keeps, in places that stay while single tokens come: token t of W in place t mod W."""
 
     k: Float[Tensor, "B G D W"]
-    plain_k: Float[Tensor, "B G W _"]
-    """Before the rotary embedding, of width 0 where nobody asks for it."""
     v: Float[Tensor, "B G W V"]
     sink_k: Float[Tensor, "B G S D"]
     sink_v: Float[Tensor, "B G S V"]
@@ -55,12 +53,11 @@ class Ring:
         """The document's first tokens, in the order of caches."""
         return KeysAndValues(self.sink_k.transpose(1, 2), self.sink_v.transpose(1, 2))
 
-    def last(self) -> tuple[Float[Tensor, "B G L _"], Float[Tensor, "B G L V"]]:
+    def last(self) -> tuple[Float[Tensor, "B G L D"], Float[Tensor, "B G L V"]]:
         """Keys and values of the last W - 1 tokens, or of all, in their order."""
         window = self.v.shape[2]
         order = torch.arange(max(0, self.tokens - window + 1), self.tokens, device=self.v.device) % window
-        keys = torch.cat((self.k[..., order].transpose(2, 3), self.plain_k[:, :, order]), -1)
-        return keys, self.v[:, :, order]
+        return self.k[..., order].transpose(2, 3), self.v[:, :, order]
 
 
 class Counting:
@@ -250,29 +247,23 @@ class Windowed:
         if self.ring is not None:
             self._kept, self._sinks, self.ring = self.ring.last(), self.sinks, None
 
-    def as_ring(self, head_dim: int) -> Ring | None:
-        """The window as a ring from now on; None where rows are at different places, or some of it is not there.
-
-        Args:
-            head_dim: width of a key with its rotary embedding, which may have another behind it.
-        """
+    def as_ring(self) -> Ring | None:
+        """The window as a ring from now on; None where rows are at different places, or some of it is not there."""
         (keys, values), window, sinks = self._kept, self.sliding_window, self.number_of_sinks
         tokens = self.document_length()
         if self.ring is not None or keys is None or values is None or not isinstance(tokens, int):
             return self.ring
-        B, G, L, E = keys.shape
+        B, G, L, D = keys.shape
         if min(tokens, window - 1) != L or keys.dtype != torch.float32 or bool(sinks) != (self.sinks is not None):
             return None
         order = torch.arange(tokens - L, tokens, device=keys.device) % window
-        k, plain = keys.new_zeros(B, G, head_dim, window), keys.new_zeros(B, G, window, E - head_dim)
-        v = values.new_zeros(B, G, window, values.shape[3])
-        k[..., order], plain[:, :, order] = keys[..., :head_dim].transpose(2, 3), keys[..., head_dim:]
-        v[:, :, order] = values
+        k, v = keys.new_zeros(B, G, D, window), values.new_zeros(B, G, window, values.shape[3])
+        k[..., order], v[:, :, order] = keys.transpose(2, 3), values
         first = (k[:, :, :, :0].transpose(2, 3), v[:, :, :0])
         if self.sinks is not None:
             first = tuple(x.transpose(1, 2) for x in self.sinks)
         first = (x.clone(memory_format=torch.contiguous_format) for x in first)
-        ring = Ring(k, plain, v, *first, tokens=tokens)
+        ring = Ring(k, v, *first, tokens=tokens)
         self._kept, self._sinks, self.ring = (None, None), None, ring
         return self.ring
 

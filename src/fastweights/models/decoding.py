@@ -64,6 +64,7 @@ from fastweights.models.cache import (
     SlidingCacheLayer,
     Windowed,
 )
+from fastweights.models.replacement import inverse_rotation
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
@@ -396,7 +397,7 @@ class _Softmax:
     """
 
     rule = query_map = key_map = value_map = convolution = window_bias = None
-    window, rotary, writes_leaving = 0, True, True
+    window, rotary, writes_leaving, takes_rotary_off = 0, True, True, False
 
     def __init__(self, attention: nn.Module, model: FastWeightsForCausalLM) -> None:
         config = model.config
@@ -541,13 +542,16 @@ class Decoder:
         return self.model.lm_head(decoder.read_and_learn(hidden, decoder.lesson(ids, None, None, cache)))
 
     def _rotate(self, room: Room, tokens: int) -> None:
-        """Cosines and sines of this position, and for each window of the one that sinks are seen from."""
+        """Cosines and sines of this position; for each window, where sinks are seen from, and back from what leaves."""
         for rotary, (arguments, windows) in zip(room.rotaries, self.rotaries.items(), strict=True):
             if rotary.shape[2]:
                 reach = (window + self.model.config.sinks - 1 for window in windows)
-                positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach)]])
+                left = (tokens - window + 1 for window in windows)
+                positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach), *left]])
                 cos, sin = self.base.rotary_emb(room.x, positions, *arguments)  # type: ignore[operator]
                 rotary[:, 0], rotary[:, 1] = cos[0], sin[0]
+                last = rotary[1 + len(windows) :]
+                last[:, 0], last[:, 1] = inverse_rotation(last[:, 0], last[:, 1])
 
 
 def _rotaries(model: FastWeightsForCausalLM) -> dict[tuple[str, ...], list[int]]:
@@ -595,8 +599,8 @@ class GrowingWindow:
 
     def ring(self) -> Ring:
         """As the kernel takes windows: one that no token leaves."""
-        plain, sinks = self.v.new_zeros(*self.v.shape[:3], 0), self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
-        return Ring(self.k, plain, self.v, sinks, sinks, tokens=0)
+        sinks = self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
+        return Ring(self.k, self.v, sinks, sinks, tokens=0)
 
 
 class DecodingState:
@@ -686,19 +690,21 @@ class Room:
         self.last_norm = _norm(base.get_submodule(family.last_norm))
         attentions = _all_attentions(model)
         self.rotaries = []
-        """Of each kind: cosines and sines of the token, then of queries for the sinks of each window."""
+        """Of each kind: cosines and sines of the token, of queries for the sinks of each window, and back from the key
+        that leaves it."""
         rotates = model.model.architecture.rotary is not None and any(attention.rotates for attention in attentions)
         for arguments, windows in decoder.rotaries.items():
             first = base.rotary_emb(self.x, _zeros(1, 1, dtype=torch.long), *arguments)[0] if rotates else self.x[:, :0]
-            self.rotaries.append(_zeros(1 + len(windows), 2, first.shape[-1]))
+            self.rotaries.append(_zeros(1 + 2 * len(windows), 2, first.shape[-1]))
         kinds = [*decoder.rotaries]
         self.unit = getattr(self.kernels, family.units[getattr(config.base, family.activation)])
         layers = zip(base.get_submodule(family.layers), attentions, strict=True)
         self.layers = []
         for i, (layer, attention) in enumerate(layers):
             arguments = _rotary_arguments(model, i)
-            rotary = self.rotaries[kinds.index(arguments)]
-            places = 0, 1 + decoder.rotaries[arguments].index(attention.window) if attention.window else 0
+            rotary, windows = self.rotaries[kinds.index(arguments)], decoder.rotaries[arguments]
+            place = 1 + windows.index(attention.window) if attention.window else 0
+            places = 0, place, place + len(windows) if attention.window else 0
             self.layers.append(LayerStep(self, family, layer, attention, [rotary[place] for place in places]))
 
     def normalise(self, norm: _Norm | None) -> None:
@@ -727,7 +733,7 @@ class LayerStep:
         family: whose parts the layer has.
         layer: of the model.
         attention: its attention, converted or not.
-        rotary: (2, width) cosines and sines of the token, and of queries for its sinks.
+        rotary: (2, width) cosines and sines of the token, of queries for its sinks, and back from the key that leaves.
     """
 
     def __init__(self, room: Room, family: _Family, layer: Any, attention: Any, rotary: list[Tensor]) -> None:
@@ -738,7 +744,8 @@ class LayerStep:
         rule: Any = attention.rule
         V = D if rule is None else rule.shape.value_width
         H, G = attention.heads, attention.kv_heads
-        self.rotary = [(x if attention.rotates else _zeros(2, 0)).numpy() for x in rotary]
+        used = attention.rotates, attention.rotates, attention.takes_rotary_off
+        self.rotary = [(x if each else _zeros(2, 0)).numpy() for x, each in zip(rotary, used, strict=True)]
         names: Any = attention.projections
         modules = [attention.get_submodule(name) for name in _inner(names)]
         shapes = (H, D), (G, D), (G, V)
@@ -804,9 +811,9 @@ class LayerStep:
         attention, room = self.attention, self.room
         if fast is None:
             fast = _zeros(room.rows, attention.kv_heads, 0, attention.head_dim)
-        window = [_EMPTY[4]] * 5
+        window = [_EMPTY[4]] * 4
         if ring is not None:
-            window = [x.numpy() for x in (ring.k, ring.plain_k, ring.v, ring.sink_k, ring.sink_v)]
+            window = [x.numpy() for x in (ring.k, ring.v, ring.sink_k, ring.sink_v)]
         taps, tails = _EMPTY[3], _EMPTY[4]
         if tail is not None:
             heads = attention.heads + 2 * attention.kv_heads, attention.head_dim
@@ -984,8 +991,7 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
             return None
         decoder = model.__dict__[_DECODER] = Decoder(model)
     cache.about_to_read()
-    head_dim = model.config.head_dim
-    if any(layer.as_ring(head_dim) is None for layer in layers if isinstance(layer, Windowed)):
+    if any(layer.as_ring() is None for layer in layers if isinstance(layer, Windowed)):
         return None
     return DecodingState(decoder, layers, [_window(layer) for layer in layers], rows)
 

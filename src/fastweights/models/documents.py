@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.rules import TokenMarks
+from fastweights.layers.window import token_index
 from fastweights.models.architectures import local_windows
 from fastweights.ops.checks import sequence_bounds
 
@@ -212,6 +213,40 @@ def can_be_read(positions: Int[Tensor, "..."] | None) -> bool:
     if positions is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     return positions.device.type == "cpu" and positions.numel() > 0
+
+
+def check_consecutive(
+    position_ids: Int[Tensor, "_ T"] | None, marks: TokenMarks, before: int | Int[Tensor, "B 1"]
+) -> None:
+    """Refuse positions that leave some out, where a token's tells that of the one which leaves the window beside it.
+
+    Looked at on a CPU alone; a GPU would have to be waited for.
+
+    Args:
+        position_ids: of the new tokens.
+        marks: padding and borders of documents among these.
+        before: tokens of its document that each row has read.
+
+    Raises:
+        FastWeightsError: within a document a position is not the one after the last.
+    """
+    if position_ids is None or not can_be_read(position_ids):
+        return
+    index = token_index(position_ids.shape[1], before, marks, position_ids.device)
+    positions, index = torch.broadcast_tensors(position_ids, index)
+    places = torch.where(index >= 0, torch.arange(index.shape[1], device=index.device), -1).cummax(1).values
+    last = pad(places[:, :-1], (1, 0), value=-1)
+    # Rows that differ count their tokens without padding, and positions after a memory with it.
+    first = index - 1 if isinstance(before, int) else positions - 1
+    last = torch.where(last < 0, first, positions.gather(1, last.clamp(min=0)))
+    wrong = (index > 0) & (positions != last + 1)
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        raise FastWeightsError(
+            f"position_ids go from {int(last[row, place])} to {int(positions[row, place])} within a document, and this "
+            "model's fast weights take the rotary embedding off what leaves the window, by the position of the token "
+            "beside it: each position must be the one after the last; leave position_ids out, or start documents anew"
+        )
 
 
 def documents_mask(numbers: Numbers, dtype: torch.dtype, window: int | None = None) -> Tensor:

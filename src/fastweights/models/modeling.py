@@ -21,14 +21,22 @@ from fastweights.layers.feature_maps import FEATURE_MAPS
 from fastweights.layers.linear import use_onednn
 from fastweights.layers.next_token_gradient import NO_LABEL
 from fastweights.layers.rules import TokenMarks
-from fastweights.layers.window import token_index
+from fastweights.layers.window import WindowEmbeddings, token_index
 from fastweights.models.architectures import architecture_of, attention_modules, position_limit
 from fastweights.models.cache import BlockCacheLayer, FastWeightsCache, PendingPosition, SlidingCacheLayer
 from fastweights.models.configuration import FastWeightsConfig
 from fastweights.models.decoding import decode
-from fastweights.models.documents import Numbers, Reading, can_be_read, documents_masks, next_real_tokens, read_tokens
+from fastweights.models.documents import (
+    Numbers,
+    Reading,
+    can_be_read,
+    check_consecutive,
+    documents_masks,
+    next_real_tokens,
+    read_tokens,
+)
 from fastweights.models.initialisation import initialise, mark_as_initialised
-from fastweights.models.replacement import drop_positions, keep_frequencies, replace_attention
+from fastweights.models.replacement import drop_positions, inverse_rotation, keep_frequencies, replace_attention
 from fastweights.models.unembedding import readable
 
 if TYPE_CHECKING:
@@ -122,6 +130,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
         self._windows = [*config.windows]
+        self._takes_rotary_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
         self._positional = FEATURE_MAPS[config.settings.feature_map].positional
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
@@ -165,17 +174,19 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             )
         return readable(self.get_input_embeddings(), positions)
 
-    def sink_embeddings(
+    def window_embeddings(
         self,
         tokens: Tensor,
         position_ids: Int[Tensor, "_ T"] | None = None,
         marks: TokenMarks | None = None,
         before: int | Int[Tensor, "B 1"] = 0,
-    ) -> dict[int, tuple[Tensor, Tensor]] | None:
-        """Cosines and sines for queries of sinks, for each window, where the base model has a rotary embedding.
+    ) -> dict[int, WindowEmbeddings] | None:
+        """What each window needs beside the tokens' own rotary embedding; None where it needs nothing.
 
-        A query stands where it is, but never farther from its sinks than when the window has just lost them all: a
-        distance that the base model knows, however long the text.
+        For sinks a query stands where it is, but never farther from them than when the window has just lost them all:
+        a distance that the base model knows, however long the text. A window keeps keys as its softmax reads them, and
+        fast weights without rotary embedding (`rotary=False`) are given them without it: it is taken off a key when
+        that leaves the window, W - 1 places behind.
 
         Args:
             tokens: the new ones, (B, T) or with more dimensions.
@@ -183,16 +194,23 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             marks: padding and borders of documents among these.
             before: tokens of its document that each row has read.
         """
-        if self.architecture.rotary is None or not self.config.sinks:
+        sinks = self.config.sinks
+        if not (sinks or self._takes_rotary_off) or self.architecture.rotary is None:
             return None
         index = token_index(tokens.shape[1], before, marks or TokenMarks(), tokens.device)
         positions = index if position_ids is None else position_ids
         like = torch.empty(0, dtype=self.dtype, device=tokens.device)
         rotary = self.base.get_submodule(self.architecture.rotary)
-        kind = self.architecture.rotary_arguments
-        windows = set(self.config.windows) - {0}
-        too_far = {window: (index - (window + self.config.sinks - 1)).clamp(min=0) for window in windows}
-        return {window: rotary(like, positions - more, *kind) for window, more in too_far.items()}
+        kind, found = self.architecture.rotary_arguments, {}
+        for window in set(self.config.windows) - {0}:
+            of_sinks = of_leaving = None
+            if sinks:
+                too_far = (index - (window + sinks - 1)).clamp(min=0)
+                of_sinks = rotary(like, positions - too_far, *kind)
+            if self._takes_rotary_off:
+                of_leaving = inverse_rotation(*rotary(like, positions - (window - 1), *kind))
+            found[window] = WindowEmbeddings(of_sinks, of_leaving)
+        return found
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
@@ -224,7 +242,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             attention_mask: 0 where a token is padding, for all tokens so far; for the new ones alone (L = T), or left
                 out, if no earlier one was padding.
             position_ids: by default the number of real tokens before each token. Where they start anew, so does the
-                state: documents packed into one row do not see each other.
+                state: documents packed into one row do not see each other. Within a document each must be the one
+                after the last where fast weights take the rotary embedding off what they write (`rotary=False`).
             cache: state to start from; it is updated in place. Without one the state is zero.
             inputs_embeds: instead of tokens.
             use_cache: whether to return the state; by default as the config says, and not when training.
@@ -268,9 +287,11 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         real, starts = reading.marks
         if real is not None or starts is not None:
             kwargs["marks"] = reading.marks
-        if self.config.sinks:
+        if self.config.sinks or self._takes_rotary_off:
             before = 0 if ours is None else ours.document_length()
-            kwargs["sink_embeddings"] = self.sink_embeddings(given, reading.position_ids, reading.marks, before)
+            if self._takes_rotary_off and position_ids is not None:
+                check_consecutive(reading.position_ids, reading.marks, before)
+            kwargs["window_embeddings"] = self.window_embeddings(given, reading.position_ids, reading.marks, before)
         position_ids = reading.position_ids
         if position_ids is None:  # OPT would count them in a mask, and there may be none to count in
             position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
@@ -592,13 +613,13 @@ class FastWeightsForCausalLM(FastWeightsPreTrainedModel, GenerationMixin):
         """
         shape = (records[0].inputs.shape[0], records[0].inputs.shape[1])
         marks, errors = read_tokens(shape, None, position_ids=position_ids).marks, []
-        sink_embeddings = self.model.sink_embeddings(records[0].inputs, position_ids, marks)
+        window_embeddings = self.model.window_embeddings(records[0].inputs, position_ids, marks)
         for layer in self.fast_attentions():
             record = records[layer.layer_idx]
             output, _ = layer(
                 record.inputs,
                 position_embeddings=record.position_embeddings,
-                sink_embeddings=sink_embeddings,
+                window_embeddings=window_embeddings,
                 marks=marks,
             )
             errors.append((output - record.output).square().mean() / record.variance)

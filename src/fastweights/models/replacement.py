@@ -143,6 +143,17 @@ class EndlessRotary(nn.Module):
         return getattr(self.rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
 
 
+def inverse_rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosines and sines by which a rotation undoes that by these, and their factor (YaRN has one).
+
+    At least in float32: of a key that was rounded when it was rotated, no more is to be lost.
+    """
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    squares = cos.square() + sin.square()
+    return cos / squares, -sin / squares
+
+
 class ConstantPosition(nn.Module):
     """Stands where absolute positions were: the same vector everywhere."""
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-FORMAT = "fastweights-memory-6"
+FORMAT = "fastweights-memory-7"
+_KEYS_TWICE = "fastweights-memory-6"
+"""Its windows had keys with their rotary embedding, and behind these without where fast weights are written such."""
 _MOST_TOKENS = 2**62
 
 
@@ -200,7 +202,7 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except Exception as error:  # of safetensors, of torch, of the system
         raise FastWeightsError(f"{path} is no whole memory file ({reason_of(error)}): read the text again") from error
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, _KEYS_TWICE):
         raise FastWeightsError(f"{path} is no memory file of this version ({FORMAT}): read the text again")
     checksum = about.pop("checksum", None)
     if checksum != _checksum(tensors, about):
@@ -211,7 +213,11 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
             "give that model, or read the text again with this one"
         )
     memory.tokens, memory.last_token, memory.turns = _place_in_text(path, about, model)
-    _check_tensors(path, tensors, _tensors_after(memory.model, memory.tokens))
+    expected = _tensors_after(memory.model, memory.tokens)
+    if about["format"] == _KEYS_TWICE:
+        for name in (name for name in tensors.keys() & expected.keys() if name.endswith(".keys")):
+            tensors[name] = tensors[name][..., : expected[name][0][-1]]
+    _check_tensors(path, tensors, expected)
     for i, layer in enumerate(memory.cache.layers):
         prefix = f"{i}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastweights.layers.attention import FastWeightAttention
+    from fastweights.layers.window import WindowEmbeddings
     from fastweights.models.modeling import AttentionRecord, FastWeightsForCausalLM
     from fastweights.training.blocks import TokenBlocks
 
@@ -93,7 +94,7 @@ def fit_layers(student: FastWeightsForCausalLM, records: list[AttentionRecord]) 
         record = records[layer.layer_idx]
         if layer.window_bias is not None:
             layer.window_bias.copy_(_lost_logits(layer, record))
-        parts = _contributions(layer, record, student.model.sink_embeddings(record.inputs))
+        parts = _contributions(layer, record, student.model.window_embeddings(record.inputs))
         targets = _targets(layer, record)
         sizes = parts[: layer.heads].flatten(1).norm(dim=1)
         unit = targets.norm() / layer.heads**0.5 / sizes
@@ -143,11 +144,11 @@ def _lost_logits(layer: FastWeightAttention, record: AttentionRecord) -> Float[T
 
 
 def _contributions(
-    layer: FastWeightAttention, record: AttentionRecord, sink_embeddings: dict[int, tuple[Tensor, Tensor]] | None
+    layer: FastWeightAttention, record: AttentionRecord, window_embeddings: dict[int, WindowEmbeddings] | None
 ) -> Float[Tensor, "factors N d"]:
     """What each head's fast weights, then each head's window, add to the residual stream at a factor of 1."""
     fast, window = layer.read(
-        record.inputs, position_embeddings=record.position_embeddings, sink_embeddings=sink_embeddings
+        record.inputs, position_embeddings=record.position_embeddings, window_embeddings=window_embeddings
     )
     parts = []
     for y in (fast,) if window is None else (fast, window):

@@ -7,7 +7,6 @@ Notation
     W, S     window, sinks
     state    (K, V); with an average beside, (3K, V + 1), of which the first K rows and V columns are the delta rule's
     ring_k (B, G, D, W) has its keys one channel after another, so that sixteen of them are multiplied at once
-    plain_k (B, G, W, D) has them before their rotary embedding, or is of width 0 where that is not needed
 """
 
 from __future__ import annotations
@@ -342,6 +341,7 @@ ARRAYS = [
     "x",
     "rotary",
     "sink_rotary",
+    "leaving_rotary",
     "q_norm",
     "k_norm",
     "taps",
@@ -359,7 +359,6 @@ ARRAYS = [
     "value_map",
     "fast",
     "ring_k",
-    "plain_k",
     "ring_v",
     "sink_k",
     "sink_v",
@@ -436,7 +435,8 @@ def _compile(version: int) -> Any:
 
         x: (B, d) the layer's input, of which gates of low rank are made: `up` times `down` times x, and a bias.
         key_logits, value_logits: (B, _) what other gates are made of, bias included.
-        rotary, sink_rotary: (2, width) cosines and sines of the token, and of queries for sinks; of width 0 for none.
+        rotary, sink_rotary, leaving_rotary: (2, width) cosines and sines of the token, of queries for sinks, and of
+            what takes the embedding off the key that leaves the window; of width 0 for none.
         key_bias, value_bias: of width 0 without such a gate, of one number a head or of one a channel.
         taps, tails: (H + 2G, D, n) and (B, H + 2G, D, n - 1) the short convolution of all heads' queries, keys and
             values, in this order, and the tokens before; of width 0 for none.
@@ -466,15 +466,16 @@ def _attend(record):
     rotated_fast, leaving = integer_at(record, 2) > 0, integer_at(record, 3) > 0
     averages, normed, delta = integer_at(record, 4) > 0, integer_at(record, 5) > 0, integer_at(record, 6) > 0
     q, k, v = _block(record, 0), _block(record, 1), _block(record, 2)
-    x, rotary, sink_rotary = _plane(record, 3), _plane(record, 4), _plane(record, 5)
-    q_norm, k_norm = _line(record, 6), _line(record, 7)
-    taps, tails = _block(record, 8), _blocks(record, 9)
-    key_logits, key_down = _plane(record, 10), _plane(record, 11)
-    key_up, key_bias = _plane(record, 12), _line(record, 13)
-    value_logits, value_down = _plane(record, 14), _plane(record, 15)
-    value_up, value_bias = _plane(record, 16), _line(record, 17)
-    query_map, key_map, value_map = _plane(record, 18), _plane(record, 19), _plane(record, 20)
-    fast, ring_k, plain_k = _blocks(record, 21), _blocks(record, 22), _blocks(record, 23)
+    x, rotary = _plane(record, 3), _plane(record, 4)
+    sink_rotary, leaving_rotary = _plane(record, 5), _plane(record, 6)
+    q_norm, k_norm = _line(record, 7), _line(record, 8)
+    taps, tails = _block(record, 9), _blocks(record, 10)
+    key_logits, key_down = _plane(record, 11), _plane(record, 12)
+    key_up, key_bias = _plane(record, 13), _line(record, 14)
+    value_logits, value_down = _plane(record, 15), _plane(record, 16)
+    value_up, value_bias = _plane(record, 17), _line(record, 18)
+    query_map, key_map, value_map = _plane(record, 19), _plane(record, 20), _plane(record, 21)
+    fast, ring_k = _blocks(record, 22), _blocks(record, 23)
     ring_v, sink_k, sink_v = _blocks(record, 24), _blocks(record, 25), _blocks(record, 26)
     fast_scale, fast_unit, window_scale = _line(record, 27), _line(record, 28), _line(record, 29)
     window_bias, numbers, out = _plane(record, 30), _line(record, 31), _block(record, 32)
@@ -541,8 +542,6 @@ def _attend(record):
         if W > 0:
             for i in range(D):
                 ring_k[b, g, i, place] = rotated_k[i]
-            for i in range(plain_k.shape[3]):
-                plain_k[b, g, place, i] = k[b, g, i]
             for j in range(V):
                 ring_v[b, g, place, j] = v[b, g, j]
             if count < S:
@@ -587,10 +586,12 @@ def _attend(record):
                 _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
             if value_bias.shape[0] > 0:
                 _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
-            for i in range(D):
-                if leaving:
-                    key[i] = plain_k[b, g, left, i] if plain_k.shape[3] > 0 else ring_k[b, g, i, left]
-                else:
+            if leaving:
+                for i in range(D):
+                    rotated_k[i] = ring_k[b, g, i, left]
+                _rotate(rotated_k, leaving_rotary[0], leaving_rotary[1], key)
+            else:
+                for i in range(D):
                     key[i] = rotated_k[i] if rotated_fast else k[b, g, i]
             _map(key_map, g, key, written)
             if averages:
