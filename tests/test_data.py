@@ -109,6 +109,13 @@ def test_a_column_of_numbers_is_refused(tmp_path):
         load_documents(DataConfig(text=str(tmp_path / "a.jsonl")))
 
 
+def test_files_whose_rows_have_other_fields_are_refused_in_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "y", "tokens": 3}\n')
+    with pytest.raises(FastWeightsError, match=r"rows have not all the same fields; give each 'text' alone$"):
+        load_documents(DataConfig(text=str(tmp_path)))
+
+
 def test_blocks_leave_out_the_rest():
     blocks = TokenBlocks(tokenize_range(11), 4)
     assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]

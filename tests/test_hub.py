@@ -2,7 +2,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from fastweights.hub import is_hub_name, why_not_on_hub
+from fastweights.hub import OnHub, ask_hub, is_hub_name
 
 
 def not_found() -> RepositoryNotFoundError:
@@ -34,9 +34,10 @@ def test_why_the_hub_gives_nothing_is_a_line(monkeypatch, error, reason):
         raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fails)
-    assert why_not_on_hub("owner/name", "dataset").endswith(reason)
+    assert ask_hub("owner/name", "dataset").reason.endswith(reason)
 
 
 def test_what_the_hub_has_it_gives(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: "the repository")
-    assert why_not_on_hub("owner/name", "model") is None
+    about = huggingface_hub.ModelInfo(id="owner/name", siblings=[{"rfilename": "config.json"}])
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: about)
+    assert ask_hub("owner/name", "model") == OnHub(None, frozenset({"config.json"}))

@@ -17,7 +17,7 @@ import torch
 
 from fastweights.embedded import ByteIds, stdlib_documents
 from fastweights.errors import FastWeightsError, NoSuchSplitError, reason_of
-from fastweights.hub import is_hub_name, why_not_on_hub
+from fastweights.hub import ask_hub, is_hub_name
 from fastweights.settings.text import STDLIB, DataConfig
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _linked(path: Path, folder: Path) -> str:
 def _rows_from_hub(config: DataConfig) -> list[Any]:
     from huggingface_hub import is_offline_mode
 
-    if not is_offline_mode() and (reason := why_not_on_hub(config.text, "dataset")):
+    if not is_offline_mode() and (reason := ask_hub(config.text, "dataset").reason):
         raise FastWeightsError(
             f"there is no file or folder {config.text}, and {reason}: give one that exists, {STDLIB!r} or a hub name "
             "(with HF_HUB_OFFLINE=1 what was downloaded earlier is read)"
@@ -258,5 +258,7 @@ def _load(builder: str, config: DataConfig, **arguments: Any) -> Any:
 
 def _not_read(config: DataConfig, error: Exception) -> FastWeightsError:
     reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
+    if reason.startswith("Couldn't cast"):  # of a row's fields, which datasets lists in many lines
+        reason = f"its rows have not all the same fields; give each {config.text_column!r} alone"
     kind = NoSuchSplitError if reason.startswith(("Unknown split", "Bad split")) else FastWeightsError
     return kind(f"cannot read text from {config.text} (split {config.split!r}): {reason}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import said
 
 
@@ -19,27 +21,33 @@ def is_hub_name(name: str) -> bool:
     return True
 
 
-def why_not_on_hub(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Why the hub does not give a model or dataset, None if it does.
+class OnHub(NamedTuple):
+    """What the hub says of a name."""
 
-    The libraries that download it would try again for a minute.
-    """
+    reason: str | None
+    """Why it does not give that; None if it does."""
+    files: frozenset[str] = frozenset()
+    """Names of the files there are."""
+
+
+def ask_hub(name: str, kind: Literal["model", "dataset"]) -> OnHub:
+    """Whether the hub gives a model or dataset; the libraries that download it would try again for a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as SECONDS
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-    found: list[str | None] = []
+    found: list[OnHub] = []
 
     def ask() -> None:
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
-            found.append(None)
+            about: Any = HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
+            found.append(OnHub(None, frozenset(file.rfilename for file in about.siblings or ())))
         except RepositoryNotFoundError:
-            found.append(f"the Hugging Face hub has no such {kind}, or not for you")
+            found.append(OnHub(f"the Hugging Face hub has no such {kind}, or not for you"))
         except OfflineModeIsEnabled:
-            found.append("the Hugging Face hub is not asked, as HF_HUB_OFFLINE is set")
+            found.append(OnHub("the Hugging Face hub is not asked, as HF_HUB_OFFLINE is set"))
         except Exception as error:
-            found.append(f"the Hugging Face hub cannot be reached ({said(error)})")
+            found.append(OnHub(f"the Hugging Face hub cannot be reached ({said(error)})"))
 
     # No time limit of a request holds for the look-up of the hub's address.
     thread = threading.Thread(target=ask, daemon=True)
@@ -47,4 +55,28 @@ def why_not_on_hub(name: str, kind: Literal["model", "dataset"]) -> str | None:
     thread.join(SECONDS)
     if found:
         return found[0]
-    return f"the Hugging Face hub cannot be reached within {SECONDS:g} seconds (HF_HUB_ETAG_TIMEOUT says how many)"
+    waited = f"{SECONDS:g} seconds (HF_HUB_ETAG_TIMEOUT says how many)"
+    return OnHub(f"the Hugging Face hub cannot be reached within {waited}")
+
+
+def fetch(name: str, *files: str) -> Path:
+    """The folder with these files of a model on the hub, which are downloaded if they are not there.
+
+    Raises:
+        FastWeightsError: one could not be had whole.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        places = [Path(hf_hub_download(name, file)) for file in files]
+    except Exception as error:  # of the network, the disk, the hub
+        raise FastWeightsError(f"cannot download {' and '.join(files)} of {name}: {reason_of(error)}") from error
+    return places[0].parent
+
+
+def fetched(name: str, file: str) -> Path | None:
+    """The folder with a file of a model on the hub that was downloaded earlier; None if it was not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found).parent if isinstance(found, str) else None

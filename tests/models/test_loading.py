@@ -229,7 +229,7 @@ def test_damaged_tokenizers_get_one_line(folder, file, text):
 
 
 def test_what_is_no_model_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastweights.models.loading.why_not_on_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("fastweights.models.loading.ask_hub", lambda *_: pytest.fail("the hub was asked"))
     (tmp_path / "file.txt").touch()
     for source, reason in (
         (tmp_path, "no config.json in"),
@@ -251,7 +251,7 @@ def test_what_is_no_model_is_said_at_once(tmp_path, monkeypatch):
 
 
 def test_the_embedded_model_goes_by_its_name(monkeypatch):
-    monkeypatch.setattr("fastweights.models.loading.why_not_on_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("fastweights.models.loading.ask_hub", lambda *_: pytest.fail("the hub was asked"))
     assert convert("embedded").config.vocab_size == len(load_tokenizer("embedded"))
 
 

@@ -26,7 +26,7 @@ from fastweights.errors import FastWeightsError, reason_of
 from fastweights.files import model_written_whole
 from fastweights.layers.attention import UNIT
 from fastweights.models.conversion import convert_beside, copy_beside, with_config
-from fastweights.models.loading import load_model, not_finite
+from fastweights.models.loading import adapter_folder, load_model, not_finite
 from fastweights.models.lora import ADAPTER, add_lora, tensors_beside
 from fastweights.models.names import find_base, lasting_name, resolve_model
 from fastweights.models.quantisation import check_not_quantised
@@ -115,7 +115,7 @@ def load_adapter(
     less than a fifth and its norms by less than a hundredth.
 
     Args:
-        folder: that `save_adapter` made, or "smollm2".
+        folder: that `save_adapter` made, or its name on the hub, or "smollm2".
         base: the base model, which stays as it is, or its name, where it is not at the place that the adapter names.
         dtype: of the weights; gates and factors are fp32 in any case.
         merge: whether LoRA goes into the weights; else it stands beside them, by peft, to be trained on.
@@ -132,7 +132,8 @@ def load_adapter(
     """
     if share and (merge or not isinstance(base, PreTrainedModel)):
         raise FastWeightsError("share was given, which is for a base model at hand and LoRA beside it: leave it out")
-    adapter = _read(Path(resolve_model(folder)))
+    place = Path(resolve_model(folder))
+    adapter = _read(place if place.is_dir() else adapter_folder(folder) or place)
     source = base_of(folder, adapter.config) if base is None else base
     try:
         if isinstance(source, PreTrainedModel):

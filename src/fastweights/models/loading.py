@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from fastweights.errors import FastWeightsError, check_name, reason_of
 from fastweights.files import recover
-from fastweights.hub import is_hub_name, why_not_on_hub
+from fastweights.hub import ask_hub, fetch, fetched, is_hub_name
 from fastweights.layers.linear import use_onednn
 from fastweights.models.architectures import architecture_of
 from fastweights.models.configuration import FastWeightsConfig
@@ -58,11 +58,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if (adapter := _adapter(source)) is not None:
+    name, arguments = _located(source)
+    if (adapter := _adapter(name)) is not None:
         from fastweights.models.adapters import base_of
 
         source = base_of(source, adapter)
-    name, arguments = _located(source)
+        name, arguments = _located(source)
     try:
         with _read_once() if "gguf_file" in arguments else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
@@ -120,7 +121,8 @@ def load_model(
 def _load_whole(
     source: str | Path, dtype: torch.dtype, gguf_file: str | None, places: dict[str, Any]
 ) -> PreTrainedModel:
-    if gguf_file is None and _adapter(source) is not None:
+    name, arguments = _located(source, gguf_file)
+    if gguf_file is None and _adapter(name) is not None:
         from fastweights.models.adapters import load_adapter  # which loads its base model from here
 
         if places:
@@ -128,8 +130,7 @@ def _load_whole(
                 f"{source} is an adapter, which is added to its base model in memory: make it a model with "
                 f"`fastweights merge`, and give that with {next(iter(places))}"
             )
-        return load_adapter(source, dtype=dtype)
-    name, arguments = _located(source, gguf_file)
+        return load_adapter(Path(name), dtype=dtype)
     arguments |= places
     gguf_file = arguments.get("gguf_file")
     try:
@@ -215,20 +216,31 @@ def _of_plain_bytes(reader: type) -> type:
     return Plain
 
 
-def _adapter(source: str | Path) -> dict[str, Any] | None:
+def _adapter(place: str) -> dict[str, Any] | None:
     """The config of an adapter of ours, None where there is something else."""
-    from fastweights.models.adapters import CONFIG, adapter_config
+    from fastweights.models.adapters import adapter_config
 
-    folder = Path(resolve_model(source))
-    if not os.path.isdir(folder):
-        return None
-    if not any((folder / name).is_file() for name in (_CONFIG, CONFIG)):
-        recover(folder)
-    return adapter_config(folder)
+    return adapter_config(place) if os.path.isdir(place) else None
+
+
+def adapter_folder(source: str | Path) -> Path | None:
+    """Where an adapter of ours is, on this machine or, from now on, off the hub; None where there is something else.
+
+    Raises:
+        FastWeightsError: there is nothing.
+    """
+    name, _ = _located(source)
+    return None if _adapter(name) is None else Path(name)
 
 
 def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
-    """The folder or hub name of a model, and the arguments of transformers' `from_pretrained` that go with it."""
+    """The folder or hub name of a model, and the arguments of transformers' `from_pretrained` that go with it.
+
+    Of an adapter the folder, whether it was a hub name or not.
+    """
+    from fastweights.models.adapters import CONFIG
+    from fastweights.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
+
     name = resolve_model(source)
     if gguf_file is None and name.endswith(".gguf") and os.path.isfile(name):
         name, gguf_file = os.path.split(os.path.abspath(name))
@@ -237,25 +249,28 @@ def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dic
         arguments["gguf_file"] = gguf_file
     needed = gguf_file or _CONFIG
     if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, needed)):
+        if gguf_file is None and not any(os.path.isfile(os.path.join(name, file)) for file in (_CONFIG, CONFIG)):
+            recover(Path(name))
+        if not os.path.isfile(os.path.join(name, needed)) and (gguf_file is not None or _adapter(name) is None):
             raise FastWeightsError(f"there is no {needed} in {source}, so it is no model's folder: {_ALLOWED}")
         return name, arguments
     if os.path.exists(name):
         raise FastWeightsError(f"{source} is no folder: {_ALLOWED}")
     if name.startswith((".", "~")) or name.endswith(".gguf") or not is_hub_name(name):
         raise FastWeightsError(f"{source} does not exist: {_ALLOWED}")
-    arguments["local_files_only"] = not _asked_from_hub(name, needed)
+    reason, files = ask_hub(name, "model")
+    if reason is None and gguf_file is None and CONFIG in files and _CONFIG not in files:
+        folder = fetch(name, CONFIG)
+        if _adapter(str(folder)) is not None:  # not one of peft's, which transformers loads
+            folder = fetch(name, CONFIG, ADAPTER_WEIGHTS)
+            return str(folder), arguments
+    if reason is not None and fetched(name, needed) is None:
+        folder = fetched(name, CONFIG) if gguf_file is None else None
+        if folder is None or _adapter(str(folder)) is None:
+            raise FastWeightsError(f"there is no folder {name}, and {reason}: {without_hub(name) or _ALLOWED}")
+        return str(folder), arguments
+    arguments["local_files_only"] = reason is not None
     return name, arguments
-
-
-def _asked_from_hub(name: str, needed: str) -> bool:
-    """Whether the hub has a model; False if it cannot tell, but gave it earlier."""
-    from huggingface_hub import try_to_load_from_cache
-
-    reason = why_not_on_hub(name, "model")
-    if reason is not None and not isinstance(try_to_load_from_cache(name, needed), str):
-        raise FastWeightsError(f"there is no folder {name}, and {reason}: {without_hub(name) or _ALLOWED}")
-    return reason is None
 
 
 def _check_no_kernels(config: PreTrainedConfig, source: str | Path) -> None:

@@ -20,7 +20,7 @@ from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.adapters import adapter_config, check_rest, load_adapter, save_adapter
 from fastweights.models.conversion import convert_beside
-from fastweights.models.loading import load_tokenizer, name_of, resolve_model
+from fastweights.models.loading import adapter_folder, load_tokenizer, name_of, resolve_model
 from fastweights.models.lora import check_lora, lora_rank
 from fastweights.models.quantisation import check_not_quantised
 from fastweights.progress import Progress
@@ -349,7 +349,7 @@ def _check_student(student: FastWeightsForCausalLM, config: TransferConfig | Fin
 
 def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTrainedModel, bool]:
     """Student and teacher, and whether the student was converted before."""
-    is_adapter = adapter_config(resolve_model(config.model)) is not None
+    is_adapter = adapter_folder(config.model) is not None
     lora = any(getattr(config, stage).lora_rank for stage in config.stages)
     model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
     check_not_quantised(model, "training")
