@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
-from fastweights.errors import FastWeightsError, check_name, reason_of
+from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.quantised import FEW
-from fastweights.models.loading import load_model, load_tokenizer
+from fastweights.models.loading import load_model, load_tokenizer, on_device
 from fastweights.reading.stream import PIECE, Stream, last_position, reads_without_end
 
 try:
@@ -100,7 +100,8 @@ class FastWeightsLM(HFLM):
                 f"max_length is {given}; this model's absolute positions end at {limit}: give a max_length up to that"
             )
         tokens = load_tokenizer(tokenizer or pretrained)
-        super().__init__(pretrained=_on_device(model, device), backend="causal", tokenizer=tokens, **kwargs)
+        model = on_device(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        super().__init__(pretrained=model, backend="causal", tokenizer=tokens, **kwargs)
         self.pretrained = str(pretrained)
 
     @property
@@ -153,10 +154,3 @@ class FastWeightsLM(HFLM):
                 logits = stream.read(read[None])[0]
             total -= cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
         return total
-
-
-def _on_device(model: torch.nn.Module, device: str | None) -> torch.nn.Module:
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise FastWeightsError(f"device {device!r} cannot be used: {reason_of(error)}") from error

@@ -313,6 +313,21 @@ def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
             raise FastWeightsError(f"{name} of the model in {source} is not finite: train it or download it again")
 
 
+def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model, moved to a device by its name in torch: "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        FastWeightsError: this machine has none, or too little room there, or one that does not compute.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+        return model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
+        raise FastWeightsError(
+            f"device {device!r} cannot be used: {reason_of(error)}; give cpu, or cuda where there is a GPU"
+        ) from error
+
+
 def name_of(model: PreTrainedModel) -> str | None:
     """Where a model came from: an absolute path, if it is on this machine, or a hub name."""
     name = model.config.name_or_path

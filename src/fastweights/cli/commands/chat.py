@@ -46,6 +46,7 @@ def chat(
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     weights: Weights | None = None,
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Talk to a model; a converted one remembers at constant memory, however long the conversation.
@@ -73,6 +74,8 @@ def chat(
         does or at temperature 0.
     weights
         Keep matrices as "bf16", "int8" or "int4": less memory, more tokens a second, a little less exact.
+    device
+        Where to compute: "cpu", whose steps have kernels of their own, or a GPU, such as "cuda".
     seed
         Seed of sampling.
     """
@@ -84,12 +87,12 @@ def chat(
     from transformers import set_seed
 
     from fastweights.models.conversion import load_for_decoding
-    from fastweights.models.loading import load_tokenizer, resolve_model
+    from fastweights.models.loading import load_tokenizer, on_device, resolve_model
     from fastweights.reading.conversation import Conversation
     from fastweights.reading.text import STANDARD_INPUT, check_text, text_lines
 
     check_text(STANDARD_INPUT)
-    tokenizer, loaded = load_tokenizer(model), load_for_decoding(model, weights)
+    tokenizer, loaded = load_tokenizer(model), on_device(load_for_decoding(model, weights), device)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens)
     conversation = Conversation(loaded, tokenizer, settings, system=system)
     if conversation.template.plain:

@@ -38,6 +38,7 @@ def generate(
     seed: int = 0,
     memory: Path | None = None,
     weights: Weights | None = None,
+    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Go on with a text; a converted model does so at constant time and memory per token.
@@ -76,6 +77,8 @@ def generate(
         File that `fastweights read` made, with the same weights: go on from the text that was read.
     weights
         Keep matrices as "bf16", "int8" or "int4": less memory, more tokens a second, a little less exact.
+    device
+        Where to compute: "cpu", whose steps have kernels of their own, or a GPU, such as "cuda".
     json
         Print a line of JSON for each prompt: prompt, text, tokens, seconds, and why it stops ("end", "length", "stop").
     """
@@ -90,10 +93,10 @@ def generate(
 
     from fastweights.cli.answers import Speaker
     from fastweights.models.conversion import load_for_decoding
-    from fastweights.models.loading import load_tokenizer
+    from fastweights.models.loading import load_tokenizer, on_device
     from fastweights.reading.memory import load_memory
 
-    tokenizer, loaded = load_tokenizer(model), load_for_decoding(model, weights)
+    tokenizer, loaded = load_tokenizer(model), on_device(load_for_decoding(model, weights), device)
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens, beams=beams)
     line = Line()

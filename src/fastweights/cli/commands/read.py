@@ -38,6 +38,7 @@ def read(
     skip: int = 0,
     save_minutes: float = 5.0,
     weights: Weights | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> None:
     """Read texts of any length at constant memory, and save what the model remembers of them.
@@ -61,11 +62,13 @@ def read(
     weights
         Keep matrices as "bf16", "int8" or "int4": less memory, more tokens a second, a little less exact; what goes
         on from the memory must have the same.
+    device
+        Where to compute: "cpu", whose steps have kernels of their own, or a GPU, such as "cuda".
     overwrite
         Replace what is at `output`, which may be `memory`.
     """
     from fastweights.evaluation.peak_memory import PeakMemory
-    from fastweights.models.loading import load_model, load_tokenizer, resolve_model
+    from fastweights.models.loading import load_model, load_tokenizer, on_device, resolve_model
     from fastweights.reading.memory import load_memory, new_memory
     from fastweights.reading.text import check_text
 
@@ -76,7 +79,7 @@ def read(
     source = resolve_model(model)
     inputs = [path for path in (*files, Path(source)) if path.exists()]
     check_output_file(output, overwrite=overwrite, inputs=inputs, advice="save the memory elsewhere")
-    loaded, tokenizer = load_model(source, weights=weights), load_tokenizer(model)
+    loaded, tokenizer = on_device(load_model(source, weights=weights), device), load_tokenizer(model)
     remembered = new_memory(loaded) if memory is None else load_memory(loaded, memory)
     before, start, saved = remembered.tokens, time.perf_counter(), time.monotonic()
     place, stops = _Place(0, skip), Stops()
@@ -92,6 +95,7 @@ def read(
         remembered.save(output)
         line = f"stopped: {output} remembers {files[place.file]} up to character {place.characters}; "
         given = ["--memory", str(output)] + ([] if weights is None else ["--weights", weights])
+        given += [] if device == "cpu" else ["--device", device]
         if any(_is_pipe(file) for file in files[place.file :]):  # what comes of it again is not what came
             note(f"{line}what comes next can be read with {shlex.join(given)}")
         else:
