@@ -41,6 +41,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from fastweights import hub
 from fastweights.embedded import MODEL_NAME, byte_tokenizer
 from fastweights.models import convert
 from fastweights.models.adapters import save_adapter
@@ -280,6 +281,12 @@ def shared_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("there is no folder of real models and corpora beside this repository")
     return _SHARED
+
+
+@pytest.fixture(autouse=True)
+def _hub_not_asked_yet():
+    """What it said in another test holds no more."""
+    hub._asked.clear()
 
 
 def without(monkeypatch, *names: str) -> None:

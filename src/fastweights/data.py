@@ -258,7 +258,7 @@ def _load(builder: str, config: DataConfig, **arguments: Any) -> Any:
 
 def _not_read(config: DataConfig, error: Exception) -> FastWeightsError:
     reason = reason_of(error.__cause__ or error)  # datasets' own line says that there was an error
-    if reason.startswith("Couldn't cast"):  # of a row's fields, which datasets lists in many lines
+    if "column names don't match" in str(error.__cause__ or error):  # after many lines
         reason = f"its rows have not all the same fields; give each {config.text_column!r} alone"
     kind = NoSuchSplitError if reason.startswith(("Unknown split", "Bad split")) else FastWeightsError
     return kind(f"cannot read text from {config.text} (split {config.split!r}): {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +31,21 @@ class OnHub(NamedTuple):
     """Names of the files there are."""
 
 
+_asked: dict[tuple[str, str], tuple[float, OnHub]] = {}
+_LASTS = 60
+"""Seconds for which an answer holds: a command asks for its tokenizer, its adapter and its model."""
+
+
 def ask_hub(name: str, kind: Literal["model", "dataset"]) -> OnHub:
     """Whether the hub gives a model or dataset; the libraries that download it would try again for a minute."""
+    when, answer = _asked.get((name, kind), (-float(_LASTS), OnHub(None)))
+    if time.monotonic() - when >= _LASTS:
+        answer = _answer(name, kind)
+        _asked[name, kind] = time.monotonic(), answer
+    return answer
+
+
+def _answer(name: str, kind: Literal["model", "dataset"]) -> OnHub:
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as SECONDS
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError

@@ -19,7 +19,7 @@ from fastweights.embedded import byte_tokenizer
 from fastweights.errors import FastWeightsError
 from fastweights.models import add_fast_weight_layer, convert, load_model
 from fastweights.models.adapters import load_adapter, save_adapter
-from fastweights.models.loading import load_tokenizer
+from fastweights.models.loading import adapter_folder, load_tokenizer
 from fastweights.models.lora import add_lora
 from fastweights.reading.memory import fingerprint, load_memory, new_memory
 from fastweights.settings.conversion import ConversionConfig
@@ -440,3 +440,15 @@ def test_an_adapter_of_peft_alone_is_no_model(tmp_path):
             load(tmp_path)
     with pytest.raises(FastWeightsError, match="is no adapter with fast weights"):
         load_adapter(tmp_path)
+
+
+def test_a_file_beside_an_adapter_is_no_adapter(tmp_path):
+    """Such as the .gguf file of its base model."""
+    base = make_llama()
+    save_adapter(convert(base, ConversionConfig(window=8)), tmp_path, base=base)
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    assert adapter_folder(tmp_path) == tmp_path
+    assert adapter_folder(tmp_path / "base.gguf") is None
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FastWeightsError, match=r"cannot load a .* from .*base\.gguf"):
+            load(tmp_path / "base.gguf")

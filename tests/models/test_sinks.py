@@ -129,7 +129,7 @@ def test_positions_that_leave_some_out_are_refused_where_the_rotary_embedding_is
     ids, at = random_ids(2, 12), torch.arange(12)[None]
     leaves_out = torch.cat((at[:, :7], at[:, 7:] + 3), 1)
     model = convert(make_llama(), ConversionConfig(window=4, rotary=False)).eval()
-    reason = "position_ids go from 6 to 10 within a document"
+    reason = "position_ids have 10 where the next in its document is 7"
     with pytest.raises(FastWeightsError, match=reason):
         model(ids, position_ids=leaves_out)
     with pytest.raises(FastWeightsError, match=reason):
@@ -142,8 +142,12 @@ def test_positions_that_leave_some_out_are_refused_where_the_rotary_embedding_is
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, 4:6] = 0
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    model(ids, position_ids=at + 100)
-    convert(make_llama(), ConversionConfig(window=4)).eval()(ids, position_ids=leaves_out)
+    cache = model(ids, position_ids=at + 100, use_cache=True).cache
+    with pytest.raises(FastWeightsError, match="position_ids have 112 where the next in its document is 12"):
+        model(ids, position_ids=at + 112, cache=cache)
+    for others in (ConversionConfig(window=4), ConversionConfig(window=4, write="all", rotary=False)):
+        convert(make_llama(), others).eval()(ids, position_ids=leaves_out)
+    convert(make_gpt2(), ConversionConfig(window=4, rotary=False)).eval()(ids, position_ids=leaves_out)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gemma3])

@@ -603,7 +603,8 @@ class FastWeightsCache(DynamicCache):
     def begin_here(self) -> None:
         """Be said to hold no tokens from now on, while positions go on from where they are.
 
-        For transformers' `generate`, which wants all the tokens that a cache has read.
+        For transformers' `generate`, which wants all the tokens that a cache has read. Where padding or other documents
+        are among these, positions count them, too.
 
         Raises:
             FastWeightsError: a layer with softmax over all tokens has read some, whose number its positions go by.

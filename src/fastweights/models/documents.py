@@ -216,7 +216,10 @@ def can_be_read(positions: Int[Tensor, "..."] | None) -> bool:
 
 
 def check_consecutive(
-    position_ids: Int[Tensor, "_ T"] | None, marks: TokenMarks, before: int | Int[Tensor, "B 1"]
+    position_ids: Int[Tensor, "_ T"] | None,
+    marks: TokenMarks,
+    before: int | Int[Tensor, "B 1"],
+    cache: FastWeightsCache | None,
 ) -> None:
     """Refuse positions that leave some out, where a token's tells that of the one which leaves the window beside it.
 
@@ -226,26 +229,30 @@ def check_consecutive(
         position_ids: of the new tokens.
         marks: padding and borders of documents among these.
         before: tokens of its document that each row has read.
+        cache: that knows so many, and not their positions, which have begun at 0 for that.
 
     Raises:
-        FastWeightsError: within a document a position is not the one after the last.
+        FastWeightsError: a position is not the one after the last of its document.
     """
     if position_ids is None or not can_be_read(position_ids):
         return
     index = token_index(position_ids.shape[1], before, marks, position_ids.device)
     positions, index = torch.broadcast_tensors(position_ids, index)
-    places = torch.where(index >= 0, torch.arange(index.shape[1], device=index.device), -1).cummax(1).values
-    last = pad(places[:, :-1], (1, 0), value=-1)
-    # Rows that differ count their tokens without padding, and positions after a memory with it.
-    first = index - 1 if isinstance(before, int) else positions - 1
-    last = torch.where(last < 0, first, positions.gather(1, last.clamp(min=0)))
-    wrong = (index > 0) & (positions != last + 1)
+    # Rows that differ count their tokens without padding, and positions after a memory are counted with it.
+    if cache is not None and (before > 0 if isinstance(before, int) else not cache.position_offset):
+        expected = index
+    else:
+        places = torch.where(index >= 0, torch.arange(index.shape[1], device=index.device), -1).cummax(1).values
+        last = pad(places[:, :-1], (1, 0), value=-1)
+        expected = torch.where((last < 0) | (index == 0), positions, positions.gather(1, last.clamp(min=0)) + 1)
+    wrong = (index >= 0) & (positions != expected)
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
         raise FastWeightsError(
-            f"position_ids go from {int(last[row, place])} to {int(positions[row, place])} within a document, and this "
-            "model's fast weights take the rotary embedding off what leaves the window, by the position of the token "
-            "beside it: each position must be the one after the last; leave position_ids out, or start documents anew"
+            f"position_ids have {int(positions[row, place])} where the next in its document is "
+            f"{int(expected[row, place])}, and this model's fast weights take the rotary embedding off what leaves the "
+            "window, by the position of the token beside it: leave position_ids out, or let each be the one after the "
+            "last, and the first 0"
         )
 
 

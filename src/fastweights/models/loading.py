@@ -59,7 +59,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, arguments = _located(source)
-    if (adapter := _adapter(name)) is not None:
+    if "gguf_file" not in arguments and (adapter := _adapter(name)) is not None:
         from fastweights.models.adapters import base_of
 
         source = base_of(source, adapter)
@@ -122,7 +122,7 @@ def _load_whole(
     source: str | Path, dtype: torch.dtype, gguf_file: str | None, places: dict[str, Any]
 ) -> PreTrainedModel:
     name, arguments = _located(source, gguf_file)
-    if gguf_file is None and _adapter(name) is not None:
+    if "gguf_file" not in arguments and _adapter(name) is not None:
         from fastweights.models.adapters import load_adapter  # which loads its base model from here
 
         if places:
@@ -130,7 +130,7 @@ def _load_whole(
                 f"{source} is an adapter, which is added to its base model in memory: make it a model with "
                 f"`fastweights merge`, and give that with {next(iter(places))}"
             )
-        return load_adapter(Path(name), dtype=dtype)
+        return load_adapter(source if os.path.isdir(resolve_model(source)) else Path(name), dtype=dtype)
     arguments |= places
     gguf_file = arguments.get("gguf_file")
     try:
@@ -229,8 +229,8 @@ def adapter_folder(source: str | Path) -> Path | None:
     Raises:
         FastWeightsError: there is nothing.
     """
-    name, _ = _located(source)
-    return None if _adapter(name) is None else Path(name)
+    name, arguments = _located(source)
+    return None if "gguf_file" in arguments or _adapter(name) is None else Path(name)
 
 
 def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -324,7 +324,8 @@ def on_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
         return model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
         raise FastWeightsError(
-            f"device {device!r} cannot be used: {reason_of(error)}; give cpu, or cuda where there is a GPU"
+            f"device {device!r} cannot be used: {reason_of(error)}; give cpu, or a GPU with room for the model, which "
+            "takes half of it with weights bf16"
         ) from error
 
 

@@ -130,7 +130,8 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
         self._windows = [*config.windows]
-        self._takes_rotary_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
+        takes_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
+        self._takes_rotary_off = takes_off and self.architecture.rotary is not None
         self._positional = FEATURE_MAPS[config.settings.feature_map].positional
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""
@@ -195,7 +196,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             before: tokens of its document that each row has read.
         """
         sinks = self.config.sinks
-        if not (sinks or self._takes_rotary_off) or self.architecture.rotary is None:
+        if self.architecture.rotary is None or not (sinks or self._takes_rotary_off):
             return None
         index = token_index(tokens.shape[1], before, marks or TokenMarks(), tokens.device)
         positions = index if position_ids is None else position_ids
@@ -242,8 +243,9 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             attention_mask: 0 where a token is padding, for all tokens so far; for the new ones alone (L = T), or left
                 out, if no earlier one was padding.
             position_ids: by default the number of real tokens before each token. Where they start anew, so does the
-                state: documents packed into one row do not see each other. Within a document each must be the one
-                after the last where fast weights take the rotary embedding off what they write (`rotary=False`).
+                state: documents packed into one row do not see each other. Where fast weights take the rotary
+                embedding off what they write (`rotary=False`) each must be the one after the last in its document,
+                and the first 0 if a cache is to go on from there.
             cache: state to start from; it is updated in place. Without one the state is zero.
             inputs_embeds: instead of tokens.
             use_cache: whether to return the state; by default as the config says, and not when training.
@@ -290,7 +292,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
         if self.config.sinks or self._takes_rotary_off:
             before = 0 if ours is None else ours.document_length()
             if self._takes_rotary_off and position_ids is not None:
-                check_consecutive(reading.position_ids, reading.marks, before)
+                check_consecutive(reading.position_ids, reading.marks, before, ours)
             kwargs["window_embeddings"] = self.window_embeddings(given, reading.position_ids, reading.marks, before)
         position_ids = reading.position_ids
         if position_ids is None:  # OPT would count them in a mask, and there may be none to count in
