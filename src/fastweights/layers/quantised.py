@@ -366,7 +366,7 @@ class Int4Linear(QuantisedLinear):
             return
         if few_bits.takes(self.in_features, self.out_features):
             self.weight, self._block = few_bits.pack_four(_nibbles(self.weight)), few_bits.lanes()
-        elif block := _packed_rows():
+        elif self.out_features % _ROWS == 0 and (block := _packed_rows()):
             self.weight, self._block = _pack(_nibbles(self.weight)), block
 
     def _plain(self) -> UInt8[Tensor, "m n"]:
