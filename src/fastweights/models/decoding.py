@@ -550,8 +550,9 @@ class Decoder:
                 positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach), *left]])
                 cos, sin = self.base.rotary_emb(room.x, positions, *arguments)  # type: ignore[operator]
                 rotary[:, 0], rotary[:, 1] = cos[0], sin[0]
-                last = rotary[1 + len(windows) :]
-                last[:, 0], last[:, 1] = inverse_rotation(last[:, 0], last[:, 1])
+                if self.model.model._takes_rotary_off:
+                    last = rotary[1 + len(windows) :]
+                    last[:, 0], last[:, 1] = inverse_rotation(last[:, 0], last[:, 1])
 
 
 def _rotaries(model: FastWeightsForCausalLM) -> dict[tuple[str, ...], list[int]]:

@@ -242,9 +242,8 @@ def check_consecutive(
     if cache is not None and (before > 0 if isinstance(before, int) else not cache.position_offset):
         expected = index
     else:
-        places = torch.where(index >= 0, torch.arange(index.shape[1], device=index.device), -1).cummax(1).values
-        last = pad(places[:, :-1], (1, 0), value=-1)
-        expected = torch.where((last < 0) | (index == 0), positions, positions.gather(1, last.clamp(min=0)) + 1)
+        last = pad(_of_last_real(positions, index >= 0)[:, :-1], (1, 0), value=-1)
+        expected = torch.where((last < 0) | (index == 0), positions, last + 1)
     wrong = (index >= 0) & (positions != expected)
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()

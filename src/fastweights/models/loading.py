@@ -59,7 +59,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, arguments = _located(source)
-    if "gguf_file" not in arguments and (adapter := _adapter(name)) is not None:
+    if (adapter := _adapter(name, arguments)) is not None:
         from fastweights.models.adapters import base_of
 
         source = base_of(source, adapter)
@@ -122,7 +122,7 @@ def _load_whole(
     source: str | Path, dtype: torch.dtype, gguf_file: str | None, places: dict[str, Any]
 ) -> PreTrainedModel:
     name, arguments = _located(source, gguf_file)
-    if "gguf_file" not in arguments and _adapter(name) is not None:
+    if _adapter(name, arguments) is not None:
         from fastweights.models.adapters import load_adapter  # which loads its base model from here
 
         if places:
@@ -216,11 +216,11 @@ def _of_plain_bytes(reader: type) -> type:
     return Plain
 
 
-def _adapter(place: str) -> dict[str, Any] | None:
-    """The config of an adapter of ours, None where there is something else."""
+def _adapter(place: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The config of an adapter of ours, None where there is something else, such as a file of the folder."""
     from fastweights.models.adapters import adapter_config
 
-    return adapter_config(place) if os.path.isdir(place) else None
+    return None if "gguf_file" in arguments or not os.path.isdir(place) else adapter_config(place)
 
 
 def adapter_folder(source: str | Path) -> Path | None:
@@ -230,7 +230,7 @@ def adapter_folder(source: str | Path) -> Path | None:
         FastWeightsError: there is nothing.
     """
     name, arguments = _located(source)
-    return None if "gguf_file" in arguments or _adapter(name) is None else Path(name)
+    return None if _adapter(name, arguments) is None else Path(name)
 
 
 def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -251,7 +251,7 @@ def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dic
     if os.path.isdir(name):
         if gguf_file is None and not any(os.path.isfile(os.path.join(name, file)) for file in (_CONFIG, CONFIG)):
             recover(Path(name))
-        if not os.path.isfile(os.path.join(name, needed)) and (gguf_file is not None or _adapter(name) is None):
+        if not os.path.isfile(os.path.join(name, needed)) and _adapter(name, arguments) is None:
             raise FastWeightsError(f"there is no {needed} in {source}, so it is no model's folder: {_ALLOWED}")
         return name, arguments
     if os.path.exists(name):
@@ -261,12 +261,12 @@ def _located(source: str | Path, gguf_file: str | None = None) -> tuple[str, dic
     reason, files = ask_hub(name, "model")
     if reason is None and gguf_file is None and CONFIG in files and _CONFIG not in files:
         folder = fetch(name, CONFIG)
-        if _adapter(str(folder)) is not None:  # not one of peft's, which transformers loads
+        if _adapter(str(folder), arguments) is not None:  # not one of peft's, which transformers loads
             folder = fetch(name, CONFIG, ADAPTER_WEIGHTS)
             return str(folder), arguments
     if reason is not None and fetched(name, needed) is None:
-        folder = fetched(name, CONFIG) if gguf_file is None else None
-        if folder is None or _adapter(str(folder)) is None:
+        folder = fetched(name, CONFIG)
+        if folder is None or _adapter(str(folder), arguments) is None:
             raise FastWeightsError(f"there is no folder {name}, and {reason}: {without_hub(name) or _ALLOWED}")
         return str(folder), arguments
     arguments["local_files_only"] = reason is not None

@@ -130,8 +130,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
         self._windows = [*config.windows]
-        takes_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
-        self._takes_rotary_off = takes_off and self.architecture.rotary is not None
+        self._takes_rotary_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
         self._positional = FEATURE_MAPS[config.settings.feature_map].positional
         self.max_positions = position_limit(config.base)
         """Where absolute positions end; None where there are none."""

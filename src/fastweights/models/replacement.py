@@ -71,7 +71,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,
             rotary=settings.rotary,
-            rotates=has_rotary(layer.get_submodule(row.attention)),
+            rotates=row.rotary is not None and has_rotary(layer.get_submodule(row.attention)),
             cache_argument=row.cache_argument,
         )
         layer.set_submodule(row.attention, attention)
