@@ -39,6 +39,16 @@ def test_the_merged_model_needs_neither(monkeypatch, capsys, tmp_path, adapter):
     assert load_tokenizer(output).get_vocab() == byte_tokenizer().get_vocab()
 
 
+def test_it_may_have_longer_windows(monkeypatch, capsys, tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = convert(tmp_path / "base", ConversionConfig(window=8, wide_window=16, layers="0,2"))
+    save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
+    given = "merge", tmp_path / "adapter", tmp_path / "merged", "--window", 12, "--wide-window", 24
+    assert run(monkeypatch, capsys, *given)[0] == 0
+    assert load_model(tmp_path / "merged").config.windows == [12, 24, 12]
+
+
 def test_its_base_may_be_named(monkeypatch, capsys, tmp_path, adapter):
     shutil.move(tmp_path / "base", tmp_path / "moved")
     code, _, err = run(monkeypatch, capsys, "merge", adapter, tmp_path / "merged")

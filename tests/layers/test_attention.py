@@ -2,12 +2,14 @@ import pytest
 import torch
 
 from fastweights.errors import FastWeightsError
+from fastweights.evaluation.parts import without_fast_weights
 from fastweights.layers import FastWeightAttention
 from fastweights.layers.window import WindowEmbeddings
 from fastweights.models import convert
 from fastweights.models.replacement import inverse_rotation
 from fastweights.ops import decay_rule
 from fastweights.settings.conversion import ConversionConfig
+from fastweights.training.finetune import leave_windows_alone
 from tests.conftest import make_gpt2, make_llama, random_ids
 
 
@@ -102,6 +104,45 @@ def test_values_of_their_own_are_written_and_the_window_has_the_pretrained_ones(
     assert beside.equal(window)
     expected = torch.einsum("bthv,hwv->bthw", fast, matrices.repeat_interleave(2, 0))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_gate_on_the_mix_weighs_fast_weights_and_window_token_by_token(window):
+    """It starts as if it were not there."""
+    plain, gated = (convert(make_llama(), ConversionConfig(window=window, mix_gate=on)) for on in (False, True))
+    ids = random_ids(2, 13)
+    for model in (plain, gated):
+        for layer in model.fast_attentions():
+            layer.fast_scale.data.fill_(0.7)
+    assert gated(input_ids=ids).logits.equal(plain(input_ids=ids).logits)
+    layer = gated.fast_attentions()[0]
+    x, at = torch.randn(1, 20, 32), gated.model.base.rotary_emb(torch.randn(1, 20, 32), torch.arange(20)[None])
+    beside_it = gated.model.window_embeddings(x)
+    with torch.no_grad():
+        for parameter in layer.mix_gate.parameters():
+            parameter.normal_()
+        fast, of_window = layer.read(x, None, at, beside_it)
+        g = 2 * torch.sigmoid(x @ layer.mix_gate.gate.weight.T + layer.mix_gate.gate.bias)[..., None]
+        y = 0.7 * g * fast
+        if window:
+            y = y + (1 - layer.mix_gate.share[:, None] * g) * of_window
+        found, _ = layer(x, position_embeddings=at, window_embeddings=beside_it)
+        torch.testing.assert_close(found, layer.output(y.flatten(-2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["part", "control"])
+def test_a_window_alone_has_no_gate(stage):
+    model = convert(make_llama(), ConversionConfig(window=4, mix_gate=True))
+    expected = convert(make_llama(), ConversionConfig(window=4))
+    for layer in model.fast_attentions():
+        for parameter in layer.mix_gate.parameters():
+            parameter.data.normal_()
+    ids = random_ids(2, 13)
+    if stage == "control":
+        leave_windows_alone(model)
+    with without_fast_weights(model), without_fast_weights(expected):
+        for cached in (False, True):
+            assert model(input_ids=ids, use_cache=cached).logits.equal(expected(input_ids=ids).logits)
 
 
 def test_gates_ignore_autocast():

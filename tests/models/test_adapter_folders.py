@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ KINDS = {
     "hybrid": ConversionConfig(window=8),
     "gated": ConversionConfig(window=8, rule="gated", feature_map="softmax"),
     "delta": ConversionConfig(window=8, rule="gated_delta", feature_map="linear", value_map=True, conv_size=4),
+    "gate on the mix": ConversionConfig(window=8, rule="gated_delta", mix_gate=True),
     "partly": ConversionConfig(
         window=8, positions="drop", layer_types=["full_attention", "hybrid_sliding", "linear_attention"]
     ),
@@ -140,6 +142,23 @@ def test_a_longer_window_needs_no_training(tmp_path):
     for folder, window in (("adapter", 1), ("pure", 8)):
         with pytest.raises(FastWeightsError, match=f"window is {window}, and that of the adapter .*{folder}"):
             load_adapter(tmp_path / folder, window=window)
+
+
+@torch.no_grad()
+def test_a_longer_window_for_the_layers_that_have_a_long_one(tmp_path):
+    base, ids = make_llama(), random_ids(1, 40)
+    base.save_pretrained(tmp_path / "base")
+    settings = ConversionConfig(window=4, wide_window=12, layers="0,2")
+    save_adapter(convert(base, settings), tmp_path / "adapter", base=tmp_path / "base")
+    longer = load_adapter(tmp_path / "adapter", wide_window=30)
+    assert (longer.config.windows, longer.config.settings.wide_window) == ([4, 30, 4], 30)
+    assert load_adapter(tmp_path / "adapter", window=20, wide_window=30).config.windows == [20, 30, 20]
+    expected = convert(base, replace(settings, wide_window=30))
+    assert error(longer(ids).logits, expected(ids).logits) <= tolerances.FLOAT32
+    save_adapter(convert(base, ConversionConfig(window=4)), tmp_path / "one", base=tmp_path / "base")
+    for folder, wide in (("adapter", 4), ("one", 30)):
+        with pytest.raises(FastWeightsError, match=f"wide_window is {wide}, and that of the adapter .*{folder}"):
+            load_adapter(tmp_path / folder, wide_window=wide)
 
 
 @torch.no_grad()

@@ -133,6 +133,18 @@ def test_queries_keys_and_values_of_their_own(rule, form, value_map):
     check(model, rows=3)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", ["decay", "delta_and_average"])
+def test_a_gate_on_the_mix(rule, form):
+    model = make(rule=rule, mix_gate=True, **FORMS[form])
+    assert why_plain(model) is None
+    for start in (1, 20):
+        check(model, start=start)
+    check(model, rows=3)
+    model.fast_attentions()[0].mix_gate.forward = lambda x: (x[..., :1], None)
+    assert "MixGate" in why_plain(model)
+
+
 @pytest.mark.parametrize(
     ("family", "size", "form"),
     [

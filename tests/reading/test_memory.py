@@ -131,7 +131,7 @@ def test_a_config_that_computes_otherwise_is_another_model():
 def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
     model = convert(make_llama())
     now = fingerprint(model)
-    for name, given in (("value_map", True), ("conv_size", 4)):
+    for name, given in (("value_map", True), ("conv_size", 4), ("mix_gate", True)):
         assert model.config.conversion.pop(name) == ADDED[name]
         assert fingerprint(model) == now
         model.config.conversion[name] = given

@@ -119,6 +119,35 @@ def test_an_adapter_is_trained_on(config, tmp_path):
     assert (tmp_path / "whole" / "config.json").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_trained_on_may_get_gates_on_its_mix(config, tmp_path, rank):
+    config = with_lora(config, rank)
+    train(config)
+    further = replace(
+        config,
+        model=str(config.output),
+        teacher=config.model,
+        output=tmp_path / "further",
+        convert=ConversionConfig(mix_gate=True),
+        stage="finetune",
+        transfer=TransferConfig(),
+    )
+    train(further)
+    file = "adapter_model.safetensors" if rank else "model.safetensors"
+    before, after = (load_file(folder / file).keys() for folder in (config.output, further.output))
+    added = {name.split("self_attn.")[-1].split("attn.")[-1] for name in after - before}
+    assert added == {"mix_gate.gate.weight", "mix_gate.gate.bias", "mix_gate.share"}
+    assert before <= after
+    model = load_model(further.output)
+    assert model.config.settings.mix_gate
+    assert all(layer.mix_gate.gate.weight.any() for layer in model.fast_attentions())
+    train(replace(further, resume=True))
+    again = replace(further, model=str(further.output), output=tmp_path / "again")
+    train(again)  # which has them
+    with pytest.raises(FastWeightsError, match="converted already"):
+        train(replace(again, convert=ConversionConfig(mix_gate=True, value_map=True), overwrite=True))
+
+
 def test_an_adapter_may_take_the_place_of_a_model(config):
     """In a run's own folder and its stages', which it starts anew; and the other way round."""
     train(config)

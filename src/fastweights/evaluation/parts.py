@@ -44,7 +44,9 @@ def without_fast_weights(model: FastWeightsForCausalLM) -> AbstractContextManage
     Returns:
         A context manager that gives the model.
     """
-    return _at_zero(model, [layer.fast_scale for layer in model.fast_attentions()])
+    gates = (layer.mix_gate for layer in model.fast_attentions())
+    shares = [gate.share for gate in gates if gate is not None and gate.share is not None]
+    return _at_zero(model, [*(layer.fast_scale for layer in model.fast_attentions()), *shares])
 
 
 def without_window(model: FastWeightsForCausalLM) -> AbstractContextManager[FastWeightsForCausalLM]:

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
     from fastweights.layers.convolution import ShortConvolution
     from fastweights.layers.feature_maps import FeatureMap, Projection
+    from fastweights.layers.mix_gate import MixGate
     from fastweights.layers.rules import Rule
     from fastweights.layers.window import KeysAndValues, WindowEmbeddings
 
 UNIT = "fast_unit"
 """Buffer of each head's unit; models, adapters and memories from before there were any have none: it was 1."""
 
-NEW_MODULES = ("rule", "query_map", "key_map", "value_map", "convolution")
+NEW_MODULES = ("rule", "query_map", "key_map", "value_map", "convolution", "mix_gate")
 """Of a layer, that the base model does not have; there need not be all."""
 NEW_PARTS = (*NEW_MODULES, "fast_scale", "window_scale", "window_bias")
 """These, and its own parameters."""
@@ -128,6 +129,7 @@ class FastWeightAttention(KeepsFloat32):
         key_map: of the keys that they are written under.
         value_map: of the values that are written, which the window has as they are; None for none.
         convolution: of all queries, keys and values, of the window as well; None for none.
+        mix_gate: of each head, on what the fast weights and the window say; None for none.
         shape: sizes of `attention`.
         layer_idx: place of the layer in the model, and in its cache.
         window: tokens that an exact softmax sees beside the fast weights; 0 for none.
@@ -156,6 +158,7 @@ class FastWeightAttention(KeepsFloat32):
         key_map: FeatureMap,
         value_map: Projection | None = None,
         convolution: ShortConvolution | None = None,
+        mix_gate: MixGate | None = None,
         *,
         shape: AttentionShape,
         layer_idx: int,
@@ -174,7 +177,7 @@ class FastWeightAttention(KeepsFloat32):
             self.add_module(name, module)
         self.projections, self.rule = projections, rule
         self.query_map, self.key_map, self.value_map = query_map, key_map, value_map
-        self.convolution = convolution
+        self.convolution, self.mix_gate = convolution, mix_gate
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
         self.writes_leaving = bool(window) and write == "leaving"
@@ -200,7 +203,7 @@ class FastWeightAttention(KeepsFloat32):
         if self.window_bias is not None:
             self.window_bias.zero_()
 
-    def new_modules(self) -> list[Rule | FeatureMap | ShortConvolution]:
+    def new_modules(self) -> list[Rule | FeatureMap | ShortConvolution | MixGate]:
         """Those that the base model does not have."""
         return [module for name in NEW_MODULES if (module := getattr(self, name)) is not None]
 
@@ -248,7 +251,7 @@ class FastWeightAttention(KeepsFloat32):
         fast, window = self.read(
             hidden_states, layer_cache, position_embeddings, window_embeddings, marks, feature_positions
         )
-        return self.mix(fast, window), None
+        return self.mix(hidden_states, fast, window), None
 
     def read(
         self,
@@ -355,11 +358,18 @@ class FastWeightAttention(KeepsFloat32):
         """Back to the residual stream."""
         return self.projections.output(self, y)
 
-    def mix(self, fast: Float[Tensor, "B T H V"], window: Float[Tensor, "B T H V"] | None) -> Float[Tensor, "B T d"]:
-        """Scale by the learned factors, add, and project to the residual stream."""
-        y = fast * (self.fast_scale * self.fast_unit).to(fast.dtype)[:, None]
-        if window is not None and self.window_scale is not None:
-            y = y + window * self.window_scale.to(window.dtype)[:, None]
+    def mix(
+        self, x: Float[Tensor, "B T d"], fast: Float[Tensor, "B T H V"], window: Float[Tensor, "B T H V"] | None
+    ) -> Float[Tensor, "B T d"]:
+        """Scale by the learned factors, and by the gate of each token `x` where there is one, add, and project to the
+        residual stream."""
+        factors, of_window = self.fast_scale * self.fast_unit, self.window_scale
+        if self.mix_gate is not None and not self.window_only:
+            often, less = self.mix_gate(x)
+            factors, of_window = often * factors, None if of_window is None else less * of_window
+        y = fast * factors.to(fast.dtype)[..., None]
+        if window is not None and of_window is not None:
+            y = y + window * of_window.to(window.dtype)[..., None]
         return self.output(y.flatten(-2))
 
 

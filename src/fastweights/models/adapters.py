@@ -106,6 +106,7 @@ def load_adapter(
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
     window: int | None = None,
+    wide_window: int | None = None,
     share: bool = False,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
@@ -121,6 +122,7 @@ def load_adapter(
         merge: whether LoRA goes into the weights; else it stands beside them, by peft, to be trained on.
         window: of its hybrid layers, where it is to be another than the adapter's: a longer one takes more memory and
             keeps more, without any training.
+        wide_window: the same of those layers that have a longer one than the others.
         share: whether what is returned is to have the very weights of `base`, a model, beside LoRA that is not merged;
             they are not to be trained then, nor written into.
 
@@ -147,7 +149,7 @@ def load_adapter(
     for name, value in adapter.sizes.items():
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
-    settings = adapter.settings if window is None else _with_window(adapter.settings, window, what=str(folder))
+    settings = _with_windows(adapter.settings, window, wide_window, what=str(folder))
     model = with_config(found, settings)
     _check_sample(adapter.sample, model, what)
     _fill(adapter, model, merge=merge)
@@ -181,7 +183,19 @@ def base_of(folder: str | Path, config: dict[str, Any]) -> str:
     return find_base(name)
 
 
-def _with_window(settings: ConversionConfig, window: int, what: str) -> ConversionConfig:
+def _with_windows(
+    settings: ConversionConfig, window: int | None, wide_window: int | None, what: str
+) -> ConversionConfig:
+    if wide_window is not None:
+        shorter = settings.window if window is None else window
+        if not settings.wide_window or wide_window <= shorter:
+            raise FastWeightsError(
+                f"wide_window is {wide_window}, and that of the adapter {what} {settings.wide_window}: one that has "
+                f"layers with a longer window than the others' {shorter} can be given another that is longer"
+            )
+        settings = settings.with_wide_window(wide_window)
+    if window is None:
+        return settings
     if settings.window == 0 or window < 2:
         raise FastWeightsError(
             f"window is {window}, and that of the adapter {what} {settings.window}: one that has a window can be given "

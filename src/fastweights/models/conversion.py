@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fastweights.errors import FastWeightsError, check_name
 from fastweights.layers.attention import check_known
 from fastweights.layers.fast_weight_layer import FastWeightLayer
 from fastweights.layers.linear import use_onednn
+from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.window import window_attention
 from fastweights.models.architectures import architecture_of, attention_modules, local_windows
 from fastweights.models.configuration import FastWeightsConfig
@@ -132,6 +133,20 @@ def add_fast_weight_layer(
     model.config.fast_weight_layer = asdict(settings)
     model.model.fast_weight_layer = FastWeightLayer(model.config.hidden_size, settings).to(model.device)
     return model
+
+
+def add_mix_gates(model: FastWeightsForCausalLM) -> None:
+    """Give a converted model's layers their gates on the mix, in place, where they have none; training makes something
+    of them (`train --model MODEL --convert.mix-gate`).
+
+    Args:
+        model: which computes what it did.
+    """
+    for layer in model.fast_attentions():
+        if layer.mix_gate is None:
+            gate = MixGate(model.config.hidden_size, layer.heads, window=layer.window > 0)
+            layer.mix_gate = gate.to(layer.fast_scale)
+    model.config.conversion = asdict(replace(model.config.settings, mix_gate=True))
 
 
 def _own(model: str | Path | PreTrainedModel, *, share: bool = False) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.convolution import ShortConvolution
 from fastweights.layers.feature_maps import FeatureMap, Projection, SoftmaxOfProjection
 from fastweights.layers.linear import FORWARDS, linear
+from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.precision import Float32Linear
 from fastweights.layers.quantised import FEW, LINEAR, QuantisedLinear
 from fastweights.layers.rules import (
@@ -334,6 +335,8 @@ def why_plain(model: FastWeightsForCausalLM) -> str | None:
             return f"its feature map is {type(attention.query_map).__name__}"
         if type(attention.value_map) not in (type(None), Projection):
             return f"its value map is {type(attention.value_map).__name__}"
+        if type(attention.mix_gate) not in (type(None), MixGate):
+            return f"its gate on the mix is {type(attention.mix_gate).__name__}"
         convolution = attention.convolution
         if type(convolution) not in (type(None), ShortConvolution):
             return f"its convolution is {type(convolution).__name__}"
@@ -396,7 +399,7 @@ class _Softmax:
         model: that it is in.
     """
 
-    rule = query_map = key_map = value_map = convolution = window_bias = None
+    rule = query_map = key_map = value_map = convolution = mix_gate = window_bias = None
     window, rotary, writes_leaving, takes_rotary_off = 0, True, True, False
 
     def __init__(self, attention: nn.Module, model: FastWeightsForCausalLM) -> None:
@@ -833,7 +836,7 @@ class LayerStep:
         numbers = torch.tensor([norm.epsilon, norm.offset, attention.scaling], dtype=torch.float32).numpy()
         head_norms = [norm.weight for norm in self.head_norms]
         arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, taps, tails, *gates, *maps, fast.numpy()]
-        arrays += [*window, *scales, bias, numbers, self.read.numpy(), *mean_gate, *mean]
+        arrays += [*window, *scales, bias, numbers, self.read.numpy(), *mean_gate, *mean, *_mix(attention.mix_gate)]
         flags = {
             "rotated_fast": attention.rotary,
             "leaving": attention.writes_leaving,
@@ -842,6 +845,12 @@ class LayerStep:
             "delta": isinstance(rule, DeltaRule | DeltaAndAverageRule),
         }
         return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
+
+
+def _mix(gate: MixGate | None) -> list[Any]:
+    """The matrix, the bias and the share of a window; empty where there is none."""
+    parts = (None, None, None) if gate is None else (gate.gate.weight, gate.gate.bias, gate.share)
+    return [_EMPTY[n] if part is None else part.detach().numpy() for n, part in zip((2, 1, 1), parts, strict=True)]
 
 
 def _map(feature_map: Any) -> Any:

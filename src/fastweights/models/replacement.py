@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fastweights.layers.attention import AttentionShape, FastWeightAttention
 from fastweights.layers.convolution import ShortConvolution
 from fastweights.layers.feature_maps import Projection, make_feature_map
+from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.rules import RuleShape, make_rule
 from fastweights.models.architectures import architecture_of, has_rotary, position_vectors
 from fastweights.models.documents import can_be_read
@@ -63,6 +64,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             key_map,
             Projection(shape.head_dim, shape.kv_heads) if settings.value_map else None,
             None if config.convolution_shape is None else ShortConvolution(*config.convolution_shape),
+            MixGate(shape.hidden_size, shape.heads, window=config.windows[i] > 0) if settings.mix_gate else None,
             shape=shape,
             layer_idx=i,
             window=config.windows[i],

@@ -23,7 +23,7 @@ _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None}
+ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTO = "auto:"
@@ -57,6 +57,8 @@ class SharedConversion:
     """Give the fast weights values of their own by a matrix for each head, which starts as the identity."""
     conv_size: int = 0
     """Tokens that a short convolution makes each query, key and value of, 4 in Gated DeltaNet; 0 for none."""
+    mix_gate: bool = False
+    """Let each head set, token by token, how much its fast weights say, and how much less its window; none at first."""
     rotary: bool = True
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: tuple[float, float] = (2.0, 6.0)
@@ -217,6 +219,11 @@ class ConversionConfig(SharedConversion):
         usual = {self.window} if wide else {self.window, self.wide_window or self.window}
         windows = self.windows and [window if own in usual else own for own in self.windows]
         return replace(self, window=window, wide_window=wide, windows=windows)
+
+    def with_wide_window(self, wide_window: int) -> ConversionConfig:
+        """The same with another wide window, in the layers that have it."""
+        windows = self.windows and [wide_window if own == self.wide_window else own for own in self.windows]
+        return replace(self, wide_window=wide_window, windows=windows)
 
     def _named_layers(self, layers: int, local: Collection[int]) -> set[int]:
         if self.layers is None:

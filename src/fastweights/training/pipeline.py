@@ -19,7 +19,7 @@ from fastweights.evaluation.perplexity import Evaluation, check_long_enough, che
 from fastweights.files import save_model, write_text
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert, load_model
 from fastweights.models.adapters import adapter_config, check_rest, load_adapter, save_adapter
-from fastweights.models.conversion import convert_beside
+from fastweights.models.conversion import add_mix_gates, convert_beside
 from fastweights.models.loading import adapter_folder, load_tokenizer, name_of, resolve_model
 from fastweights.models.lora import check_lora, lora_rank
 from fastweights.models.quantisation import check_not_quantised
@@ -354,7 +354,10 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
     model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
     check_not_quantised(model, "training")
     if isinstance(model, FastWeightsForCausalLM):
-        _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
+        if config.convert == ConversionConfig(mix_gate=True):
+            add_mix_gates(model)
+        else:
+            _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
         if config.stage != "finetune" and not model.fast_attentions():
             raise FastWeightsError(
                 f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "

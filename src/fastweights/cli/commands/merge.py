@@ -12,6 +12,7 @@ def merge(
     *,
     base: str | None = None,
     window: int | None = None,
+    wide_window: int | None = None,
     weights: Weights | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -27,6 +28,8 @@ def merge(
         Model that the adapter was trained on; by default where the adapter says.
     window
         Another window than the adapter's: a longer one takes more memory and keeps more, without any training.
+    wide_window
+        The same for the layers that have a longer window than the others: 1,024 tokens in smollm2.
     weights
         Save matrices as "bf16", "int8" or "int4", for inference: the model is then loaded so.
     overwrite
@@ -41,7 +44,10 @@ def merge(
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    model, tokenizer = load_adapter(adapter, base, window=window), load_tokenizer(base or adapter)
+    model, tokenizer = (
+        load_adapter(adapter, base, window=window, wide_window=wide_window),
+        load_tokenizer(base or adapter),
+    )
     model = quantise(model, weights or "fp32")
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now

@@ -375,6 +375,9 @@ ARRAYS = [
     "mean_query_map",
     "mean_key_map",
     "share",
+    "mix_weight",
+    "mix_bias",
+    "mix_share",
 ]
 """That `attend` reads and writes, in the order of its record."""
 FLAGS = "rotated_fast", "leaving", "averages", "normed", "delta"
@@ -446,6 +449,8 @@ def _compile(version: int) -> Any:
             read as an average; it lies beneath that of the delta rule, whose last column is then not used.
         mean_query_map, mean_key_map: (H * F, D) and (G * F, D) its maps, of the fast weights' queries and keys.
         share: (H,) of that average in what is said; of width 0 without such a state.
+        mix_weight, mix_bias: (H, d) and (H,) of the gate on the mix, of width 0 without one.
+        mix_share: (H,) of this gate, by which a window counts less.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -482,6 +487,7 @@ def _attend(record):
     mean_logits, mean_down, mean_up = _plane(record, 33), _plane(record, 34), _plane(record, 35)
     mean_bias, mean_query_map, mean_key_map = _line(record, 36), _plane(record, 37), _plane(record, 38)
     share = _line(record, 39)
+    mix_weight, mix_bias, mix_share = _plane(record, 40), _line(record, 41), _line(record, 42)
     has_mean = share.shape[0] > 0
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
@@ -493,6 +499,7 @@ def _attend(record):
     weights = np.empty((R, far + seen), dtype=np.float32)
     rotated_q, sink_q = np.empty((R, D), dtype=np.float32), np.empty((R, D), dtype=np.float32)
     fast_q = np.empty((R, D), dtype=np.float32)
+    of_fast, of_window = np.empty(H, dtype=np.float32), np.ones(H, dtype=np.float32)
     rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
     key, value = np.empty(D, dtype=np.float32), np.empty(V, dtype=np.float32)
     read, zero = np.empty(V, dtype=np.float32), float32(0.0)
@@ -537,8 +544,15 @@ def _attend(record):
             _map(query_map, g * R + r, rotated_q[r] if rotated_fast else q[b, g * R + r], fast_q[r])
             if has_mean:
                 _softmaxes(mean_query_map, g * R + r, fast_q[r], mean_q[r])
+            h = g * R + r
+            of_fast[h] = fast_scale[h]
+            if mix_bias.shape[0] > 0:
+                often = float32(2.0) / (float32(1.0) + math.exp(-(_dot(mix_weight[h], x[b]) + mix_bias[h])))
+                of_fast[h] *= often
+                if mix_share.shape[0] > 0:
+                    of_window[h] = float32(1.0) - mix_share[h] * often
             for j in range(V):
-                out[b, g * R + r, j] = zero
+                out[b, h, j] = zero
         if W > 0:
             for i in range(D):
                 ring_k[b, g, i, place] = rotated_k[i]
@@ -570,7 +584,7 @@ def _attend(record):
                 total = zero
                 for w in range(far + seen):
                     total += weights[r, w]
-                factor = window_scale[h] / total
+                factor = window_scale[h] * of_window[h] / total
                 for w in range(far + seen):
                     weights[r, w] *= factor
                 _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
@@ -578,9 +592,9 @@ def _attend(record):
         state, averaged = fast[b, g, :D], fast[b, g, D:]
         left = (place + 1) % W if leaving else 0
         if leaving:
-            _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
+            _read(state, fast_q, g * R, of_fast, fast_unit, scale, read, out[b])
             if has_mean:
-                _read_mean(averaged, mean_q, g * R, share, fast_scale, fast_unit, mean, out[b])
+                _read_mean(averaged, mean_q, g * R, share, of_fast, fast_unit, mean, out[b])
         if not leaving or count >= W - 1 + S:
             if key_bias.shape[0] > 0:
                 _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
@@ -609,9 +623,9 @@ def _attend(record):
             else:
                 _write(state, f, z, written, value)
         if not leaving:
-            _read(state, fast_q, g * R, fast_scale, fast_unit, scale, read, out[b])
+            _read(state, fast_q, g * R, of_fast, fast_unit, scale, read, out[b])
             if has_mean:
-                _read_mean(averaged, mean_q, g * R, share, fast_scale, fast_unit, mean, out[b])
+                _read_mean(averaged, mean_q, g * R, share, of_fast, fast_unit, mean, out[b])
 
 
 attend = _compile(sources_version(Path(__file__).parent))
