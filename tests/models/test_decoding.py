@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastweights.errors import FastWeightsError
 from fastweights.layers.feature_maps import SoftmaxOfProjection
+from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.quantised import Int4Linear, Int8Linear
 from fastweights.models import add_fast_weight_layer, convert, decoding
 from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, SlidingCacheLayer, state_bytes
@@ -141,8 +142,22 @@ def test_a_gate_on_the_mix(rule, form):
     for start in (1, 20):
         check(model, start=start)
     check(model, rows=3)
-    model.fast_attentions()[0].mix_gate.forward = lambda x: (x[..., :1], None)
-    assert "MixGate" in why_plain(model)
+
+
+def test_other_gates_on_the_mix_take_plain_steps():
+    class Twice(MixGate):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    model = make(window=8, mix_gate=True)
+    layer = model.fast_attentions()[0]
+    gate, shape = layer.mix_gate.gate, (model.config.hidden_size, layer.heads)
+    layer.mix_gate = Twice(*shape, window=True)
+    assert "its gate on the mix is Twice" in why_plain(model)
+    layer.mix_gate = MixGate(*shape, window=True)
+    assert why_plain(model) is None
+    layer.mix_gate.gate = torch.nn.Sequential(gate)
+    assert "layers of the kind Sequential" in why_plain(model)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.conftest import MAKERS, make_llama, random_ids
 from tests.models.test_fast_weight_layer import trained
 from tests.ops.problems import error
 
-KINDS = {"pure": ConversionConfig(), "hybrid": ConversionConfig(window=8)}
+KINDS = {"pure": ConversionConfig(), "hybrid": ConversionConfig(window=8, mix_gate=True)}
 BITS_8, BITS_4 = 0.05, 0.5
 """Relative errors of random models' logits that so many bits may make (measured: 0.01 to 0.05, and 0.15 to 0.34)."""
 

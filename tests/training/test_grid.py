@@ -140,6 +140,18 @@ def test_a_killed_grid_goes_on_and_computes_nothing_twice(config, monkeypatch):
     assert [row.loss for row in whole.ranking] == pytest.approx([row.loss for row in grid.ranking], rel=1e-6)
 
 
+def test_a_grid_from_before_a_setting_came_is_not_evaluated_again(config, monkeypatch):
+    small = replace(config, rules=("add",), feature_maps=("elu+1",))
+    finished(small)
+    earlier = written(config)
+    assert earlier["config"]["convert"].pop("mix_gate") is False
+    assert earlier["config"]["finetune"].pop("vocabulary") == "all"
+    (config.output / "comparison.json").write_text(json.dumps(earlier))
+    names = counted(monkeypatch)
+    finished(replace(small, resume=True))
+    assert names == []
+
+
 def test_a_grid_may_grow_and_its_budget_may_not(config, monkeypatch):
     small = replace(config, rules=("add",))
     finished(small)

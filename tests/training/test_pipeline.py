@@ -15,6 +15,9 @@ from fastweights.errors import FastWeightsError
 from fastweights.evaluation.parts import PARTS, evaluate_parts
 from fastweights.evaluation.perplexity import evaluate
 from fastweights.models import convert, load_model
+from fastweights.models.configuration import FastWeightsConfig
+from fastweights.models.conversion import add_mix_gates
+from fastweights.models.decoding import set_fast_decoding
 from fastweights.models.loading import load_tokenizer
 from fastweights.settings.conversion import ConversionConfig
 from fastweights.settings.evaluation import EvaluationConfig, HeldOutConfig
@@ -22,6 +25,7 @@ from fastweights.settings.text import DataConfig
 from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
 from fastweights.training import train
 from fastweights.training.pipeline import _without_the_end
+from tests.conftest import make_llama, random_ids
 
 
 @pytest.fixture
@@ -142,10 +146,40 @@ def test_what_is_trained_on_may_get_gates_on_its_mix(config, tmp_path, rank):
     assert model.config.settings.mix_gate
     assert all(layer.mix_gate.gate.weight.any() for layer in model.fast_attentions())
     train(replace(further, resume=True))
-    again = replace(further, model=str(further.output), output=tmp_path / "again")
-    train(again)  # which has them
-    with pytest.raises(FastWeightsError, match="converted already"):
-        train(replace(again, convert=ConversionConfig(mix_gate=True, value_map=True), overwrite=True))
+    again = replace(further, convert=ConversionConfig(mix_gate=True, value_map=True), overwrite=True)
+    with pytest.raises(FastWeightsError, match=r"converted already: convert.mix_gate alone can be added"):
+        train(again)
+
+
+@torch.no_grad()
+def test_gates_on_the_mix_change_nothing_at_first_and_are_not_made_anew():
+    model, ids = convert(make_llama(), ConversionConfig(window=4)).eval(), random_ids(1, 20)
+    expected = model.generate(ids, max_new_tokens=5, output_logits=True, return_dict_in_generate=True)
+    add_mix_gates(model)
+    assert model(ids).logits.equal(convert(make_llama(), ConversionConfig(window=4))(ids).logits)
+    assert FastWeightsConfig(**model.config.to_dict()).settings.mix_gate
+    gates = [layer.mix_gate for layer in model.fast_attentions()]
+    for gate in gates:
+        gate.gate.weight.normal_()
+        gate.share.normal_()
+    add_mix_gates(model)
+    assert [layer.mix_gate for layer in model.fast_attentions()] == gates
+    found = model.generate(ids, max_new_tokens=5, output_logits=True, return_dict_in_generate=True)
+    assert not torch.stack(found.logits).allclose(torch.stack(expected.logits), rtol=1e-3)
+    set_fast_decoding(False)
+    try:
+        plain = model.generate(ids, max_new_tokens=5, output_logits=True, return_dict_in_generate=True)
+    finally:
+        set_fast_decoding(True)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(found.logits), rtol=1e-3, atol=1e-4)
+
+
+def test_there_must_be_fast_weights_for_a_gate(config, tmp_path, model_folder):
+    convert(model_folder, ConversionConfig(layers="none")).save_pretrained(tmp_path / "none")
+    load_tokenizer(str(model_folder)).save_pretrained(tmp_path / "none")
+    changed = replace(config, model=str(tmp_path / "none"), stage="finetune", transfer=TransferConfig())
+    with pytest.raises(FastWeightsError, match="it has no fast weights"):
+        train(replace(changed, convert=ConversionConfig(mix_gate=True)))
 
 
 def test_an_adapter_may_take_the_place_of_a_model(config):

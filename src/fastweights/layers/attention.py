@@ -3,10 +3,11 @@
     y_t = α u S_tᵀ φ(q_t) + β softmax_window(q, k, v)_t   the second term in hybrid layers only, with sinks: `window.py`
 
 with a state S that a rule (`rules.py`) writes, a feature map φ (`feature_maps.py`) and the pretrained W_q, W_k, W_v and
-W_o. In a hybrid layer S_t holds, by default, the tokens that have left the window of token t and are no sinks, so that
-each token is in one of the two places. The factors α and β, learned per head, and the window are ours, and the unit u,
-which calibration sets: fast weights are sums over a long text, of any size, and a step of an optimizer that suits all
-other factors would be many times an α that holds that size as well. The rest is
+W_o; a gate may weigh both terms token by token (`mix_gate.py`). In a hybrid layer S_t holds, by default, the tokens
+that have left the window of token t and are no sinks, so that each token is in one of the two places. The factors α and
+β, learned per head, and the window are ours, and the unit u, which calibration sets: fast weights are sums over a long
+text, of any size, and a step of an optimizer that suits all other factors would be many times an α that holds that size
+as well. The rest is
 H. H. Mao, "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights", EMNLP 2022 (arXiv 2210.04243).
 
 Notation: B batch, T time, H query heads, G key/value heads, D width of a head, K width of a key after the feature map,

@@ -130,7 +130,8 @@ def load_adapter(
         The model in evaluation mode, with plain linear layers if merged.
 
     Raises:
-        FastWeightsError: the adapter is none, is damaged, or belongs to another base model, or that is not to be had.
+        FastWeightsError: the adapter is none, is damaged, belongs to another base model, or to one that is not to be
+            had; or it has no window, or no longer one, that could be another.
     """
     if share and (merge or not isinstance(base, PreTrainedModel)):
         raise FastWeightsError("share was given, which is for a base model at hand and LoRA beside it: leave it out")
@@ -186,22 +187,20 @@ def base_of(folder: str | Path, config: dict[str, Any]) -> str:
 def _with_windows(
     settings: ConversionConfig, window: int | None, wide_window: int | None, what: str
 ) -> ConversionConfig:
-    if wide_window is not None:
-        shorter = settings.window if window is None else window
-        if not settings.wide_window or wide_window <= shorter:
-            raise FastWeightsError(
-                f"wide_window is {wide_window}, and that of the adapter {what} {settings.wide_window}: one that has "
-                f"layers with a longer window than the others' {shorter} can be given another that is longer"
-            )
-        settings = settings.with_wide_window(wide_window)
-    if window is None:
+    if window is None and wide_window is None:
         return settings
-    if settings.window == 0 or window < 2:
+    if window is not None and (settings.window == 0 or window < 2):
         raise FastWeightsError(
             f"window is {window}, and that of the adapter {what} {settings.window}: one that has a window can be given "
             "another, of 2 tokens up"
         )
-    return settings.with_window(window)
+    window = settings.window if window is None else window
+    if wide_window is not None and (not settings.wide_window or wide_window <= window):
+        raise FastWeightsError(
+            f"wide_window is {wide_window}, and that of the adapter {what} {settings.wide_window}: one that has layers "
+            f"with a longer window than the others' {window} can be given another that is longer"
+        )
+    return settings.with_window(window, wide_window)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.window import window_attention
 from fastweights.models.architectures import architecture_of, attention_modules, local_windows
 from fastweights.models.configuration import FastWeightsConfig
-from fastweights.models.decoding import why_plain
+from fastweights.models.decoding import forget_steps, why_plain
 from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.models.quantisation import check_not_quantised, quantise, weights_of
@@ -147,6 +147,8 @@ def add_mix_gates(model: FastWeightsForCausalLM) -> None:
             gate = MixGate(model.config.hidden_size, layer.heads, window=layer.window > 0)
             layer.mix_gate = gate.to(layer.fast_scale)
     model.config.conversion = asdict(replace(model.config.settings, mix_gate=True))
+    model.model.keep_in_fp32()
+    forget_steps(model)
 
 
 def _own(model: str | Path | PreTrainedModel, *, share: bool = False) -> PreTrainedModel:

@@ -435,6 +435,7 @@ def _multiplied(attention: FastWeightAttention | _Softmax) -> list[nn.Module]:
         for gate in _gates(attention.rule)
         for part in ((gate.down, gate.up) if isinstance(gate, LowRank) else (gate,))
     ]
+    parts += [] if attention.mix_gate is None else [attention.mix_gate.gate]
     return [attention.get_submodule(name) for name in (*_inner(names), names.out)] + [
         part for part in parts if part is not None
     ]

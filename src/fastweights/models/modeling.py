@@ -139,16 +139,16 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             self.max_positions = None
         settings = config.fast_weight_layer_settings
         self.fast_weight_layer = None if settings is None else FastWeightLayer(config.hidden_size, settings)
-        self._keep_in_fp32()
+        self.keep_in_fp32()
         self.post_init()
 
-    def _keep_in_fp32(self) -> None:
+    def keep_in_fp32(self) -> None:
         """Tell transformers what to load in float32 whatever the dtype, and its quantisers what to leave alone."""
         named = (*self.named_parameters(), *self.named_buffers())
         parts = {part for name, _ in named for part in name.split(".")}
         self._keep_in_fp32_modules_strict = parts & _FLOAT32_PARTS
         # Quantisers read this list alone, match from a name's beginning, and it may not have what the other has.
-        self._keep_in_fp32_modules = {r".*\.rule\..*"} if "rule" in parts else set()
+        self._keep_in_fp32_modules = {rf".*\.{part}\..*" for part in ("rule", "mix_gate") if part in parts}
 
     def fast_attentions(self) -> list[FastWeightAttention]:
         """The attention of each converted layer, in order."""

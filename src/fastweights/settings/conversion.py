@@ -58,7 +58,8 @@ class SharedConversion:
     conv_size: int = 0
     """Tokens that a short convolution makes each query, key and value of, 4 in Gated DeltaNet; 0 for none."""
     mix_gate: bool = False
-    """Let each head set, token by token, how much its fast weights say, and how much less its window; none at first."""
+    """Let each head set, token by token, how much its fast weights say, and how much less its window; it starts as if
+    it were not there. To a converted model that is trained on this can be added, and nothing else."""
     rotary: bool = True
     """Give the fast weights queries and keys with rotary embedding, where the base model has one; the window's have."""
     gate_bias: tuple[float, float] = (2.0, 6.0)
@@ -213,17 +214,18 @@ class ConversionConfig(SharedConversion):
         types = [fast if window else "full_attention" for window in windows]
         return replace(self, layers=None, layer_types=types, windows=windows)
 
-    def with_window(self, window: int) -> ConversionConfig:
-        """The same with another window in all layers but those with the wide one, as long as that is the wider."""
-        wide = self.wide_window if self.wide_window > window else 0
-        usual = {self.window} if wide else {self.window, self.wide_window or self.window}
-        windows = self.windows and [window if own in usual else own for own in self.windows]
-        return replace(self, window=window, wide_window=wide, windows=windows)
+    def with_window(self, window: int, wide_window: int | None = None) -> ConversionConfig:
+        """The same with another window in all layers but those with the wide one, as long as that is the wider.
 
-    def with_wide_window(self, wide_window: int) -> ConversionConfig:
-        """The same with another wide window, in the layers that have it."""
-        windows = self.windows and [wide_window if own == self.wide_window else own for own in self.windows]
-        return replace(self, wide_window=wide_window, windows=windows)
+        Args:
+            window: of most layers.
+            wide_window: another for those that have a wide one; by default theirs.
+        """
+        wide = self.wide_window if wide_window is None or not self.wide_window else wide_window
+        wide = wide if wide > window else 0
+        becomes = {self.window: window} | ({self.wide_window: wide or window} if self.wide_window else {})
+        windows = self.windows and [becomes.get(own, own) for own in self.windows]
+        return replace(self, window=window, wide_window=wide, windows=windows)
 
     def _named_layers(self, layers: int, local: Collection[int]) -> set[int]:
         if self.layers is None:

@@ -72,7 +72,7 @@ class ConversionStageConfig(StageConfig):
 
     factor_learning_rate: float | None = None
     """Peak learning rate of the factors of fast weights and window, in units of the size that the teacher's attention
-    has; by default `new_learning_rate`."""
+    has; by default `new_learning_rate`, which a gate on the mix has in any case."""
     lora_rank: int = 0
     """Rank of LoRA on the projections of the converted layers, whose own weights then stay as they are, like all others
     of the base model: what was trained is an adapter. 0 for none."""

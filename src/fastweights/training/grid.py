@@ -20,6 +20,7 @@ from fastweights.evaluation.perplexity import Evaluation, plain
 from fastweights.files import write_text
 from fastweights.models import FastWeightsForCausalLM, load_model
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
+from fastweights.settings.conversion import ADDED
 from fastweights.settings.grid import Cell, GridConfig
 from fastweights.training.checkpoints import drop_all
 from fastweights.training.pipeline import StageResult, contents_of, load_data, train
@@ -217,7 +218,9 @@ def _config(config: GridConfig) -> dict:
 
 
 def _comparable(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in _FREE}
+    """Without what may change, and with what was so before a setting came."""
+    kept = {name: value for name, value in config.items() if name not in _FREE}
+    return kept | {"convert": ADDED | kept["convert"], "finetune": {"vocabulary": "all"} | kept["finetune"]}
 
 
 def _read(entry: dict) -> CellResult:

@@ -354,10 +354,11 @@ def _load_models(config: TrainConfig) -> tuple[FastWeightsForCausalLM, PreTraine
     model = load_adapter(config.model, merge=False) if is_adapter and lora else load_model(config.model)
     check_not_quantised(model, "training")
     if isinstance(model, FastWeightsForCausalLM):
-        if config.convert == ConversionConfig(mix_gate=True):
+        if config.convert == ConversionConfig(mix_gate=True) and model.fast_attentions():
             add_mix_gates(model)
         else:
-            _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already")
+            added = "convert.mix_gate alone can be added" if model.fast_attentions() else "it has no fast weights"
+            _refuse(config.convert, ConversionConfig(), "convert", f"{config.model} is converted already: {added}")
         if config.stage != "finetune" and not model.fast_attentions():
             raise FastWeightsError(
                 f"{config.model} has softmax attention only, nothing to transfer to: use --stage finetune or --stage "
