@@ -44,9 +44,7 @@ def without_fast_weights(model: FastWeightsForCausalLM) -> AbstractContextManage
     Returns:
         A context manager that gives the model.
     """
-    gates = (layer.mix_gate for layer in model.fast_attentions())
-    shares = [gate.share for gate in gates if gate is not None and gate.share is not None]
-    return _at_zero(model, [*(layer.fast_scale for layer in model.fast_attentions()), *shares])
+    return _at_zero(model, [factor for layer in model.fast_attentions() for factor in layer.factors_of_fast_weights()])
 
 
 def without_window(model: FastWeightsForCausalLM) -> AbstractContextManager[FastWeightsForCausalLM]:

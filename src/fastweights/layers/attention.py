@@ -216,6 +216,11 @@ class FastWeightAttention(KeepsFloat32):
         """Of the fast weights, and of the window if there is one."""
         return [self.fast_scale] if self.window_scale is None else [self.fast_scale, self.window_scale]
 
+    def factors_of_fast_weights(self) -> list[nn.Parameter]:
+        """At 0 a window is alone: of the fast weights, and of what a gate takes off the window in their favour."""
+        share = None if self.mix_gate is None else self.mix_gate.share
+        return [self.fast_scale] if share is None else [self.fast_scale, share]
+
     def forward(
         self,
         hidden_states: Float[Tensor, "B T d"],

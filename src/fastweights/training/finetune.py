@@ -100,10 +100,9 @@ def leave_windows_alone(student: FastWeightsForCausalLM) -> None:
     """
     check_windows(student)
     for layer in student.fast_attentions():
-        layer.fast_scale.requires_grad_(False).zero_()
+        for factor in layer.factors_of_fast_weights():
+            factor.requires_grad_(False).zero_()
         layer.window_only = True
-        if layer.mix_gate is not None and layer.mix_gate.share is not None:
-            layer.mix_gate.share.requires_grad_(False).zero_()
         for module in layer.new_modules():
             if module is not layer.convolution:  # which is the window's as well
                 module.requires_grad_(False)

@@ -20,11 +20,10 @@ from fastweights.evaluation.perplexity import Evaluation, plain
 from fastweights.files import write_text
 from fastweights.models import FastWeightsForCausalLM, load_model
 from fastweights.models.loading import load_tokenizer, name_of, resolve_model
-from fastweights.settings.conversion import ADDED
 from fastweights.settings.grid import Cell, GridConfig
 from fastweights.training.checkpoints import drop_all
 from fastweights.training.pipeline import StageResult, contents_of, load_data, train
-from fastweights.training.runs import RUN_FILE, begin_run, check_start, process_state
+from fastweights.training.runs import ADDED_BY_SECTION, RUN_FILE, begin_run, check_start, process_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -220,7 +219,7 @@ def _config(config: GridConfig) -> dict:
 def _comparable(config: dict) -> dict:
     """Without what may change, and with what was so before a setting came."""
     kept = {name: value for name, value in config.items() if name not in _FREE}
-    return kept | {"convert": ADDED | kept["convert"], "finetune": {"vocabulary": "all"} | kept["finetune"]}
+    return kept | {section: added | kept[section] for section, added in ADDED_BY_SECTION.items()}
 
 
 def _read(entry: dict) -> CellResult:

@@ -181,8 +181,8 @@ _FREE += ("versions.", "contents.")
 _FREE += ("config.rules", "config.feature_maps", "config.windows", "config.seeds")
 
 
-_ADDED = {"config.finetune.vocabulary": "all"}
-"""Settings that came later, with what was so in runs that do not know of them."""
+ADDED_BY_SECTION = {"convert": ADDED, "finetune": {"vocabulary": "all"}}
+"""Settings of a config that came later, with what was so in runs that do not know of them."""
 
 
 def check_same_run(config: TrainConfig | PretrainConfig | GridConfig) -> None:
@@ -208,7 +208,7 @@ def check_same_run(config: TrainConfig | PretrainConfig | GridConfig) -> None:
             "back, or start anew with --overwrite"
         ) from error
     after = _flat(_described(config))
-    added = {f"config.convert.{name}": value for name, value in ADDED.items()} | _ADDED
+    added = _flat(ADDED_BY_SECTION, "config.")
     before = {name: value for name, value in added.items() if name in after} | before
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name) and not name.startswith(_FREE):

@@ -44,10 +44,8 @@ def merge(
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    model, tokenizer = (
-        load_adapter(adapter, base, window=window, wide_window=wide_window),
-        load_tokenizer(base or adapter),
-    )
+    model = load_adapter(adapter, base, window=window, wide_window=wide_window)
+    tokenizer = load_tokenizer(base or adapter)
     model = quantise(model, weights or "fp32")
     with only_run(output):
         check_output_folder(output, overwrite=overwrite)  # another may have written to it by now
