@@ -3,24 +3,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastweights.layers.eight_bits import rounded
 from fastweights.layers.rules import TokenMarks
 from fastweights.layers.window import WindowTokens, token_index, window_attention, windowed
 from fastweights.models.cache import HybridCacheLayer, layer_tensors
 
 
-def dense(tokens, index, window, sinks, scale, bias=None):
+def dense(tokens, index, window, sinks, scale, bias=None, eight_bits=False):
     """The definition, for tokens of one row without padding: one softmax with a mask over the whole matrix."""
     q, k, v, sink_q = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in tokens)
+    near_k, near_v = (rounded(k), rounded(v)) if eight_bits else (k, v)
     place = torch.arange(len(index))
     distance = place[:, None] - place
     same = (distance >= 0) & (distance <= index[:, None])
     near = same & (distance < window)
     far = same & (distance >= window) & (index < sinks)
-    logits = torch.where(far, sink_q @ k.mT, q @ k.mT) * scale
+    logits = torch.where(far, sink_q @ k.mT, q @ near_k.mT) * scale
     if bias is not None:
         column = torch.where(far, window + index.clamp(max=max(sinks - 1, 0)), distance.clamp(0, window - 1))
         logits = logits + bias[:, column]
-    return (logits.masked_fill(~(near | far), -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    weights = logits.masked_fill(~(near | far), -torch.inf).softmax(-1)
+    return (weights.masked_fill(far, 0) @ near_v + weights.masked_fill(~far, 0) @ v).transpose(0, 1)
 
 
 def leaving(x, index, window, sinks):
@@ -52,12 +55,13 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
     padding=st.sampled_from([0.0, 0.0, 0.3, 0.9]),
     starts=st.sampled_from([0.0, 0.0, 0.2]),
     with_bias=st.booleans(),
+    eight_bits=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_pieces_padding_and_documents_agree_with_the_definition(
-    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, seed
+    pieces, rows, window, sinks, kv_heads, padding, starts, with_bias, eight_bits, seed
 ):
-    """In outputs and in all gradients, and the state is of one size."""
+    """In outputs and in all gradients, and the state is of one size; and without gradients."""
     length, generator = sum(pieces), torch.Generator().manual_seed(seed)
     tokens = random_tokens(rows, length, kv_heads, seed)
     bias = torch.randn(4, window + sinks, generator=generator, dtype=torch.float64) if with_bias else None
@@ -68,7 +72,8 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
         torch.randn(rows, length, kv_heads, 1, generator=generator, dtype=torch.float64) * real[..., None, None]
     )
 
-    cache, found, left = HybridCacheLayer(window, sinks), [], []
+    cache, found, left = HybridCacheLayer(window, sinks, eight_bits=eight_bits), [], []
+    held, again = HybridCacheLayer(window, sinks, eight_bits=eight_bits), []
     for part in torch.arange(length).split(pieces):
         marks = TokenMarks(
             None if real[:, part].all() else real[:, part],
@@ -76,11 +81,16 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
         )
         new = WindowTokens(*(x[:, part] for x in tokens))
         arguments = {"window": window, "scale": 0.3, "sinks": sinks, "bias": bias, "marks": marks, "leaving": True}
+        arguments["eight_bits"] = eight_bits
         o, of_leaving = windowed(new, cache, **arguments)
+        with torch.no_grad():
+            again.append(windowed(WindowTokens(*(x.detach() for x in new)), held, **arguments)[0])
+        assert eight_bits == ("keys_codes" in layer_tensors(held))
         found.append(o)
         left.append([x if of_leaving.any is None else x * of_leaving.any[..., None, None] for x in of_leaving[:2]])
         assert all(x.shape[1] == sinks for name, x in layer_tensors(cache).items() if "sink" in name)
     found = torch.cat(found, 1)
+    torch.testing.assert_close(torch.cat(again, 1), found.detach(), rtol=0, atol=1e-12)
     left = [torch.cat(parts, 1) for parts in zip(*left, strict=True)]
     loss = (found * weigh).sum() + sum((x * weigh_left).square().sum() for x in left)
     gradients = torch.autograd.grad(loss, tokens, allow_unused=True)
@@ -89,11 +99,12 @@ def test_pieces_padding_and_documents_agree_with_the_definition(
     for row in range(rows):
         kept = real[row]
         index = token_index(int(kept.sum()), 0, TokenMarks(None, begins[row, kept][None]))[0]
-        truth = dense([x[row, kept] for x in tokens], index, window, sinks, 0.3, bias)
+        truth = dense([x[row, kept] for x in tokens], index, window, sinks, 0.3, bias, eight_bits)
         torch.testing.assert_close(found[row, kept], truth, rtol=0, atol=1e-12)
         assert not found[row, ~kept].any()
         loss = loss + (truth * weigh[row, kept]).sum()
         for x, own in zip(left, (tokens.k, tokens.v), strict=True):
+            own = rounded(own) if eight_bits else own
             truth = leaving(own[row, kept], index, window, sinks)
             torch.testing.assert_close(x[row, kept], truth, rtol=0, atol=0)
             loss = loss + (truth * weigh_left[row, kept]).square().sum()

@@ -13,10 +13,12 @@ from tests.conftest import make_gemma3, make_gpt2, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
+KINDS = {"pure": {}, "hybrid": {"window": 8}, "eight bits": {"window": 8, "window_dtype": "int8"}}
 
-@pytest.fixture(params=[0, 8], ids=["pure", "hybrid"])
+
+@pytest.fixture(params=KINDS)
 def filled(request):
-    model = convert(make_gpt2(), ConversionConfig(window=request.param)).eval()
+    model = convert(make_gpt2(), ConversionConfig(**KINDS[request.param])).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(random_ids(3, 20), cache=cache)
@@ -36,7 +38,8 @@ def test_length_and_bytes(filled):
     model, cache = filled
     assert cache.get_seq_length() == 20
     state = 3 * 3 * 2 * 16 * 16 * 4  # layers, rows, heads, K, V, fp32
-    window = 3 * 3 * 2 * (7 + 4) * 16 * 4 * 2 if model.config.settings.window else 0  # 4 sinks
+    token = 16 + 1 if model.config.windows_in_eight_bits else 16 * 4
+    window = 3 * 3 * 2 * (7 * token + 4 * 16 * 4) * 2 if model.config.settings.window else 0  # 4 sinks
     assert state_bytes(cache) == state + window
 
 

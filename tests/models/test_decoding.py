@@ -134,6 +134,47 @@ def test_queries_keys_and_values_of_their_own(rule, form, value_map):
     check(model, rows=3)
 
 
+NEAR_HALVES = 2e-2
+"""What it may make where numbers that differ in their last digit are rounded to different codes."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", [form for form in FORMS if "pure" not in form])
+@pytest.mark.parametrize("rule", ["decay", "delta_and_average"])
+def test_windows_in_eight_bits(rule, form, family, rows):
+    """Whose codes are those that the plain steps keep, in the first layer but where a number is between two."""
+    # Heads of 40 and 33 channels: a whole block and a part of one.
+    changes = {"head_dim": 40} if family == "llama" else {"n_embd": 66}
+    model = make(family, rule=rule, window_dtype="int8", changes=changes, **FORMS[form])
+    assert why_plain(model) is None
+    for start in (1, 20):
+        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
+        set_fast_decoding(False)
+        plain = FastWeightsCache(model.config)
+        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
+            model(part, cache=plain)
+        held, expected = cache.layers[0].kept(), plain.layers[0].kept()
+        codes, exponents = ([f"{name}_{part}" for name in ("keys", "values")] for part in ("codes", "exponents"))
+        assert held.keys() == expected.keys() == {*codes, *exponents}
+        off = torch.cat([(held[name].int() - expected[name].int()).abs().flatten() for name in codes])
+        assert (off > 0).float().mean() <= 0.02
+        assert off.max() <= 1
+        assert all(torch.equal(held[name], expected[name]) for name in exponents)
+
+
+@torch.no_grad()
+def test_what_is_not_finite_is_not_rounded_away():
+    model = make(window=8, window_dtype="int8", rotary=False)
+    cache = FastWeightsCache(model.config)
+    model(random_ids(1, 9), cache=cache)
+    assert model(random_ids(1, 1), cache=cache).logits.isfinite().all()
+    cache.layers[0].ring.v_exponents[..., 3] = -128
+    assert cache.decoding is not None
+    assert model(random_ids(1, 1), cache=cache).logits.isnan().any()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", ["decay", "delta_and_average"])
 def test_a_gate_on_the_mix(rule, form):

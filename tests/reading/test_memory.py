@@ -23,13 +23,15 @@ from fastweights.settings.conversion import ADDED, ConversionConfig
 from tests.conftest import FAMILIES, MAKERS, make_gpt2, make_llama, random_ids
 from tests.forks import Forks
 
-KINDS = ["pure", "hybrid", "pure + layer", "hybrid + layer"]
+KINDS = ["pure", "hybrid", "hybrid of eight bits", "pure + layer", "hybrid + layer"]
 
 
 def make(kind: str, base=None):
     model = make_gpt2() if base is None else base
     if kind != "layer":
-        model = convert(model, ConversionConfig(window=8 if "hybrid" in kind else 0, positions="drop"))
+        settings = {"window": 8} if "hybrid" in kind else {}
+        settings |= {"window_dtype": "int8"} if "bits" in kind else {}
+        model = convert(model, ConversionConfig(positions="drop", **settings))
     if "layer" in kind:
         model = add_fast_weight_layer(model)
         torch.manual_seed(1)
@@ -131,7 +133,7 @@ def test_a_config_that_computes_otherwise_is_another_model():
 def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
     model = convert(make_llama())
     now = fingerprint(model)
-    for name, given in (("value_map", True), ("conv_size", 4), ("mix_gate", True)):
+    for name, given in (("value_map", True), ("conv_size", 4), ("mix_gate", True), ("window_dtype", "int8")):
         assert model.config.conversion.pop(name) == ADDED[name]
         assert fingerprint(model) == now
         model.config.conversion[name] = given

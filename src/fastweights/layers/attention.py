@@ -137,6 +137,7 @@ class FastWeightAttention(KeepsFloat32):
         sinks: first tokens of a document that stay visible to this softmax.
         write: which tokens the fast weights beside a window hold: "all", or those "leaving" it.
         window_bias: whether to learn a bias for each head and distance in the window, and for each sink.
+        eight_bits: whether the window keeps keys and values in eight bits.
         rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
         rotates: whether `attention` uses the rotary embedding that it is given.
         cache_argument: under which name the base model's layers hand over their cache.
@@ -167,6 +168,7 @@ class FastWeightAttention(KeepsFloat32):
         sinks: int = 0,
         write: str = "all",
         window_bias: bool = False,
+        eight_bits: bool = False,
         rotary: bool = True,
         rotates: bool = True,
         cache_argument: str = "cache",
@@ -181,6 +183,7 @@ class FastWeightAttention(KeepsFloat32):
         self.convolution, self.mix_gate = convolution, mix_gate
         self.layer_idx, self.cache_argument = layer_idx, cache_argument
         self.window, self.sinks, self.rotary, self.rotates = window, sinks, rotary, rotates
+        self.eight_bits = eight_bits
         self.writes_leaving = bool(window) and write == "leaving"
         self.takes_rotary_off = self.writes_leaving and rotates and not rotary
         """Of the keys that are written, which the window has kept with it."""
@@ -305,6 +308,7 @@ class FastWeightAttention(KeepsFloat32):
                 bias=self.window_bias,
                 marks=marks,
                 leaving=self.writes_leaving and not window_only,
+                eight_bits=self.eight_bits,
             )
             if window_only:
                 return torch.zeros_like(window), window

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from fastweights.layers.eight_bits import rounded
 from fastweights.layers.flash_window import flash_window, is_for_flash
 from fastweights.layers.rules import TokenMarks
 
@@ -123,6 +124,7 @@ def windowed(
     bias: Float[Tensor, "H bias"] | None = None,
     marks: TokenMarks | None = None,
     leaving: bool = False,
+    eight_bits: bool = False,
 ) -> tuple[Float[Tensor, "B T H V"], Leaving | None]:
     """Window attention of a stream of text: after what `cache` has kept, among padding and several documents.
 
@@ -137,6 +139,8 @@ def windowed(
         bias: added to the scaled q·k of each head: for W distances, then for S sinks.
         marks: padding and borders of documents among the new tokens.
         leaving: whether what leaves the window is wanted.
+        eight_bits: whether the window has keys and values in eight bits (`eight_bits.py`), as what leaves it then is;
+            sinks have them as they are.
 
     Returns:
         What each token sees; and if wanted the key and the value of the token that each one is the last to see in its
@@ -148,7 +152,8 @@ def windowed(
         new = WindowTokens(*(x.masked_fill(~real[:, :, None, None], 0) for x in new))
     before = 0 if cache is None else cache.document_length()
     index = token_index(T, before, marks, new.q.device)
-    k, v = (new.k, new.v) if cache is None else cache.with_kept(new.k, new.v)
+    k, v = (rounded(new.k), rounded(new.v)) if eight_bits else (new.k, new.v)
+    k, v = (k, v) if cache is None else cache.with_kept(k, v)
     if (seen := T + window - 1) < k.shape[1]:  # a cache may keep more than this layer sees
         k, v = k[:, -seen:], v[:, -seen:]
     if real is not None and (order := _real_last(real, k.shape[1] - T, before)) is not None:

@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastweights.models.modeling import FastWeightsForCausalLM
+    from fastweights.settings.conversion import WindowDtype
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "fastweights"
 FORMAT = 1
@@ -107,6 +108,7 @@ def load_adapter(
     merge: bool = True,
     window: int | None = None,
     wide_window: int | None = None,
+    window_dtype: WindowDtype | None = None,
     share: bool = False,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
@@ -123,6 +125,8 @@ def load_adapter(
         window: of its hybrid layers, where it is to be another than the adapter's: a longer one takes more memory and
             keeps more, without any training.
         wide_window: the same of those layers that have a longer one than the others.
+        window_dtype: of the windows' keys and values, where it is to be another than the adapter's: "int8" takes a
+            quarter of float32's memory, "auto" is the model's.
         share: whether what is returned is to have the very weights of `base`, a model, beside LoRA that is not merged;
             they are not to be trained then, nor written into.
 
@@ -151,6 +155,8 @@ def load_adapter(
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
     settings = _with_windows(adapter.settings, window, wide_window, what=str(folder))
+    if window_dtype is not None:
+        settings = replace(settings, window_dtype=window_dtype)
     model = with_config(found, settings)
     _check_sample(adapter.sample, model, what)
     _fill(adapter, model, merge=merge)

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.eight_bits import EightBits
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
 from fastweights.layers.window import KeysAndValues
 from fastweights.models.architectures import local_windows
@@ -31,7 +32,7 @@ from fastweights.models.architectures import local_windows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Int8
     from torch import Tensor
 
     from fastweights.models.configuration import FastWeightsConfig
@@ -42,8 +43,12 @@ if TYPE_CHECKING:
 class Ring:
     """What a window keeps, in places that stay while single tokens come: token t of W in place t mod W."""
 
-    k: Float[Tensor, "B G D W"]
-    v: Float[Tensor, "B G W V"]
+    k: Float[Tensor, "B G D W"] | Int8[Tensor, "B G D W"]
+    """Keys, or in a window of eight bits their codes."""
+    v: Float[Tensor, "B G W V"] | Int8[Tensor, "B G W V"]
+    k_exponents: Int8[Tensor, "B G _ W"]
+    """Of the codes; of none where there are no codes."""
+    v_exponents: Int8[Tensor, "B G _ W"]
     sink_k: Float[Tensor, "B G S D"]
     sink_v: Float[Tensor, "B G S V"]
     tokens: int
@@ -53,11 +58,16 @@ class Ring:
         """The document's first tokens, in the order of caches."""
         return KeysAndValues(self.sink_k.transpose(1, 2), self.sink_v.transpose(1, 2))
 
-    def last(self) -> tuple[Float[Tensor, "B G L D"], Float[Tensor, "B G L V"]]:
+    def last(self) -> tuple[Float[Tensor, "B G L D"] | EightBits, Float[Tensor, "B G L V"] | EightBits]:
         """Keys and values of the last W - 1 tokens, or of all, in their order."""
         window = self.v.shape[2]
         order = torch.arange(max(0, self.tokens - window + 1), self.tokens, device=self.v.device) % window
-        return self.k[..., order].transpose(2, 3), self.v[:, :, order]
+        k, v = self.k[..., order].transpose(2, 3), self.v[:, :, order]
+        if k.dtype != torch.int8:
+            return k, v
+        exponents = (x[..., order].transpose(2, 3).contiguous() for x in (self.k_exponents, self.v_exponents))
+        k, v = (EightBits(x.contiguous(), own, self.sink_k.dtype) for x, own in zip((k, v), exponents, strict=True))
+        return k, v
 
 
 class Counting:
@@ -203,9 +213,11 @@ class Windowed:
 
     sliding_window: int
     number_of_sinks = 0
+    eight_bits = False
+    """Whether keys and values are kept so, where no gradient goes back through them; sinks are not."""
     ring: Ring | None = None
     """In the place of keys, values and sinks, while single tokens come."""
-    _kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    _kept: tuple[Tensor | EightBits | None, Tensor | EightBits | None] = (None, None)
     _sinks: KeysAndValues | None = None
 
     @property
@@ -224,23 +236,45 @@ class Windowed:
     def keys(self) -> Tensor | None:
         """Of the window; whoever asks for them ends the ring, if there is one."""
         self.leave_ring()
-        return self._kept[0]
+        return _numbers(self._kept[0])
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
         self.leave_ring()
-        self._kept = (keys, self._kept[1])
+        self._kept = (self._as_kept(keys), self._kept[1])
 
     @property
     def values(self) -> Tensor | None:
         """As `keys`."""
         self.leave_ring()
-        return self._kept[1]
+        return _numbers(self._kept[1])
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self.leave_ring()
-        self._kept = (self._kept[0], values)
+        self._kept = (self._kept[0], self._as_kept(values))
+
+    def _as_kept(self, x: Tensor | None) -> Tensor | EightBits | None:
+        return x if x is None or not self.eight_bits or x.requires_grad or not x.numel() else EightBits.of(x)
+
+    def kept(self) -> dict[str, Tensor]:
+        """Keys and values as they are in memory, by name."""
+        self.leave_ring()
+        found = {}
+        for name, x in zip(("keys", "values"), self._kept, strict=True):
+            if isinstance(x, EightBits):
+                found |= {f"{name}{CODES}": x.codes, f"{name}{EXPONENTS}": x.exponents}
+            elif x is not None:
+                found[name] = x
+        return found
+
+    def change_kept(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Keys and values by what `change` makes of their rows."""
+        self.leave_ring()
+        keys, values = (
+            x.change(change) if isinstance(x, EightBits) else None if x is None else change(x) for x in self._kept
+        )
+        self._kept = keys, values
 
     def leave_ring(self) -> None:
         """Keep keys, values and sinks by themselves again."""
@@ -253,23 +287,37 @@ class Windowed:
         tokens = self.document_length()
         if self.ring is not None or keys is None or values is None or not isinstance(tokens, int):
             return self.ring
-        B, G, L, D = keys.shape
-        if min(tokens, window - 1) != L or keys.dtype != torch.float32 or bool(sinks) != (self.sinks is not None):
+        if keys.dtype != torch.float32 or bool(sinks) != (self.sinks is not None):
             return None
-        order = torch.arange(tokens - L, tokens, device=keys.device) % window
-        k, v = keys.new_zeros(B, G, D, window), values.new_zeros(B, G, window, values.shape[3])
-        k[..., order], v[:, :, order] = keys.transpose(2, 3), values
-        first = (k[:, :, :, :0].transpose(2, 3), v[:, :, :0])
+        if isinstance(keys, EightBits) and isinstance(values, EightBits):
+            parts = keys.codes, values.codes, keys.exponents, values.exponents
+        elif isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and not self.eight_bits:
+            parts = keys, values
+        else:
+            return None
+        B, G, L, _ = parts[0].shape
+        if min(tokens, window - 1) != L:
+            return None
+        order = torch.arange(tokens - L, tokens, device=parts[0].device) % window
+        k, v, *exponents = (x.new_zeros(B, G, window, x.shape[3]) for x in parts)
+        for place, x in zip((k, v, *exponents), parts, strict=True):
+            place[:, :, order] = x
+        exponents = exponents or [x.new_zeros(B, G, window, 0, dtype=torch.int8) for x in (k, v)]
+        first = [torch.zeros(B, G, 0, x.shape[3], dtype=keys.dtype, device=x.device) for x in (k, v)]
         if self.sinks is not None:
-            first = tuple(x.transpose(1, 2) for x in self.sinks)
-        first = (x.clone(memory_format=torch.contiguous_format) for x in first)
-        ring = Ring(k, v, *first, tokens=tokens)
+            first = [x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in self.sinks]
+        k, *exponents = (x.transpose(2, 3).contiguous() for x in (k, *exponents))
+        ring = Ring(k, v, *exponents, *first, tokens=tokens)
         self._kept, self._sinks, self.ring = (None, None), None, ring
         return self.ring
 
     def document_length(self) -> int | Int[Tensor, "B 1"]:
         """Tokens of its document that each row has read."""
         raise NotImplementedError
+
+
+def _numbers(kept: Tensor | EightBits | None) -> Tensor | None:
+    return kept.numbers() if isinstance(kept, EightBits) else kept
 
 
 class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
@@ -302,8 +350,7 @@ class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """All that is held, also where the layer is said to hold no tokens, by what `change` makes of it."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+        self.change_kept(change)
         self.documents = None if self.documents is None else change(self.documents)
 
     def reset(self) -> None:
@@ -318,9 +365,9 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
     count: Int[Tensor, "B 1"] | None = None
     """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
 
-    def __init__(self, sliding_window: int, number_of_sinks: int = 0) -> None:
+    def __init__(self, sliding_window: int, number_of_sinks: int = 0, *, eight_bits: bool = False) -> None:
         super().__init__(sliding_window=sliding_window)
-        self.number_of_sinks = number_of_sinks
+        self.number_of_sinks, self.eight_bits = number_of_sinks, eight_bits
 
     def write(self, state: Tensor, tokens: int) -> None:
         """The state after the new tokens, which the window counts."""
@@ -352,8 +399,7 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """All that is held by what `change` makes of it; transformers passes over keys of no tokens."""
         super().change_states(change)
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+        self.change_kept(change)
         self.count = None if self.count is None else change(self.count)
         self.sinks = None if self.sinks is None else KeysAndValues(*map(change, self.sinks))
 
@@ -681,6 +727,8 @@ class FastWeightsCache(DynamicCache):
 
 _GROWING = DynamicLayer, DynamicSlidingWindowLayer
 """transformers' layers of a cache that nothing was said of."""
+CODES, EXPONENTS = "_codes", "_exponents"
+"""What the two tensors of a window in eight bits have behind their name."""
 _KEPT = 2
 """States that are left after each `crop`, so that memory stays as it is however long the text."""
 
@@ -736,7 +784,8 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig, sizes: _Sizes) -> bool:
     if kind == "hybrid_sliding":
         if not isinstance(layer, HybridCacheLayer):
             return False
-        return (layer.sliding_window, layer.number_of_sinks) == (config.windows[i], config.sinks)
+        has = layer.sliding_window, layer.number_of_sinks, layer.eight_bits
+        return has == (config.windows[i], config.sinks, config.windows_in_eight_bits)
     return not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
@@ -744,7 +793,9 @@ def _new_layer(i: int, config: FastWeightsConfig) -> Any:
     kind = config.layer_types[i]
     if kind == "linear_attention":
         return PureCacheLayer()
-    return HybridCacheLayer(config.windows[i], config.sinks) if kind == "hybrid_sliding" else DynamicLayer()
+    if kind != "hybrid_sliding":
+        return DynamicLayer()
+    return HybridCacheLayer(config.windows[i], config.sinks, eight_bits=config.windows_in_eight_bits)
 
 
 def _is_unused(layer: Any) -> bool:
@@ -770,7 +821,11 @@ def layer_tensors(layer) -> dict[str, Tensor]:
     """All that a layer of any cache holds between two tokens: its states, and its keys and values."""
     found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
     found["tail"] = getattr(layer, "conv_states", {}).get(0)
-    found |= {name: getattr(layer, name, None) for name in ("keys", "values", "count")}
+    if isinstance(layer, Windowed):
+        found |= layer.kept()
+    else:
+        found |= {name: getattr(layer, name, None) for name in ("keys", "values")}
+    found["count"] = getattr(layer, "count", None)
     if isinstance(layer, HybridCacheLayer) and layer.sinks is not None:
         found |= {"sink_keys": layer.sinks.k, "sink_values": layer.sinks.v}
     return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -13,7 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from fastweights.errors import FastWeightsError
 from fastweights.models.architectures import local_layers, local_windows
-from fastweights.settings.conversion import BEFORE, ConversionConfig
+from fastweights.settings.conversion import BEFORE, EIGHT_BITS, ConversionConfig
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 
 
@@ -152,6 +152,11 @@ class FastWeightsConfig(PreTrainedConfig):
     def windows(self) -> list[int]:
         """The window of each layer, 0 without one."""
         return (self.conversion or {}).get("windows")  # type: ignore[return-value]
+
+    @property
+    def windows_in_eight_bits(self) -> bool:
+        """Whether hybrid layers keep their windows' keys and values so."""
+        return (self.conversion or {}).get("window_dtype") == EIGHT_BITS
 
     @property
     def sinks(self) -> int:

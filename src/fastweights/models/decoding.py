@@ -605,7 +605,8 @@ class GrowingWindow:
     def ring(self) -> Ring:
         """As the kernel takes windows: one that no token leaves."""
         sinks = self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
-        return Ring(self.k, self.v, sinks, sinks, tokens=0)
+        no_exponents = sinks.to(torch.int8)
+        return Ring(self.k, self.v, no_exponents, no_exponents, sinks, sinks, tokens=0)
 
 
 class DecodingState:
@@ -816,9 +817,12 @@ class LayerStep:
         attention, room = self.attention, self.room
         if fast is None:
             fast = _zeros(room.rows, attention.kv_heads, 0, attention.head_dim)
-        window = [_EMPTY[4]] * 4
+        window, in_bits = [_EMPTY[4]] * 4, [_NO_CODES] * 4
         if ring is not None:
             window = [x.numpy() for x in (ring.k, ring.v, ring.sink_k, ring.sink_v)]
+            if ring.k.dtype == torch.int8:
+                in_bits = [*window[:2], ring.k_exponents.numpy(), ring.v_exponents.numpy()]
+                window[:2] = [_EMPTY[4]] * 2
         taps, tails = _EMPTY[3], _EMPTY[4]
         if tail is not None:
             heads = attention.heads + 2 * attention.kv_heads, attention.head_dim
@@ -838,6 +842,7 @@ class LayerStep:
         head_norms = [norm.weight for norm in self.head_norms]
         arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, taps, tails, *gates, *maps, fast.numpy()]
         arrays += [*window, *scales, bias, numbers, self.read.numpy(), *mean_gate, *mean, *_mix(attention.mix_gate)]
+        arrays += in_bits
         flags = {
             "rotated_fast": attention.rotary,
             "leaving": attention.writes_leaving,
@@ -845,7 +850,8 @@ class LayerStep:
             "normed": norm.weight.size > 0,
             "delta": isinstance(rule, DeltaRule | DeltaAndAverageRule),
         }
-        return _Attend(room.kernels, arrays, flags, work=fast.numel() + sum(x.size for x in window))
+        work = fast.numel() + sum(x.size for x in (*window, *in_bits))
+        return _Attend(room.kernels, arrays, flags, work=work)
 
 
 def _mix(gate: MixGate | None) -> list[Any]:
@@ -872,7 +878,8 @@ class _Attend:
     """
 
     def __init__(self, kernels: Any, arrays: list[Any], flags: dict[str, bool], work: int) -> None:
-        assert all(x.flags.c_contiguous and x.dtype == "float32" for x in arrays)
+        kinds = ["float32"] * (len(arrays) - 4) + ["int8"] * 4
+        assert all(x.flags.c_contiguous and x.dtype == kind for x, kind in zip(arrays, kinds, strict=True))
         self._arrays = arrays  # the record does not keep them alive
         self._record = kernels.record_of(arrays, flags)
         self._address = self._record.buffer_info()[0]
@@ -971,6 +978,7 @@ def _sizes(layer: Any) -> tuple[int, int]:
 
 
 _EMPTY = {n: torch.zeros((0,) * n, dtype=torch.float32).numpy() for n in (1, 2, 3, 4)}
+_NO_CODES = torch.zeros((0,) * 4, dtype=torch.int8).numpy()
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

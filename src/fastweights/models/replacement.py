@@ -72,6 +72,7 @@ def replace_attention(base: PreTrainedModel, config: FastWeightsConfig) -> None:
             write=settings.write or "all",
             # Models that have lost their absolute positions learn to tell near from far in the window anew.
             window_bias=settings.positions == "drop" and row.positions is not None,
+            eight_bits=config.windows_in_eight_bits,
             rotary=settings.rotary,
             rotates=row.rotary is not None and has_rotary(layer.get_submodule(row.attention)),
             cache_argument=row.cache_argument,

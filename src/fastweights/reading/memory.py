@@ -20,8 +20,9 @@ from safetensors.torch import save
 from fastweights.errors import FastWeightsError, check_file, check_new_file, reason_of
 from fastweights.files import written_whole
 from fastweights.layers.attention import UNIT
+from fastweights.layers.eight_bits import EightBits
 from fastweights.layers.window import KeysAndValues
-from fastweights.models.cache import FastWeightsCache, layer_tensors, state_bytes
+from fastweights.models.cache import CODES, EXPONENTS, FastWeightsCache, layer_tensors, state_bytes
 from fastweights.models.loading import not_finite
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.reading.generation import go_on, read_prompt
@@ -138,7 +139,7 @@ class Memory:
         if self.broken:
             raise FastWeightsError("reading ended by an error, and nothing was saved: go on from an earlier memory")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(self.cache).items()}
-        if bad := not_finite(tensors):
+        if bad := _not_finite(tensors):
             raise FastWeightsError(f"{bad} of the memory is not finite, and nothing was saved: does the model predict?")
         about = {
             "format": FORMAT,
@@ -222,9 +223,20 @@ def load_memory(model: PreTrainedModel, path: str | Path) -> Memory:
         prefix = f"{i}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         # A copy: the file's own pages would change with the file.
-        _restore(layer, {name: tensor.to(model.device, copy=True) for name, tensor in own.items()})
+        _restore(layer, {name: tensor.to(model.device, copy=True) for name, tensor in own.items()}, model.dtype)
     memory.cache.set_lengths([_tokens_in_cache(memory.tokens)] * len(memory.cache.counting))
     return memory
+
+
+def _in_eight_bits(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, EightBits]:
+    """Those whose codes and exponents are among these, by name."""
+    names = [name.removesuffix(CODES) for name in tensors if name.endswith(CODES)]
+    return {name: EightBits(tensors[name + CODES], tensors[name + EXPONENTS], dtype) for name in names}
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    bad = (name for name, x in _in_eight_bits(tensors, torch.float32).items() if not x.is_finite())
+    return not_finite(tensors) or next(bad, None)
 
 
 def _tensors(cache: FastWeightsCache) -> dict[str, Tensor]:
@@ -261,8 +273,9 @@ def _tensors_after(model: FastWeightsForCausalLM, tokens: int) -> dict[str, Any]
     made = {name: ([*tensor.shape], tensor.dtype) for name, tensor in _tensors(cache).items()}
     for i, layer in enumerate(cache.layers):
         for name in ("keys", "values"):
-            if f"{i}.{name}" in made:
-                made[f"{i}.{name}"][0][2] = min(_tokens_in_cache(tokens), layer.sliding_window - 1)  # type: ignore[attr-defined]
+            for part in (name, name + CODES, name + EXPONENTS):
+                if f"{i}.{part}" in made:
+                    made[f"{i}.{part}"][0][2] = min(_tokens_in_cache(tokens), layer.sliding_window - 1)  # type: ignore[attr-defined]
     return made
 
 
@@ -272,7 +285,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, A
     for name, tensor in tensors.items():
         if ([*tensor.shape], tensor.dtype) != expected[name]:
             raise FastWeightsError(f"{name} in {path} is not of the shape and type of its model: read the text again")
-    if bad := not_finite(tensors):
+    if bad := _not_finite(tensors):
         raise FastWeightsError(f"{bad} in {path} is not finite: read the text again")
 
 
@@ -316,7 +329,8 @@ def _lasting(config: dict) -> dict:
     }
 
 
-def _restore(layer, tensors: dict[str, Tensor]) -> None:
+def _restore(layer, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    tensors |= {name: x.numbers() for name, x in _in_eight_bits(tensors, dtype).items()}
     for name, tensor in tensors.items():
         if name.startswith("state"):
             layer.put(tensor, int(name.removeprefix("state")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastweights.errors import FastWeightsError, check_name, make_whole, whole_number
 
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
 WRITES = ("all", "leaving")
+WindowDtype = Literal["auto", "int8"]
+WINDOW_DTYPES: tuple[str, ...] = get_args(WindowDtype)
+AUTO, EIGHT_BITS = WINDOW_DTYPES
 _OF_THE_PAPER = ("decay", "identity")
 _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False}
+ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False, "window_dtype": AUTO}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
-_AUTO = "auto:"
+_AUTOMATIC = "auto:"
 _NONE = "none"
 _LAYERS = re.compile(r"none|auto:\d+|\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -51,6 +54,9 @@ class SharedConversion:
     """Which to convert: numbers such as 0,4-9, auto:4 for all but the 4 that are missed most, or none; else all."""
     wide_window: int = 0
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
+    window_dtype: WindowDtype = "auto"
+    """Of a window's keys and values: auto, the model's, or int8, a quarter of the memory of float32: MXINT8, eight bits
+    each with a power of two for each 32. What they are rounded to is written into the fast weights, too."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     value_map: bool = False
@@ -79,6 +85,7 @@ class SharedConversion:
             object.__setattr__(self, name, bias)
         make_whole(self, "wide_window", "conv_size", "gate_rank", "sinks")
         check_name("positions", self.positions, POSITIONS)
+        check_name("window_dtype", self.window_dtype, WINDOW_DTYPES)
         if self.write is not None:
             check_name("write", self.write, WRITES)
         if self.gate_rank < 0:
@@ -137,6 +144,10 @@ class ConversionConfig(SharedConversion):
             raise FastWeightsError(f"windows is {self.windows}; allowed are 0 (none) and 2 or more tokens")
         if self.wide_window:
             self._check_wide_window()
+        if self.window_dtype != AUTO and not self.window:
+            raise FastWeightsError(
+                f"window_dtype is {self.window_dtype} and window is 0: there is none to keep so; give one, or auto"
+            )
         if self.write == "leaving" and not self.window:
             raise FastWeightsError("write is leaving and window is 0: there is no window to leave; give one, or all")
         if self.sinks and not self.window:
@@ -194,8 +205,8 @@ class ConversionConfig(SharedConversion):
     @property
     def layers_kept(self) -> int | None:
         """How many layers `auto` is to leave as they are; None if it says itself which are converted."""
-        automatic = self.layers is not None and self.layers.startswith(_AUTO)
-        return int(self.layers.removeprefix(_AUTO)) if self.layers is not None and automatic else None
+        automatic = self.layers is not None and self.layers.startswith(_AUTOMATIC)
+        return int(self.layers.removeprefix(_AUTOMATIC)) if self.layers is not None and automatic else None
 
     def converting(self, chosen: Collection[int], layers: int, local: Collection[int] = ()) -> ConversionConfig:
         """The same, with these of so many layers converted.

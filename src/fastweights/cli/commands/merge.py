@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastweights.cli.console import say
+from fastweights.settings.conversion import WindowDtype
 from fastweights.settings.weights import Weights
 
 
@@ -13,6 +14,7 @@ def merge(
     base: str | None = None,
     window: int | None = None,
     wide_window: int | None = None,
+    window_dtype: WindowDtype | None = None,
     weights: Weights | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -30,6 +32,8 @@ def merge(
         Another window than the adapter's: a longer one takes more memory and keeps more, without any training.
     wide_window
         The same for the layers that have a longer window than the others: 1,024 tokens in smollm2.
+    window_dtype
+        Keep the windows' keys and values in another form: "int8", a quarter of the memory, or "auto", as the model's.
     weights
         Save matrices as "bf16", "int8" or "int4", for inference: the model is then loaded so.
     overwrite
@@ -44,7 +48,7 @@ def merge(
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    model = load_adapter(adapter, base, window=window, wide_window=wide_window)
+    model = load_adapter(adapter, base, window=window, wide_window=wide_window, window_dtype=window_dtype)
     tokenizer = load_tokenizer(base or adapter)
     model = quantise(model, weights or "fp32")
     with only_run(output):

@@ -7,6 +7,7 @@ Notation
     W, S     window, sinks
     state    (K, V); with an average beside, (3K, V + 1), of which the first K rows and V columns are the delta rule's
     ring_k (B, G, D, W) has its keys one channel after another, so that sixteen of them are multiplied at once
+    codes    numbers of a window in eight bits, with an exponent for each N = 32 channels (`layers/eight_bits.py`)
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, float32, int32, njit
+from numba import carray, cfunc, float32, int8, int32, njit
 
 from ..numba.runtime import sources_version
-from ..numba.vectors import integer_at, pointer, take
+from ..numba.vectors import LANES, codes_at, fill, fma, integer_at, load, load_codes, pointer, store, take
 
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 """Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
@@ -29,6 +30,11 @@ _SHORTEST = np.float32(1e-12)
 """As torch.nn.functional.normalize has it."""
 _LEAST_WEIGHT = np.float32(1e-6)
 """As rules with a normaliser have it."""
+_BLOCK, _LEAST_EXPONENT, _NOT_FINITE = 32, -100, -128
+_MOST = np.float32(127.0)
+"""As numbers in eight bits have these."""
+_NAN = int32(0x7FC00000)
+_INFINITY = np.float32(np.inf)
 _GELU = np.float32(2 * math.sqrt(2 / math.pi))
 _ERF_T = np.float32(0.3275911 * math.sqrt(0.5))
 _ERF = tuple(np.float32(x) for x in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592))
@@ -241,6 +247,107 @@ def _add_weighted(v, weights, out):
             out[j] += weights[w] * v[w, j]
 
 
+@_inner
+def _scales(exponents, out):
+    """out = 2^(exponent - 6), NaN for what is not finite."""
+    bits = out.view(np.int32)
+    for i in range(out.shape[0]):
+        exponent = int32(exponents[i])
+        bits[i] = _NAN if exponent == _NOT_FINITE else (exponent + int32(121)) << 23
+
+
+@_inner
+def _round(x, codes, exponents, scale):
+    """x in eight bits: codes and the exponents of its blocks; scale is room for one number."""
+    bits = scale.view(np.int32)
+    for n in range(exponents.shape[0]):
+        first, end = n * _BLOCK, min(x.shape[0], (n + 1) * _BLOCK)
+        most, finite = float32(0.0), True
+        for i in range(first, end):
+            most = max(most, abs(x[i]))
+            finite = finite and abs(x[i]) < _INFINITY  # which no NaN is
+        scale[0] = most
+        exponent = max((bits[0] >> 23) - int32(127), int32(_LEAST_EXPONENT))
+        exponents[n] = int8(exponent) if finite else int8(_NOT_FINITE)
+        bits[0] = (int32(127 + 6) - exponent) << 23
+        for i in range(first, end):
+            code = np.rint(x[i] * scale[0]) if finite else float32(0.0)
+            codes[i] = min(max(code, -_MOST), _MOST)
+
+
+@_inner
+def _times_codes(q, k, exponents, scale, part, scales, out):
+    """As `_times`, of keys in eight bits; part and scales are room for as many numbers as out has."""
+    for w in range(out.shape[0]):
+        out[w] = float32(0.0)
+    for n in range(exponents.shape[0]):
+        end = min(q.shape[0], (n + 1) * _BLOCK)
+        for w in range(out.shape[0]):
+            part[w] = float32(0.0)
+        for i in range(n * _BLOCK, end - 3, 4):
+            q0, q1, q2, q3 = q[i] * scale, q[i + 1] * scale, q[i + 2] * scale, q[i + 3] * scale
+            for w in range(out.shape[0]):
+                near = q0 * float32(k[i, w]) + q1 * float32(k[i + 1, w])
+                part[w] += near + q2 * float32(k[i + 2, w]) + q3 * float32(k[i + 3, w])
+        for i in range(end - end % 4, end):
+            for w in range(out.shape[0]):
+                part[w] += q[i] * scale * float32(k[i, w])
+        _scales(exponents[n], scales)
+        for w in range(out.shape[0]):
+            out[w] += part[w] * scales[w]
+
+
+@_inner
+def _add_weighted_codes(v, exponents, weights, scaled, out):
+    """As `_add_weighted`, of values in eight bits; scaled is room for as many numbers as there are weights."""
+    many, wide = weights.shape[0], v.shape[1]
+    codes, result = codes_at(v.ctypes.data), pointer(out.ctypes.data)
+    for n in range(exponents.shape[0]):
+        first, end = n * _BLOCK, min(wide, (n + 1) * _BLOCK)
+        _scales(exponents[n], scaled)
+        for w in range(many):
+            scaled[w] *= weights[w]
+        # LLVM would look at each four tokens whether arrays overlap.
+        for j in range(first, end - 2 * LANES + 1, 2 * LANES):
+            a = b = c = d = e = f = g = h = fill(float32(0.0))
+            for w in range(0, many - 3, 4):
+                at, p, q = w * wide + j, fill(scaled[w]), fill(scaled[w + 1])
+                a = fma(p, load_codes(codes, at), a)
+                b = fma(p, load_codes(codes, at + LANES), b)
+                c = fma(q, load_codes(codes, at + wide), c)
+                d = fma(q, load_codes(codes, at + wide + LANES), d)
+                at, p, q = at + 2 * wide, fill(scaled[w + 2]), fill(scaled[w + 3])
+                e = fma(p, load_codes(codes, at), e)
+                f = fma(p, load_codes(codes, at + LANES), f)
+                g = fma(q, load_codes(codes, at + wide), g)
+                h = fma(q, load_codes(codes, at + wide + LANES), h)
+            for w in range(many - many % 4, many):
+                p = fill(scaled[w])
+                a = fma(p, load_codes(codes, w * wide + j), a)
+                b = fma(p, load_codes(codes, w * wide + j + LANES), b)
+            store(result, j, load(result, j) + ((a + c) + (e + g)))
+            store(result, j + LANES, load(result, j + LANES) + ((b + d) + (f + h)))
+        for j in range(end - (end - first) % (2 * LANES), end):
+            for w in range(many):
+                out[j] += scaled[w] * float32(v[w, j])
+
+
+@_inner
+def _put(exponents, places, place):
+    """Those of one token where those of all are."""
+    for n in range(exponents.shape[0]):
+        places[n, place] = exponents[n]
+
+
+@_inner
+def _numbers(codes, exponents, place, scale, out):
+    """out = what the codes of one token stand for; scale is room for one number."""
+    for n in range(exponents.shape[0]):
+        _scales(exponents[n, place:], scale)
+        for i in range(n * _BLOCK, min(out.shape[0], (n + 1) * _BLOCK)):
+            out[i] = float32(codes[i]) * scale[0]
+
+
 @_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4, f4, f4[:,::1])")
 def add_and_normalise(x, more, weight, bias, epsilon, offset, out):
     """x += more; out = x / rms(x) * (offset + weight), for each row; out may be x.
@@ -378,8 +485,12 @@ ARRAYS = [
     "mix_weight",
     "mix_bias",
     "mix_share",
+    "k_codes",
+    "v_codes",
+    "k_exponents",
+    "v_exponents",
 ]
-"""That `attend` reads and writes, in the order of its record."""
+"""That `attend` reads and writes, in the order of its record; the last four are of int8, all others of float32."""
 FLAGS = "rotated_fast", "leaving", "averages", "normed", "delta"
 _AT = 2 + len(FLAGS)
 """Place in the record of the first array's address and shape."""
@@ -416,11 +527,23 @@ def _blocks(record, i):
     return carray(pointer(integer_at(record, at)), shape)
 
 
+@_inner
+def _small_blocks(record, i):
+    at = _AT + 5 * i
+    shape = (
+        integer_at(record, at + 1),
+        integer_at(record, at + 2),
+        integer_at(record, at + 3),
+        integer_at(record, at + 4),
+    )
+    return carray(codes_at(integer_at(record, at)), shape)
+
+
 def record_of(arrays: list[Any], flags: dict[str, bool]) -> array:
     """What `attend` is given: portions taken, tokens before this one, FLAGS, and address and shape of each of ARRAYS.
 
     Args:
-        arrays: in their order, contiguous, of float32; the record keeps none of them alive.
+        arrays: in their order and of their types, contiguous; the record keeps none of them alive.
         flags: by name.
     """
     assert len(arrays) == len(ARRAYS)
@@ -451,6 +574,8 @@ def _compile(version: int) -> Any:
         share: (H,) of that average in what is said; of width 0 without such a state.
         mix_weight, mix_bias: (H, d) and (H,) of the gate on the mix, of width 0 without one.
         mix_share: (H,) of this gate, by which a window counts less.
+        k_codes, v_codes, k_exponents, v_exponents: (B, G, D, W), (B, G, W, V), and (B, G, _, W) both, a window in eight
+            bits, in the place of ring_k and ring_v; else of width 0.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -488,11 +613,13 @@ def _attend(record):
     mean_bias, mean_query_map, mean_key_map = _line(record, 36), _plane(record, 37), _plane(record, 38)
     share = _line(record, 39)
     mix_weight, mix_bias, mix_share = _plane(record, 40), _line(record, 41), _line(record, 42)
-    has_mean = share.shape[0] > 0
+    k_codes, v_codes = _small_blocks(record, 43), _small_blocks(record, 44)
+    k_exponents, v_exponents = _small_blocks(record, 45), _small_blocks(record, 46)
+    has_mean, in_bits = share.shape[0] > 0, k_codes.shape[3] > 0
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
-    R, W, S = H // G, ring_k.shape[3], sink_k.shape[2]
+    R, W, S = H // G, max(ring_k.shape[3], k_codes.shape[3]), sink_k.shape[2]
     seen = min(W, count + 1)
     far = min(S, max(0, count - W + 1))
     place = count % W if W > 0 else 0
@@ -502,6 +629,7 @@ def _attend(record):
     of_fast, of_window = np.empty(H, dtype=np.float32), np.ones(H, dtype=np.float32)
     rotated_k, written = np.empty(D, dtype=np.float32), np.empty(D, dtype=np.float32)
     key, value = np.empty(D, dtype=np.float32), np.empty(V, dtype=np.float32)
+    mapped = np.empty(V, dtype=np.float32)
     read, zero = np.empty(V, dtype=np.float32), float32(0.0)
     f = np.ones(max(1, key_bias.shape[0] // G), dtype=np.float32)
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
@@ -515,6 +643,11 @@ def _attend(record):
     mean_low = np.empty(mean_down.shape[0], dtype=np.float32)
     key_low = np.empty(key_down.shape[0], dtype=np.float32)
     value_low = np.empty(value_down.shape[0], dtype=np.float32)
+    new_codes = np.empty(D if in_bits else 0, dtype=np.int8)
+    new_exponents = np.empty(max(k_exponents.shape[2], v_exponents.shape[2]), dtype=np.int8)
+    number = np.empty(1, dtype=np.float32)
+    room = seen if in_bits else 0
+    part, key_scales = np.empty(room, dtype=np.float32), np.empty(room, dtype=np.float32)
     row = -1
     while True:
         unit = take(record)
@@ -553,11 +686,19 @@ def _attend(record):
                     of_window[h] = float32(1.0) - mix_share[h] * often
             for j in range(V):
                 out[b, h, j] = zero
-        if W > 0:
+        if in_bits:
+            _round(rotated_k, new_codes, new_exponents[: k_exponents.shape[2]], number)
+            for i in range(D):
+                k_codes[b, g, i, place] = new_codes[i]
+            _put(new_exponents[: k_exponents.shape[2]], k_exponents[b, g], place)
+            _round(v[b, g], v_codes[b, g, place], new_exponents[: v_exponents.shape[2]], number)
+            _put(new_exponents[: v_exponents.shape[2]], v_exponents[b, g], place)
+        elif W > 0:
             for i in range(D):
                 ring_k[b, g, i, place] = rotated_k[i]
             for j in range(V):
                 ring_v[b, g, place, j] = v[b, g, j]
+        if W > 0:
             if count < S:
                 for i in range(D):
                     sink_k[b, g, count, i] = rotated_k[i]
@@ -569,7 +710,12 @@ def _attend(record):
                     _rotate(q[b, h], sink_rotary[0], sink_rotary[1], sink_q[r])
                     for s in range(far):
                         weights[r, s] = _dot(sink_q[r], sink_k[b, g, s]) * scale
-                _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
+                if in_bits:
+                    _times_codes(
+                        rotated_q[r], k_codes[b, g], k_exponents[b, g], scale, part, key_scales, weights[r, far:]
+                    )
+                else:
+                    _times(rotated_q[r], ring_k[b, g], scale, weights[r, far:])
                 if window_bias.shape[1] > 0:
                     for s in range(far):
                         weights[r, s] += window_bias[h, W + s]
@@ -588,7 +734,10 @@ def _attend(record):
                 for w in range(far + seen):
                     weights[r, w] *= factor
                 _add_weighted(sink_v[b, g], weights[r, :far], out[b, h])
-                _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
+                if in_bits:
+                    _add_weighted_codes(v_codes[b, g], v_exponents[b, g], weights[r, far:], part, out[b, h])
+                else:
+                    _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
         state, averaged = fast[b, g, :D], fast[b, g, D:]
         left = (place + 1) % W if leaving else 0
         if leaving:
@@ -600,9 +749,19 @@ def _attend(record):
                 _gate(key_logits[b], key_up, key_low, key_bias, g * f.shape[0], f, f_rest)
             if value_bias.shape[0] > 0:
                 _gate(value_logits[b], value_up, value_low, value_bias, g * z.shape[0], z, z_rest)
-            if leaving:
+            for j in range(V):
+                value[j] = v[b, g, j]
+            if leaving and in_bits:
+                for i in range(D):
+                    new_codes[i] = k_codes[b, g, i, left]
+                _numbers(new_codes, k_exponents[b, g], left, number, rotated_k)
+                _numbers(v_codes[b, g, left], v_exponents[b, g], left, number, value)
+            elif leaving:
                 for i in range(D):
                     rotated_k[i] = ring_k[b, g, i, left]
+                for j in range(V):
+                    value[j] = ring_v[b, g, left, j]
+            if leaving:
                 _rotate(rotated_k, leaving_rotary[0], leaving_rotary[1], key)
             else:
                 for i in range(D):
@@ -611,17 +770,17 @@ def _attend(record):
             if averages:
                 for i in range(D):
                     written[i] *= f_rest[i if f.shape[0] > 1 else 0]
-            _map(value_map, g, ring_v[b, g, left] if leaving else v[b, g], value)
+            _map(value_map, g, value, mapped)
             if has_mean:
                 _gate(mean_logits[b], mean_up, mean_low, mean_bias, g, mean_f, mean_rest)
                 _softmaxes(mean_key_map, g, written, mean_k)
                 for j in range(V):
-                    mean_v[j] = value[j]
+                    mean_v[j] = mapped[j]
                 _write(averaged, mean_f, one, mean_k, mean_v)
             if delta:
-                _write_by_delta(state, f[0], z[0], written, value, read)
+                _write_by_delta(state, f[0], z[0], written, mapped, read)
             else:
-                _write(state, f, z, written, value)
+                _write(state, f, z, written, mapped)
         if not leaving:
             _read(state, fast_q, g * R, of_fast, fast_unit, scale, read, out[b])
             if has_mean:

@@ -85,6 +85,7 @@ def _address_as(kind: Any, pointee: ir.Type) -> Any:
 
 pointer = _address_as(types.float32, _float)
 integers = _address_as(types.int32, _int)
+codes_at = _address_as(types.int8, ir.IntType(8))
 
 
 @intrinsic
@@ -167,6 +168,17 @@ def load(typingctx, x, i):
         return builder.load(_at(builder, args, _floats), align=4)
 
     return vector(_pointer_type, types.intp), codegen
+
+
+@intrinsic
+def load_codes(typingctx, x, i):
+    """The vector of the int8 numbers x[i : i + LANES]."""
+
+    def codegen(context, builder, sig, args):
+        codes = builder.load(_at(builder, args, ir.VectorType(ir.IntType(8), LANES)), align=1)
+        return builder.sitofp(builder.sext(codes, _ints), _floats)
+
+    return vector(types.CPointer(types.int8), types.intp), codegen
 
 
 @intrinsic

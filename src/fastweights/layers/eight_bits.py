@@ -1,0 +1,81 @@
+"""EightBits: numbers in eight bits with a power of two for each 32 of them, as the microscaling format MXINT8 has it.
+
+That is the Open Compute Project's "Microscaling Formats Specification" v1.0 (Rouhani et al., arXiv 2310.10537), but for
+one exponent, which here stands for numbers that are not finite. As scales are powers of two, what has been rounded is
+exact in float32, bfloat16 and float16, and stays what it is however often it is rounded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fastweights.layers.linear import needs_derivatives
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Int8
+    from torch import Tensor
+
+BLOCK = 32
+"""Numbers that share an exponent; the last ones of a row may be fewer."""
+_MOST = 127
+_LEAST_EXPONENT = -100
+"""Blocks of smaller numbers are 0, which lets their scales be normal numbers in float32."""
+_NOT_FINITE = -128
+_NAN = 0x7FC00000
+"""Its bits in float32."""
+
+
+class EightBits(NamedTuple):
+    """Rounded numbers: codes of n numbers times 2^(exponent - 6) of their block."""
+
+    codes: Int8[Tensor, "... n"]
+    exponents: Int8[Tensor, "... blocks"]
+    """-128 stands for a block with a number that is not finite: it is all NaN."""
+    dtype: torch.dtype
+    """Of the numbers."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, x: Float[Tensor, "... n"]) -> EightBits:
+        """The nearest there are."""
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        blocks = wide.split(BLOCK, -1)
+        most = torch.stack([block.abs().amax(-1) for block in blocks], -1).float()
+        exponents = torch.frexp(most).exponent - 1
+        exponents = exponents.masked_fill(most == 0, _LEAST_EXPONENT).clamp(min=_LEAST_EXPONENT)
+        scales = _scales(exponents)
+        codes = torch.cat([block / scales[..., i, None] for i, block in enumerate(blocks)], -1)
+        # The largest would be rounded to 128, which eight bits do not have; what a NaN is rounded to is nobody's.
+        codes = codes.nan_to_num(0.0).round().clamp(-_MOST, _MOST).to(torch.int8)
+        return cls(codes, exponents.masked_fill(~most.isfinite(), _NOT_FINITE).to(torch.int8), x.dtype)
+
+    def numbers(self) -> Float[Tensor, "... n"]:
+        """What they stand for."""
+        scales = _scales(self.exponents.int())
+        blocks = [block * scales[..., i, None] for i, block in enumerate(self.codes.split(BLOCK, -1))]
+        return torch.cat(blocks, -1).to(self.dtype)
+
+    def is_finite(self) -> bool:
+        """Whether all are."""
+        return not bool((self.exponents == _NOT_FINITE).any())
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> EightBits:
+        """With codes and exponents, whose rows are alike, by what `change` makes of them."""
+        return EightBits(change(self.codes), change(self.exponents), self.dtype)
+
+
+def _scales(exponents: Tensor) -> Tensor:
+    """2^(exponent - 6) in float32, put together of its bits, as powers are not exact everywhere."""
+    bits = (exponents + (127 - 6)) << 23
+    return bits.masked_fill(exponents == _NOT_FINITE, _NAN).view(torch.float32)
+
+
+def rounded(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+    """x in eight bits; gradients pass as if it were not rounded."""
+    near = EightBits.of(x).numbers()
+    # Exact, as what is so near to x differs from it by a number of its dtype.
+    return x + (near - x).detach() if needs_derivatives(x) else near
