@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from fastweights.layers.linear import needs_derivatives
 
@@ -42,22 +43,20 @@ class EightBits(NamedTuple):
     @torch.no_grad()
     def of(cls, x: Float[Tensor, "... n"]) -> EightBits:
         """The nearest there are."""
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        blocks = wide.split(BLOCK, -1)
-        most = torch.stack([block.abs().amax(-1) for block in blocks], -1).float()
+        blocks = _in_blocks(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
+        most = blocks.abs().amax(-1).float()
         exponents = torch.frexp(most).exponent - 1
         exponents = exponents.masked_fill(most == 0, _LEAST_EXPONENT).clamp(min=_LEAST_EXPONENT)
-        scales = _scales(exponents)
-        codes = torch.cat([block / scales[..., i, None] for i, block in enumerate(blocks)], -1)
         # The largest would be rounded to 128, which eight bits do not have; what a NaN is rounded to is nobody's.
-        codes = codes.nan_to_num(0.0).round().clamp(-_MOST, _MOST).to(torch.int8)
-        return cls(codes, exponents.masked_fill(~most.isfinite(), _NOT_FINITE).to(torch.int8), x.dtype)
+        codes = (blocks / _scales(exponents)[..., None]).round_().clamp_(-_MOST, _MOST).to(torch.int8)
+        exponents = exponents.masked_fill(~most.isfinite(), _NOT_FINITE).to(torch.int8)
+        # A view of codes with zeros behind them would keep these in memory.
+        return cls(codes.flatten(-2)[..., : x.shape[-1]].contiguous(), exponents, x.dtype)
 
     def numbers(self) -> Float[Tensor, "... n"]:
         """What they stand for."""
-        scales = _scales(self.exponents.int())
-        blocks = [block * scales[..., i, None] for i, block in enumerate(self.codes.split(BLOCK, -1))]
-        return torch.cat(blocks, -1).to(self.dtype)
+        numbers = _in_blocks(self.codes) * _scales(self.exponents.int())[..., None]
+        return numbers.flatten(-2)[..., : self.codes.shape[-1]].to(self.dtype)
 
     def is_finite(self) -> bool:
         """Whether all are."""
@@ -66,6 +65,12 @@ class EightBits(NamedTuple):
     def change(self, change: Callable[[Tensor], Tensor]) -> EightBits:
         """With codes and exponents, whose rows are alike, by what `change` makes of them."""
         return EightBits(change(self.codes), change(self.exponents), self.dtype)
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(..., blocks, 32), with zeros where the last ones of a row are fewer."""
+    missing = -x.shape[-1] % BLOCK
+    return (pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, BLOCK))
 
 
 def _scales(exponents: Tensor) -> Tensor:

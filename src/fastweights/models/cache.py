@@ -379,13 +379,20 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
 
     def with_kept(self, k: Tensor, v: Tensor) -> KeysAndValues:
         """The window's keys and values so far, and the new ones after them."""
-        keys, values = self.update(k.transpose(1, 2), v.transpose(1, 2))
-        return KeysAndValues(keys.transpose(1, 2), values.transpose(1, 2))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.eight_bits and self.is_initialized:  # `keep` will round what stays
+            assert self.keys is not None
+            assert self.values is not None
+            self.cumulative_length += k.shape[2]
+            k, v = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+        else:
+            k, v = self.update(k, v)
+        return KeysAndValues(k.transpose(1, 2), v.transpose(1, 2))
 
     def keep(self, last: KeysAndValues, sinks: KeysAndValues | None, count: Int[Tensor, "B 1"] | None) -> None:
         """What the tokens to come will see."""
         room = self.sliding_window - 1
-        if last.k.shape[1] > room + 1 or count is not None:
+        if last.k.shape[1] > room + 1 or count is not None or self.eight_bits:
             # The view that transformers keeps would hold all the keys of a long text alive, in another order.
             self.keys, self.values = (kept[:, -room:].transpose(1, 2).clone() for kept in last)
         self.sinks, self.count = sinks, count
