@@ -516,27 +516,24 @@ def _block(record, i):
 
 
 @_inner
-def _blocks(record, i):
+def _four(record, i):
     at = _AT + 5 * i
-    shape = (
+    return (
         integer_at(record, at + 1),
         integer_at(record, at + 2),
         integer_at(record, at + 3),
         integer_at(record, at + 4),
     )
-    return carray(pointer(integer_at(record, at)), shape)
 
 
 @_inner
-def _small_blocks(record, i):
-    at = _AT + 5 * i
-    shape = (
-        integer_at(record, at + 1),
-        integer_at(record, at + 2),
-        integer_at(record, at + 3),
-        integer_at(record, at + 4),
-    )
-    return carray(codes_at(integer_at(record, at)), shape)
+def _blocks(record, i):
+    return carray(pointer(integer_at(record, _AT + 5 * i)), _four(record, i))
+
+
+@_inner
+def _blocks_of_codes(record, i):
+    return carray(codes_at(integer_at(record, _AT + 5 * i)), _four(record, i))
 
 
 def record_of(arrays: list[Any], flags: dict[str, bool]) -> array:
@@ -613,8 +610,8 @@ def _attend(record):
     mean_bias, mean_query_map, mean_key_map = _line(record, 36), _plane(record, 37), _plane(record, 38)
     share = _line(record, 39)
     mix_weight, mix_bias, mix_share = _plane(record, 40), _line(record, 41), _line(record, 42)
-    k_codes, v_codes = _small_blocks(record, 43), _small_blocks(record, 44)
-    k_exponents, v_exponents = _small_blocks(record, 45), _small_blocks(record, 46)
+    k_codes, v_codes = _blocks_of_codes(record, 43), _blocks_of_codes(record, 44)
+    k_exponents, v_exponents = _blocks_of_codes(record, 45), _blocks_of_codes(record, 46)
     has_mean, in_bits = share.shape[0] > 0, k_codes.shape[3] > 0
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
