@@ -605,7 +605,7 @@ class GrowingWindow:
     def ring(self) -> Ring:
         """As the kernel takes windows: one that no token leaves."""
         sinks = self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
-        no_exponents = sinks.to(torch.int8)
+        no_exponents = self.k[:, :, :0].to(torch.int8)
         return Ring(self.k, self.v, no_exponents, no_exponents, sinks, sinks, tokens=0)
 
 
