@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
@@ -176,6 +177,28 @@ def test_a_wider_window_in_the_config_is_for_the_next_time(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.fast_attentions()[0].window == 8
     check_pieces_equal_one_pass(loaded, tuple(range(1, 40)))
+    loaded.config.conversion["window_dtype"] = "int8"
+    with pytest.raises(FastWeightsError, match="window_dtype is another than the model was made with"):
+        loaded(random_ids(1, 4))
+
+
+def test_derivatives_forward_go_through_a_window_in_eight_bits():
+    """As gradients do, over the pieces of a text."""
+    model = convert(make_gpt2(), ConversionConfig(window=8, window_dtype="int8")).double().eval()
+    x = torch.randn(1, 12, 32, dtype=torch.float64)
+    direction = torch.zeros_like(x)
+    direction[:, :6] = torch.randn(1, 6, 32)
+
+    def last(x):
+        cache = model(inputs_embeds=x[:, :6], use_cache=True).cache
+        return model(inputs_embeds=x[:, 6:], cache=cache).logits[:, -1]
+
+    with sdpa_kernel(SDPBackend.MATH):  # torch's others have no derivatives forward
+        _, tangent = torch.func.jvp(last, (x,), (direction,))
+    wanted = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(last(wanted).sum(), wanted)
+    assert tangent.abs().max() > 1e-6
+    torch.testing.assert_close(tangent.sum(), (gradient * direction).sum(), rtol=1e-6, atol=1e-9)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def config(tmp_path, model_folder, text_file):
         rules=("decay", "add"),
         feature_maps=("identity", "elu+1"),
         seeds=(0,),
-        convert=SharedConversion(gate_bias=(-2.0, 6.0), sinks=2),
+        convert=SharedConversion(gate_bias=(-2.0, 6.0), sinks=2, window_dtype="int8"),
         data=DataConfig(text=str(text_file), block_size=32),
         transfer=TransferConfig(steps=2),
         finetune=FinetuneConfig(steps=2),
@@ -79,6 +79,7 @@ def test_each_cell_is_the_train_of_its_config(config, tmp_path):
 def test_settings_go_to_those_that_have_them(config):
     add, hybrid = (config.training(Cell(*cell, 0)) for cell in (("add", "elu+1", 0), ("decay", "identity", 16)))
     assert (add.convert.gate_bias, add.convert.sinks) == ((2.0, 6.0), None)
+    assert (add.convert.window_dtype, hybrid.convert.window_dtype) == ("auto", "int8")
     assert (hybrid.convert.gate_bias, hybrid.convert.sinks, hybrid.convert.window) == ((-2.0, 6.0), 2, 16)
 
 

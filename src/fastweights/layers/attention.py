@@ -137,7 +137,7 @@ class FastWeightAttention(KeepsFloat32):
         sinks: first tokens of a document that stay visible to this softmax.
         write: which tokens the fast weights beside a window hold: "all", or those "leaving" it.
         window_bias: whether to learn a bias for each head and distance in the window, and for each sink.
-        eight_bits: whether the window keeps keys and values in eight bits.
+        eight_bits: whether the window's keys and values are rounded to eight bits, in which its cache then keeps them.
         rotary: whether the fast weights' queries and keys have the base model's rotary embedding; the window's have.
         rotates: whether `attention` uses the rotary embedding that it is given.
         cache_argument: under which name the base model's layers hand over their cache.

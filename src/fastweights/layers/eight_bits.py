@@ -1,8 +1,8 @@
 """EightBits: numbers in eight bits with a power of two for each 32 of them, as the microscaling format MXINT8 has it.
 
 That is the Open Compute Project's "Microscaling Formats Specification" v1.0 (Rouhani et al., arXiv 2310.10537), but for
-one exponent, which here stands for numbers that are not finite. As scales are powers of two, what has been rounded is
-exact in float32, bfloat16 and float16, and stays what it is however often it is rounded again.
+its least exponents, of which one stands for numbers that are not finite. As scales are powers of two, what has been
+rounded is exact in the dtype that it came from, bfloat16 too, and stays what it is however often it is rounded again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EightBits(NamedTuple):
 
     codes: Int8[Tensor, "... n"]
     exponents: Int8[Tensor, "... blocks"]
-    """-128 stands for a block with a number that is not finite: it is all NaN."""
+    """From -100 on; -128 stands for a block with a number that is not finite: it is all NaN."""
     dtype: torch.dtype
     """Of the numbers."""
 
@@ -59,8 +59,8 @@ class EightBits(NamedTuple):
         return numbers.flatten(-2)[..., : self.codes.shape[-1]].to(self.dtype)
 
     def is_finite(self) -> bool:
-        """Whether all are."""
-        return not bool((self.exponents == _NOT_FINITE).any())
+        """Whether all are, by exponents that there are."""
+        return not bool((self.exponents < _LEAST_EXPONENT).any())
 
     def change(self, change: Callable[[Tensor], Tensor]) -> EightBits:
         """With codes and exponents, whose rows are alike, by what `change` makes of them."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -214,7 +215,7 @@ class Windowed:
     sliding_window: int
     number_of_sinks = 0
     eight_bits = False
-    """Whether keys and values are kept so, where no gradient goes back through them; sinks are not."""
+    """Whether keys and values are kept so, where nobody wants a derivative through them; sinks are not."""
     ring: Ring | None = None
     """In the place of keys, values and sinks, while single tokens come."""
     _kept: tuple[Tensor | EightBits | None, Tensor | EightBits | None] = (None, None)
@@ -234,7 +235,7 @@ class Windowed:
 
     @property
     def keys(self) -> Tensor | None:
-        """Of the window; whoever asks for them ends the ring, if there is one."""
+        """Of the window, a copy of one in eight bits; whoever asks for them ends the ring, if there is one."""
         self.leave_ring()
         return _numbers(self._kept[0])
 
@@ -255,7 +256,9 @@ class Windowed:
         self._kept = (self._kept[0], self._as_kept(values))
 
     def _as_kept(self, x: Tensor | None) -> Tensor | EightBits | None:
-        return x if x is None or not self.eight_bits or x.requires_grad or not x.numel() else EightBits.of(x)
+        if x is None or not self.eight_bits or not x.numel() or x.requires_grad or forward_ad._current_level >= 0:
+            return x
+        return EightBits.of(x)
 
     def kept(self) -> dict[str, Tensor]:
         """Keys and values as they are in memory, by name."""
@@ -381,10 +384,8 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
         """The window's keys and values so far, and the new ones after them."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.eight_bits and self.is_initialized:  # `keep` will round what stays
-            assert self.keys is not None
-            assert self.values is not None
             self.cumulative_length += k.shape[2]
-            k, v = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+            k, v = (torch.cat((kept, new), 2) for kept, new in ((self.keys, k), (self.values, v)) if kept is not None)
         else:
             k, v = self.update(k, v)
         return KeysAndValues(k.transpose(1, 2), v.transpose(1, 2))

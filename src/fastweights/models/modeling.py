@@ -129,7 +129,7 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             self.base._can_record_outputs = {name: what for name, what in recorded.items() if "attentions" not in name}
             keep_frequencies(self.base, self.architecture)
         replace_attention(self.base, config)
-        self._windows = [*config.windows]
+        self._windows, self._in_eight_bits = [*config.windows], config.windows_in_eight_bits
         self._takes_rotary_off = any(layer.takes_rotary_off for layer in self.fast_attentions())
         self._positional = FEATURE_MAPS[config.settings.feature_map].positional
         self.max_positions = position_limit(config.base)
@@ -329,6 +329,10 @@ class FastWeightsModel(FastWeightsPreTrainedModel):
             raise FastWeightsError(
                 f"the config's windows are {self.config.windows} now, and the model was made with {self._windows}: "
                 "save it, and what is loaded has the others"
+            )
+        if self.config.windows_in_eight_bits != self._in_eight_bits:
+            raise FastWeightsError(
+                "the config's window_dtype is another than the model was made with: save it, and what is loaded has it"
             )
 
     def _ask_as_config_does(self, kwargs: dict[str, Any]) -> None:

@@ -55,8 +55,8 @@ class SharedConversion:
     wide_window: int = 0
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
     window_dtype: WindowDtype = "auto"
-    """Of a window's keys and values: auto, the model's, or int8, a quarter of the memory of float32: MXINT8, eight bits
-    each with a power of two for each 32. What they are rounded to is written into the fast weights, too."""
+    """Of the keys and values of windows beside fast weights: auto, the model's, or int8, a quarter of the memory of
+    float32: MXINT8, eight bits each with a power of two for each 32. What leaves such a window is written so, too."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     value_map: bool = False

@@ -12,7 +12,7 @@ from fastweights.settings.evaluation import HeldOutConfig
 from fastweights.settings.text import DataConfig
 from fastweights.settings.training import FinetuneConfig, RunConfig, TrainConfig, TransferConfig
 
-_OF_WINDOWS = ("sinks", "write")
+_OF_WINDOWS = ("sinks", "write", "window_dtype")
 
 
 class Cell(NamedTuple):

@@ -5,8 +5,8 @@ arrays and forgets a tile of the state between two tokens; written with this typ
 registers. A vector is a register of AVX-512 where there is one, and eight numbers elsewhere, which LLVM turns into
 whatever the machine has (AVX, two SSE or NEON halves).
 
-Memory is plain pointers to float32: an array in Numba is a struct of seven fields with a reference
-count, and passing it around costs compile time and keeps LLVM from inlining. Nothing checks bounds.
+Memory is plain pointers to float32, and to int8 (`load_codes`): an array in Numba is a struct of seven fields with a
+reference count, and passing it around costs compile time and keeps LLVM from inlining. Nothing checks bounds.
 
 Notation
     x[i : i + LANES]   what `load(x, i)` reads and `store(x, i, vector)` writes at the pointer x
