@@ -45,10 +45,11 @@ def test_it_may_have_longer_windows(monkeypatch, capsys, tmp_path):
     model = convert(tmp_path / "base", ConversionConfig(window=8, wide_window=16, layers="0,2"))
     save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
     given = "merge", tmp_path / "adapter", tmp_path / "merged", "--window", 12, "--wide-window", 24
-    assert run(monkeypatch, capsys, *given, "--window-dtype", "int8")[0] == 0
+    assert run(monkeypatch, capsys, *given, "--window-dtype", "int8", "--state-dtype", "int8")[0] == 0
     config = load_model(tmp_path / "merged").config
     assert config.windows == [12, 24, 12]
     assert config.windows_in_eight_bits
+    assert config.states_in_eight_bits
 
 
 def test_its_base_may_be_named(monkeypatch, capsys, tmp_path, adapter):

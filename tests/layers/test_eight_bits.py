@@ -54,6 +54,33 @@ def test_what_is_not_finite_is_seen_in_its_block_alone(bad):
     assert not EightBits.of(x).is_finite()
 
 
+@torch.no_grad()
+def test_dithered_numbers_are_the_next_ones_and_right_in_the_mean():
+    torch.manual_seed(0)
+    x = torch.randn(6, 40)
+    x[:, 0] = 4.0
+    tokens = 4096
+    found = torch.stack([EightBits.of(x, token).numbers() for token in range(tokens)])
+    step = torch.full_like(x, 4 / 64)
+    step[:, BLOCK:] = 2.0 ** (torch.frexp(x[:, BLOCK:].abs().amax(1, keepdim=True))[1] - 7)
+    assert ((found - x).abs() < step).all()
+    assert ((found.mean(0) - x).abs() / step).max() <= 2 / 1000
+
+
+@torch.no_grad()
+def test_a_slow_decay_adds_up():
+    """Which to the nearest it does not: each step would be rounded away."""
+    torch.manual_seed(0)
+    first, keep, tokens = torch.randn(16, 64), 0.9995, 2000
+    dithered = nearest = first
+    for token in range(tokens):
+        dithered = EightBits.of(keep * dithered, token).numbers()
+        nearest = EightBits.of(keep * nearest).numbers()
+    expected = keep**tokens * first
+    assert (dithered - expected).norm() <= 0.05 * expected.norm()
+    assert (nearest - expected).norm() >= 0.5 * expected.norm()
+
+
 def test_gradients_pass():
     x = torch.randn(4, 40, requires_grad=True)
     y = rounded(x)
@@ -83,3 +110,23 @@ def test_the_kernels_numbers_are_the_same(width):
     of_number = finite.repeat_interleave(BLOCK, 1)[:, :width]
     assert torch.equal(torch.from_numpy(codes)[of_number], expected.codes[of_number])
     torch.testing.assert_close(torch.from_numpy(out), expected.numbers(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [5, 32, 48, 64, 65])
+@pytest.mark.parametrize("token", [0, 3, 2**31 + 7])
+def test_the_kernels_states_are_the_same(width, token):
+    kernels = load_kernels("decoding")
+    torch.manual_seed(1)
+    x = torch.randn(300, width) * torch.logspace(-38, 38, 300)[:, None]
+    x[3], x[4, 0], x[5, -1], x[6, 0] = 0.0, math.nan, math.inf, 1e-42
+    expected = EightBits.of(x, token)
+    codes, exponents = (torch.empty_like(part).numpy() for part in expected[:2])
+    number, out = torch.empty(1).numpy(), torch.empty_like(x).numpy()
+    kernels._round_state(x.numpy(), token, codes, exponents, number)
+    kernels._load_state(codes, exponents, number, out)
+    assert torch.equal(torch.from_numpy(exponents), expected.exponents)
+    of_number = (expected.exponents > -128).repeat_interleave(BLOCK, 1)[:, :width]
+    assert torch.equal(torch.from_numpy(codes)[of_number], expected.codes[of_number])
+    torch.testing.assert_close(torch.from_numpy(out), expected.numbers(), rtol=0, atol=0, equal_nan=True)
+    whole = expected.numbers()[of_number.all(1)]
+    assert torch.equal(EightBits.of(whole, token + 1).numbers(), whole)

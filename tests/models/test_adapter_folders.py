@@ -157,8 +157,10 @@ def test_a_longer_window_for_the_layers_that_have_a_long_one(tmp_path):
     assert load_adapter(tmp_path / "adapter", window=12).config.windows == [12, 12, 12]
     small = load_adapter(tmp_path / "adapter", window=20, window_dtype="int8")
     assert (small.config.windows, small.config.windows_in_eight_bits) == ([20, 20, 20], True)
-    with pytest.raises(FastWeightsError, match="window_dtype 'int7' is unknown; known are auto, int8"):
-        load_adapter(tmp_path / "adapter", window_dtype="int7")
+    assert load_adapter(tmp_path / "adapter", state_dtype="int8").config.states_in_eight_bits
+    for name in ("window_dtype", "state_dtype"):
+        with pytest.raises(FastWeightsError, match=f"{name} 'int7' is unknown; known are auto, int8"):
+            load_adapter(tmp_path / "adapter", **{name: "int7"})
     expected = convert(base, replace(settings, wide_window=30))
     assert error(longer(ids).logits, expected(ids).logits) <= tolerances.FLOAT32
     save_adapter(convert(base, ConversionConfig(window=4)), tmp_path / "one", base=tmp_path / "base")

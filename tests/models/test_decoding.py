@@ -17,11 +17,19 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.eight_bits import BLOCK
 from fastweights.layers.feature_maps import SoftmaxOfProjection
 from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.quantised import Int4Linear, Int8Linear
 from fastweights.models import add_fast_weight_layer, convert, decoding
-from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, SlidingCacheLayer, state_bytes
+from fastweights.models.cache import (
+    FastWeightsCache,
+    HybridCacheLayer,
+    PureCacheLayer,
+    SlidingCacheLayer,
+    layer_tensors,
+    state_bytes,
+)
 from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
 from fastweights.models.lora import add_lora
 from fastweights.models.quantisation import WeightsConfig, quantise
@@ -165,6 +173,33 @@ def test_windows_in_eight_bits(rule, form, family, rows):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", ["pure", "window, no rotary", "writes all", "several windows"])
+@pytest.mark.parametrize("rule", ["decay", "gated_delta", "delta_and_average"])
+def test_states_in_eight_bits(rule, form, family, rows):
+    """Whose codes are those that the plain steps keep, in the first layer but where a number is between two."""
+    changes = {"head_dim": 40} if family == "llama" else {"n_embd": 66}
+    model = make(family, rule=rule, state_dtype="int8", changes=changes, **FORMS[form])
+    assert why_plain(model) is None
+    for start in (1, 20):
+        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
+        set_fast_decoding(False)
+        plain = FastWeightsCache(model.config)
+        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
+            model(part, cache=plain)
+        held, expected = layer_tensors(cache.layers[0]), layer_tensors(plain.layers[0])
+        assert held.keys() == expected.keys()
+        assert {"state0_codes", "state0_exponents"} <= held.keys()
+        off = (held["state0_codes"].int() - expected["state0_codes"].int()).abs()
+        same = held["state0_exponents"] == expected["state0_exponents"]
+        assert same.float().mean() >= 0.98
+        same = same.repeat_interleave(BLOCK, -1)[..., : off.shape[-1]]
+        assert (off[same] > 0).float().mean() <= 0.02
+        assert off[same].max() <= 2
+
+
+@torch.no_grad()
 def test_what_is_not_finite_is_not_rounded_away():
     model = make(window=8, window_dtype="int8", rotary=False)
     cache = FastWeightsCache(model.config)
@@ -173,6 +208,15 @@ def test_what_is_not_finite_is_not_rounded_away():
     cache.layers[0].ring.v_exponents[..., 3] = -128
     assert cache.decoding is not None
     assert model(random_ids(1, 1), cache=cache).logits.isnan().any()
+    model = make(state_dtype="int8")
+    cache = FastWeightsCache(model.config)
+    model(random_ids(1, 9), cache=cache)
+    assert model(random_ids(1, 1), cache=cache).logits.isfinite().all()
+    cache.layers[0].exponents[..., 3, 0] = -128
+    for _ in range(2):
+        assert model(random_ids(1, 1), cache=cache).logits.isnan().any()
+    assert cache.decoding is not None
+    assert (cache.layers[0].exponents == -128).any()
 
 
 @pytest.mark.parametrize("form", FORMS)

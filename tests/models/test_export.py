@@ -23,7 +23,7 @@ MODELS = {
         convert(make_llama(), ConversionConfig(window=8, rule="gated_delta", feature_map="dpfp", conv_size=4))
     ),
     "two windows": lambda: convert(make_llama(), ConversionConfig(window=8, wide_window=16, layers="0,2")),
-    "eight bits": lambda: convert(make_llama(), ConversionConfig(window=8, window_dtype="int8")),
+    "eight bits": lambda: convert(make_llama(), ConversionConfig(window=8, window_dtype="int8", state_dtype="int8")),
     "full attention": lambda: convert(make_llama(), ConversionConfig(window=8, layers="1")),
     "learned bias": lambda: convert(make_gpt2(), ConversionConfig(window=8, positions="drop")),
 }

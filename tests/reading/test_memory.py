@@ -17,6 +17,7 @@ from safetensors.torch import save, save_file
 from fastweights.errors import FastWeightsError
 from fastweights.evaluation.peak_memory import PeakMemory
 from fastweights.models import FastWeightsForCausalLM, add_fast_weight_layer, convert
+from fastweights.models.cache import layer_tensors
 from fastweights.reading.memory import _checksum, fingerprint, load_memory, new_memory
 from fastweights.reading.text import token_pieces
 from fastweights.settings.conversion import ADDED, ConversionConfig
@@ -70,6 +71,26 @@ def test_goes_on_as_if_it_had_just_read_the_text(model, tmp_path, sizes):
     assert loaded.generate(**ARGUMENTS).tolist() == without.tolist()
     assert loaded.generate(num_beams=2, **ARGUMENTS).shape == (12,)
     assert loaded.generate(num_return_sequences=3, **{**ARGUMENTS, "do_sample": True}).shape == (3, 12)
+
+
+@pytest.mark.parametrize("kind", ["pure", "hybrid of eight bits", "hybrid + layer"])
+def test_a_state_in_eight_bits(kind, tmp_path):
+    settings = {"window": 8} if "hybrid" in kind else {}
+    settings |= {"window_dtype": "int8"} if "bits" in kind else {}
+    model = convert(make_llama(), ConversionConfig(state_dtype="int8", rule="gated_delta", **settings))
+    model = make("layer", model) if "layer" in kind else model.eval()
+    ids = random_ids(1, 60)[0]
+    memory = new_memory(model).read(ids.split((2, 30, 28)))
+    loaded = load_memory(model, memory.save(tmp_path / "x.memory"))
+    assert loaded.size() == memory.size()
+    assert loaded.generate(ids[:5], **ARGUMENTS).tolist() == memory.generate(ids[:5], **ARGUMENTS).tolist()
+    for held, own in zip(loaded.cache.layers, memory.cache.layers, strict=True):
+        held, own = layer_tensors(held), layer_tensors(own)
+        assert held.keys() == own.keys()
+        assert all(torch.equal(held[name], own[name]) for name in own)
+    memory.cache.layers[0].exponents[0, 0, 3] = -128
+    with pytest.raises(FastWeightsError, match=r"0\.state0 of the memory is not finite"):
+        memory.save(tmp_path / "y.memory")
 
 
 def test_forks_go_their_own_ways(model):
@@ -133,7 +154,13 @@ def test_a_config_that_computes_otherwise_is_another_model():
 def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
     model = convert(make_llama())
     now = fingerprint(model)
-    for name, given in (("value_map", True), ("conv_size", 4), ("mix_gate", True), ("window_dtype", "int8")):
+    for name, given in (
+        ("value_map", True),
+        ("conv_size", 4),
+        ("mix_gate", True),
+        ("window_dtype", "int8"),
+        ("state_dtype", "int8"),
+    ):
         assert model.config.conversion.pop(name) == ADDED[name]
         assert fingerprint(model) == now
         model.config.conversion[name] = given

@@ -28,6 +28,9 @@ _LEAST_EXPONENT = -100
 _NOT_FINITE = -128
 _NAN = 0x7FC00000
 """Its bits in float32."""
+_SEQUENCE = 0xD1B54A33, 0xABC98389, 0x8CB92BA7
+"""Of a row, a column and a token, in 2^32nds: the R3 sequence of M. Roberts ("The Unreasonable Effectiveness of
+Quasirandom Sequences"), the powers of 1 / 1.2207 that fill a cube most evenly."""
 
 
 class EightBits(NamedTuple):
@@ -41,14 +44,25 @@ class EightBits(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, x: Float[Tensor, "... n"]) -> EightBits:
-        """The nearest there are."""
+    def of(cls, x: Float[Tensor, "... n"], token: int | None = None) -> EightBits:
+        """The nearest there are, or dithered.
+
+        A number that changes by little at a time, as a state that decays, would be rounded to what it was, over and
+        over. Dithered it is the next lower or the next higher one, by how near it is to each and by a pattern of its
+        place and the token, so that what is rounded away over many tokens adds up to nothing.
+
+        Args:
+            x: the numbers; of what is dithered the last two dimensions are a matrix.
+            token: number of the last one whose state this is; None for the nearest numbers.
+        """
         blocks = _in_blocks(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
         most = blocks.abs().amax(-1).float()
         exponents = torch.frexp(most).exponent - 1
         exponents = exponents.masked_fill(most == 0, _LEAST_EXPONENT).clamp(min=_LEAST_EXPONENT)
         # The largest would be rounded to 128, which eight bits do not have; what a NaN is rounded to is nobody's.
-        codes = (blocks / _scales(exponents)[..., None]).round_().clamp_(-_MOST, _MOST).to(torch.int8)
+        codes = blocks / _scales(exponents)[..., None]
+        codes = codes.round_() if token is None else codes.add_(_in_blocks(dither(x, token))).floor_()
+        codes = codes.clamp_(-_MOST, _MOST).to(torch.int8)
         exponents = exponents.masked_fill(~most.isfinite(), _NOT_FINITE).to(torch.int8)
         # A view of codes with zeros behind them would keep these in memory.
         return cls(codes.flatten(-2)[..., : x.shape[-1]].contiguous(), exponents, x.dtype)
@@ -65,6 +79,14 @@ class EightBits(NamedTuple):
     def change(self, change: Callable[[Tensor], Tensor]) -> EightBits:
         """With codes and exponents, whose rows are alike, by what `change` makes of them."""
         return EightBits(change(self.codes), change(self.exponents), self.dtype)
+
+
+def dither(x: Float[Tensor, "*_ m n"], token: int) -> Float[Tensor, "m n"]:
+    """From 0 up to 1, for each place of a matrix: over the tokens as evenly as can be."""
+    of_row, of_column, of_token = _SEQUENCE
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+    places = (rows * of_row)[:, None] + columns * of_column + token * of_token % 2**32
+    return (places % 2**32 >> 8).float() * 2.0**-24
 
 
 def _in_blocks(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastweights.models.modeling import FastWeightsForCausalLM
-    from fastweights.settings.conversion import WindowDtype
+    from fastweights.settings.conversion import KeptDtype
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "fastweights"
 FORMAT = 1
@@ -108,7 +108,8 @@ def load_adapter(
     merge: bool = True,
     window: int | None = None,
     wide_window: int | None = None,
-    window_dtype: WindowDtype | None = None,
+    window_dtype: KeptDtype | None = None,
+    state_dtype: KeptDtype | None = None,
     share: bool = False,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
@@ -127,6 +128,7 @@ def load_adapter(
         wide_window: the same of those layers that have a longer one than the others.
         window_dtype: of the windows' keys and values, where it is to be another than the adapter's: "int8" takes a
             quarter of float32's memory, "auto" is the model's.
+        state_dtype: of the fast weights that caches keep, in the same way; "auto" is float32.
         share: whether what is returned is to have the very weights of `base`, a model, beside LoRA that is not merged;
             they are not to be trained then, nor written into.
 
@@ -155,8 +157,8 @@ def load_adapter(
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
     settings = _with_windows(adapter.settings, window, wide_window, what=str(folder))
-    if window_dtype is not None:
-        settings = replace(settings, window_dtype=window_dtype)
+    dtypes = {"window_dtype": window_dtype, "state_dtype": state_dtype}
+    settings = replace(settings, **{name: given for name, given in dtypes.items() if given is not None})
     model = with_config(found, settings)
     _check_sample(adapter.sample, model, what)
     _fill(adapter, model, merge=merge)

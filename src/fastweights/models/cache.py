@@ -108,6 +108,11 @@ class _Recurrent(Counting, LinearAttentionLayer):
     """Whether padding was among them."""
     several_documents = False
     """Whether they are more than one document, of which softmax over all tokens would see the earlier ones."""
+    state_in_eight_bits = False
+    """Whether the state is kept so, where nobody wants a derivative through it."""
+    exponents: Int8[Tensor, "B G K _"] | None = None
+    """Of the state, which is codes then; None where it is in its own dtype."""
+    _state_dtype = torch.float32
 
     @property
     def is_compileable(self) -> bool:
@@ -116,7 +121,22 @@ class _Recurrent(Counting, LinearAttentionLayer):
 
     def state(self, state_idx: int = 0) -> Tensor | None:
         """A state; None before the first token."""
-        return self.recurrent_states[state_idx] if self.has_previous_state[state_idx] else None
+        if not self.has_previous_state[state_idx]:
+            return None
+        return self.recurrent_states[state_idx] if self.exponents is None else _numbers(self._held_state())
+
+    @property
+    def state_shape(self) -> tuple[int, ...] | None:
+        """(B, G, K, V) of the state; None before the first token."""
+        state = self.recurrent_states[0] if self.has_previous_state[0] else None
+        return None if state is None else tuple(state.shape)
+
+    def keep_state(self, state: Tensor) -> None:
+        """Take the place of the state before, in eight bits where it is kept so, once its tokens are counted."""
+        self.exponents = None
+        if self.state_in_eight_bits and not (state.requires_grad or forward_ad._current_level >= 0):
+            state, self.exponents, self._state_dtype = EightBits.of(state, self.next_position - 1)
+        self.put(state)
 
     def put(self, state: Tensor, state_idx: int = 0) -> None:
         """Take the place of the state before.
@@ -145,16 +165,34 @@ class _Recurrent(Counting, LinearAttentionLayer):
         self.put_tail(tail.clone(memory_format=torch.contiguous_format))
         return self.conv_states[0]  # type: ignore[return-value]
 
-    def own_state(self) -> Tensor:
+    def own_state(self) -> Tensor | EightBits:
         """The state in memory that nobody else holds, so that it may be written over, as single tokens then do."""
-        state = self.state()
+        state = self.recurrent_states[0]
         assert state is not None
-        self.put(state.clone(memory_format=torch.contiguous_format))
-        return self.recurrent_states[0]  # type: ignore[return-value]
+        state = state.clone(memory_format=torch.contiguous_format)
+        if self.exponents is None:
+            self.keep_state(state)
+        else:
+            self.exponents = self.exponents.clone(memory_format=torch.contiguous_format)
+            self.put(state)
+        return self._held_state()  # type: ignore[return-value]
+
+    def has_state(self, state: Tensor | EightBits) -> bool:
+        """Whether it still is what `own_state` gave."""
+        return self.recurrent_states[0] is (state.codes if isinstance(state, EightBits) else state)
+
+    def _held_state(self) -> Tensor | EightBits | None:
+        state = self.recurrent_states[0]
+        if state is None or self.exponents is None:
+            return state
+        return EightBits(state, self.exponents, self._state_dtype)
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
-        """transformers' name for `put`."""
-        self.put(recurrent_states, state_idx)
+        """transformers' name for both ways to take the place of a state."""
+        if state_idx == 0:
+            self.keep_state(recurrent_states)
+        else:
+            self.put(recurrent_states, state_idx)
         return recurrent_states
 
     def reset(self) -> None:
@@ -162,28 +200,30 @@ class _Recurrent(Counting, LinearAttentionLayer):
         LinearAttentionLayer.reset(self)
         self.cumulative_length = self.position_offset = 0
         self.padded = self.several_documents = False
+        self.exponents = None
 
     def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
         """Each state by what `change` makes of it."""
         for states in (self.recurrent_states, self.conv_states):
             for i, state in states.items():
                 states[i] = None if state is None else change(state)
+        self.exponents = None if self.exponents is None else change(self.exponents)
 
 
 class PureCacheLayer(_Recurrent, CacheLayerMixin):
-    """The state of a pure layer, (B, G, K, V) in fp32."""
+    """The state of a pure layer, (B, G, K, V)."""
 
     is_sliding = False
 
-    def __init__(self, number_of_states: int = 1) -> None:
+    def __init__(self, number_of_states: int = 1, *, state_in_eight_bits: bool = False) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        self.cumulative_length = 0
+        self.cumulative_length, self.state_in_eight_bits = 0, state_in_eight_bits
 
     def write(self, state: Tensor, tokens: int) -> None:
         """The state after `tokens` more tokens."""
-        self.put(state)
         self.cumulative_length += tokens
+        self.keep_state(state)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Nothing to do: states are given."""
@@ -368,13 +408,21 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
     count: Int[Tensor, "B 1"] | None = None
     """Tokens of its document that each row has read, once rows may differ; None while all they read is one."""
 
-    def __init__(self, sliding_window: int, number_of_sinks: int = 0, *, eight_bits: bool = False) -> None:
+    def __init__(
+        self,
+        sliding_window: int,
+        number_of_sinks: int = 0,
+        *,
+        eight_bits: bool = False,
+        state_in_eight_bits: bool = False,
+    ) -> None:
         super().__init__(sliding_window=sliding_window)
         self.number_of_sinks, self.eight_bits = number_of_sinks, eight_bits
+        self.state_in_eight_bits = state_in_eight_bits
 
     def write(self, state: Tensor, tokens: int) -> None:
-        """The state after the new tokens, which the window counts."""
-        self.put(state)
+        """The state after the new tokens, which the window has counted."""
+        self.keep_state(state)
 
     def document_length(self) -> int | Int[Tensor, "B 1"]:
         """Tokens of its document that each row has read."""
@@ -736,7 +784,7 @@ class FastWeightsCache(DynamicCache):
 _GROWING = DynamicLayer, DynamicSlidingWindowLayer
 """transformers' layers of a cache that nothing was said of."""
 CODES, EXPONENTS = "_codes", "_exponents"
-"""What the two tensors of a window in eight bits have behind their name."""
+"""What the two tensors of numbers in eight bits have behind their name."""
 _KEPT = 2
 """States that are left after each `crop`, so that memory stays as it is however long the text."""
 
@@ -772,9 +820,9 @@ class _Sizes(NamedTuple):
 
     def fit(self, layer: _Recurrent) -> bool:
         """Whether what a layer has read is of as many heads, with a tail that the model's convolution goes on from."""
-        if (state := layer.state()) is None:
+        if (shape := layer.state_shape) is None:
             return True
-        if state.shape[1] != self.kv_heads:
+        if shape[1] != self.kv_heads:
             return False
         tail = layer.tail()
         if tail is None or self.convolution is None:
@@ -787,6 +835,8 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig, sizes: _Sizes) -> bool:
     kind = config.layer_types[i]
     if kind != "full_attention" and isinstance(layer, _Recurrent) and not sizes.fit(layer):
         return False
+    if isinstance(layer, _Recurrent) and layer.state_in_eight_bits != config.states_in_eight_bits:
+        return False
     if kind == "linear_attention":
         return isinstance(layer, PureCacheLayer) and not isinstance(layer, BlockCacheLayer)
     if kind == "hybrid_sliding":
@@ -798,12 +848,13 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig, sizes: _Sizes) -> bool:
 
 
 def _new_layer(i: int, config: FastWeightsConfig) -> Any:
-    kind = config.layer_types[i]
+    kind, few = config.layer_types[i], config.states_in_eight_bits
     if kind == "linear_attention":
-        return PureCacheLayer()
+        return PureCacheLayer(state_in_eight_bits=few)
     if kind != "hybrid_sliding":
         return DynamicLayer()
-    return HybridCacheLayer(config.windows[i], config.sinks, eight_bits=config.windows_in_eight_bits)
+    of_window = config.windows[i], config.sinks
+    return HybridCacheLayer(*of_window, eight_bits=config.windows_in_eight_bits, state_in_eight_bits=few)
 
 
 def _is_unused(layer: Any) -> bool:
@@ -828,6 +879,8 @@ def detach(cache: Cache) -> None:
 def layer_tensors(layer) -> dict[str, Tensor]:
     """All that a layer of any cache holds between two tokens: its states, and its keys and values."""
     found = {f"state{i}": state for i, state in getattr(layer, "recurrent_states", {}).items()}
+    if getattr(layer, "exponents", None) is not None:
+        found |= {f"state0{CODES}": found.pop("state0"), f"state0{EXPONENTS}": layer.exponents}
     found["tail"] = getattr(layer, "conv_states", {}).get(0)
     if isinstance(layer, Windowed):
         found |= layer.kept()

@@ -159,6 +159,11 @@ class FastWeightsConfig(PreTrainedConfig):
         return (self.conversion or {}).get("window_dtype") == EIGHT_BITS
 
     @property
+    def states_in_eight_bits(self) -> bool:
+        """Whether caches keep fast weights so."""
+        return (self.conversion or {}).get("state_dtype") == EIGHT_BITS
+
+    @property
     def sinks(self) -> int:
         """First tokens that stay visible to the softmax of hybrid layers."""
         return (self.conversion or {}).get("sinks") or 0

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastweights.layers.attention import FastWeightAttention
 from fastweights.layers.convolution import ShortConvolution
+from fastweights.layers.eight_bits import EightBits
 from fastweights.layers.feature_maps import FeatureMap, Projection, SoftmaxOfProjection
 from fastweights.layers.linear import FORWARDS, linear
 from fastweights.layers.mix_gate import MixGate
@@ -665,7 +666,7 @@ class DecodingState:
         kept = zip(cache.layers, self._layers, self._fast, self._tails, self._windows, strict=False)
         return all(window.is_current() for window in self._growing) and all(
             layer is ours
-            and (fast is None or layer.recurrent_states[0] is fast)  # type: ignore[attr-defined]
+            and (fast is None or layer.has_state(fast))  # type: ignore[attr-defined]
             and (tail is None or layer.conv_states[0] is tail)  # type: ignore[attr-defined]
             and (not isinstance(window, Ring) or layer.ring is window)  # type: ignore[attr-defined]
             for layer, ours, fast, tail, window in kept
@@ -811,11 +812,17 @@ class LayerStep:
             room.more.add_(room.again)
 
     def attend(
-        self, fast: Float[Tensor, "B G K V"] | None, tail: Float[Tensor, "B C N"] | None, ring: Ring | None
+        self,
+        fast: Float[Tensor, "B G K V"] | EightBits | None,
+        tail: Float[Tensor, "B C N"] | None,
+        ring: Ring | None,
     ) -> _Attend:
         """What reads and changes such a state, for the number of tokens before."""
         attention, room = self.attention, self.room
-        if fast is None:
+        state_in_bits = [_NO_CODES] * 2
+        if isinstance(fast, EightBits):
+            state_in_bits = [fast.codes.numpy(), fast.exponents.numpy()]
+        if not isinstance(fast, torch.Tensor):
             fast = _zeros(room.rows, attention.kv_heads, 0, attention.head_dim)
         window, in_bits = [_EMPTY[4]] * 4, [_NO_CODES] * 4
         if ring is not None:
@@ -842,6 +849,7 @@ class LayerStep:
         head_norms = [norm.weight for norm in self.head_norms]
         arrays = [*self.made, room.given.numpy(), *self.rotary, *head_norms, taps, tails, *gates, *maps, fast.numpy()]
         arrays += [*window, *scales, bias, numbers, self.read.numpy(), *mean_gate, *mean, *_mix(attention.mix_gate)]
+        in_bits += state_in_bits
         arrays += in_bits
         flags = {
             "rotated_fast": attention.rotary,
@@ -878,7 +886,7 @@ class _Attend:
     """
 
     def __init__(self, kernels: Any, arrays: list[Any], flags: dict[str, bool], work: int) -> None:
-        kinds = ["float32"] * (len(arrays) - 4) + ["int8"] * 4
+        kinds = ["float32"] * (len(arrays) - 6) + ["int8"] * 6
         assert all(x.flags.c_contiguous and x.dtype == kind for x, kind in zip(arrays, kinds, strict=True))
         self._arrays = arrays  # the record does not keep them alive
         self._record = kernels.record_of(arrays, flags)
@@ -996,7 +1004,7 @@ def _begin(model: FastWeightsForCausalLM, cache: FastWeightsCache, rows: int) ->
     if others != (cache.block is not None):
         return None
     for layer, attention in zip(recurrent, model.fast_attentions(), strict=True):
-        if (state := layer.state()) is None or tuple(state.shape) != (rows, *attention.rule.state_shape):
+        if layer.state_shape != (rows, *attention.rule.state_shape):
             return None
     shape, windows = (rows, _position(layers)), local_windows(model.config.base)
     softmax = [(layer, x) for layer, x in zip(layers, windows, strict=True) if not isinstance(layer, _OURS)]

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 LAYER_TYPES = ("linear_attention", "hybrid_sliding", "full_attention")
 POSITIONS = ("keep", "drop")
 WRITES = ("all", "leaving")
-WindowDtype = Literal["auto", "int8"]
-WINDOW_DTYPES: tuple[str, ...] = get_args(WindowDtype)
-AUTO, EIGHT_BITS = WINDOW_DTYPES
+KeptDtype = Literal["auto", "int8"]
+KEPT_DTYPES: tuple[str, ...] = get_args(KeptDtype)
+AUTO, EIGHT_BITS = KEPT_DTYPES
 _OF_THE_PAPER = ("decay", "identity")
 _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False, "window_dtype": AUTO}
+_DTYPES = {"window_dtype": AUTO, "state_dtype": AUTO}
+ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False, **_DTYPES}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
 _AUTOMATIC = "auto:"
@@ -54,9 +55,12 @@ class SharedConversion:
     """Which to convert: numbers such as 0,4-9, auto:4 for all but the 4 that are missed most, or none; else all."""
     wide_window: int = 0
     """Window of the layers that `layers` leaves out, which are hybrid then, too; 0: they see all tokens."""
-    window_dtype: WindowDtype = "auto"
+    window_dtype: KeptDtype = "auto"
     """Of the keys and values of windows beside fast weights: auto, the model's, or int8, a quarter of the memory of
     float32: MXINT8, eight bits each with a power of two for each 32. What leaves such a window is written so, too."""
+    state_dtype: KeptDtype = "auto"
+    """Of the fast weights between two calls, as between two tokens of an answer: auto, float32, or int8, a quarter of
+    that: MXINT8, rounded up or down by a pattern that goes with the position, so that small changes add up."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     value_map: bool = False
@@ -85,7 +89,8 @@ class SharedConversion:
             object.__setattr__(self, name, bias)
         make_whole(self, "wide_window", "conv_size", "gate_rank", "sinks")
         check_name("positions", self.positions, POSITIONS)
-        check_name("window_dtype", self.window_dtype, WINDOW_DTYPES)
+        for name in _DTYPES:
+            check_name(name, getattr(self, name), KEPT_DTYPES)
         if self.write is not None:
             check_name("write", self.write, WRITES)
         if self.gate_rank < 0:

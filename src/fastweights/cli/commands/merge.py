@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastweights.cli.console import say
-from fastweights.settings.conversion import WindowDtype
+from fastweights.settings.conversion import KeptDtype
 from fastweights.settings.weights import Weights
 
 
@@ -14,7 +14,8 @@ def merge(
     base: str | None = None,
     window: int | None = None,
     wide_window: int | None = None,
-    window_dtype: WindowDtype | None = None,
+    window_dtype: KeptDtype | None = None,
+    state_dtype: KeptDtype | None = None,
     weights: Weights | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -34,6 +35,8 @@ def merge(
         The same for the layers that have a longer window than the others: 1,024 tokens in smollm2.
     window_dtype
         Keep the windows' keys and values in another form: "int8", a quarter of the memory, or "auto", as the model's.
+    state_dtype
+        The same of the fast weights that are kept from token to token; "auto" is float32.
     weights
         Save matrices as "bf16", "int8" or "int4", for inference: the model is then loaded so.
     overwrite
@@ -48,7 +51,8 @@ def merge(
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    model = load_adapter(adapter, base, window=window, wide_window=wide_window, window_dtype=window_dtype)
+    windows = {"window": window, "wide_window": wide_window, "window_dtype": window_dtype}
+    model = load_adapter(adapter, base, **windows, state_dtype=state_dtype)
     tokenizer = load_tokenizer(base or adapter)
     model = quantise(model, weights or "fp32")
     with only_run(output):

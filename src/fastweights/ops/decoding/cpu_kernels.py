@@ -21,7 +21,22 @@ import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit
 
 from ..numba.runtime import sources_version
-from ..numba.vectors import LANES, codes_at, fill, fma, integer_at, load, load_codes, pointer, store, take
+from ..numba.vectors import (
+    BLOCK,
+    LANES,
+    codes_at,
+    fill,
+    fma,
+    integer_at,
+    largest_bits,
+    load,
+    load_codes,
+    load_scaled,
+    pointer,
+    store,
+    store_dithered,
+    take,
+)
 
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 """Sums in any order, which lets them be vectors; infinities and NaN stay what they are."""
@@ -30,10 +45,12 @@ _SHORTEST = np.float32(1e-12)
 """As torch.nn.functional.normalize has it."""
 _LEAST_WEIGHT = np.float32(1e-6)
 """As rules with a normaliser have it."""
-_BLOCK, _LEAST_EXPONENT, _NOT_FINITE = 32, -100, -128
+_LEAST_EXPONENT, _NOT_FINITE = -100, -128
 _MOST = np.float32(127.0)
 """As numbers in eight bits have these."""
 _NAN = int32(0x7FC00000)
+_INFINITE = 0x7F800000
+_OF_ROW, _OF_COLUMN, _OF_TOKEN = 0xD1B54A33, 0xABC98389, 0x8CB92BA7
 _INFINITY = np.float32(np.inf)
 _GELU = np.float32(2 * math.sqrt(2 / math.pi))
 _ERF_T = np.float32(0.3275911 * math.sqrt(0.5))
@@ -158,6 +175,36 @@ def _softmaxes(weight, head, x, out):
 
 
 @_inner
+def _add_weighted(v, weights, out):
+    """out += weights^T v, of as many rows and columns of v as there are weights and outputs."""
+    many, wide, columns = weights.shape[0], v.shape[1], out.shape[0]
+    numbers, result = pointer(v.ctypes.data), pointer(out.ctypes.data)
+    # LLVM would look at each four rows whether arrays overlap.
+    for j in range(0, columns - 2 * LANES + 1, 2 * LANES):
+        a = b = c = d = e = f = g = h = fill(float32(0.0))
+        for w in range(0, many - 3, 4):
+            at, p, q = w * wide + j, fill(weights[w]), fill(weights[w + 1])
+            a = fma(p, load(numbers, at), a)
+            b = fma(p, load(numbers, at + LANES), b)
+            c = fma(q, load(numbers, at + wide), c)
+            d = fma(q, load(numbers, at + wide + LANES), d)
+            at, p, q = at + 2 * wide, fill(weights[w + 2]), fill(weights[w + 3])
+            e = fma(p, load(numbers, at), e)
+            f = fma(p, load(numbers, at + LANES), f)
+            g = fma(q, load(numbers, at + wide), g)
+            h = fma(q, load(numbers, at + wide + LANES), h)
+        for w in range(many - many % 4, many):
+            p = fill(weights[w])
+            a = fma(p, load(numbers, w * wide + j), a)
+            b = fma(p, load(numbers, w * wide + j + LANES), b)
+        store(result, j, load(result, j) + ((a + c) + (e + g)))
+        store(result, j + LANES, load(result, j + LANES) + ((b + d) + (f + h)))
+    for j in range(columns - columns % (2 * LANES), columns):
+        for w in range(many):
+            out[j] += weights[w] * v[w, j]
+
+
+@_inner
 def _read_mean(state, q, first, share, fast_scale, fast_unit, read, out):
     """Add to what each query of a group is told a share of the average that the state has of what it asks for."""
     last = out.shape[1]
@@ -165,9 +212,7 @@ def _read_mean(state, q, first, share, fast_scale, fast_unit, read, out):
         h = first + r
         for j in range(read.shape[0]):
             read[j] = float32(0.0)
-        for i in range(state.shape[0]):
-            for j in range(read.shape[0]):
-                read[j] += q[r, i] * state[i, j]
+        _add_weighted(state, q[r, : state.shape[0]], read)
         factor = share[h] * fast_scale[h] * fast_unit[h] / max(read[last], _LEAST_WEIGHT)
         for j in range(last):
             out[h, j] += read[j] * factor
@@ -180,9 +225,7 @@ def _read(state, q, first, fast_scale, fast_unit, scale, read, out):
         h = first + r
         for j in range(read.shape[0]):
             read[j] = float32(0.0)
-        for i in range(state.shape[0]):
-            for j in range(read.shape[0]):
-                read[j] += q[r, i] * state[i, j]
+        _add_weighted(state, q[r, : state.shape[0]], read)
         factor = scale * fast_scale[h] * fast_unit[h]
         for j in range(read.shape[0]):
             out[h, j] += read[j] * factor
@@ -210,9 +253,7 @@ def _write_by_delta(state, keep, strength, k, v, error):
         k[i] /= length
     for j in range(error.shape[0]):
         error[j] = float32(0.0)
-    for i in range(state.shape[0]):
-        for j in range(error.shape[0]):
-            error[j] += k[i] * state[i, j]
+    _add_weighted(state, k, error)
     for j in range(error.shape[0]):
         error[j] = strength * (v[j] - keep * error[j])
     for i in range(state.shape[0]):
@@ -235,19 +276,6 @@ def _times(q, k, scale, out):
 
 
 @_inner
-def _add_weighted(v, weights, out):
-    """out += weights^T v"""
-    n = weights.shape[0]
-    for w in range(0, n - 3, 4):
-        p0, p1, p2, p3 = weights[w], weights[w + 1], weights[w + 2], weights[w + 3]
-        for j in range(out.shape[0]):
-            out[j] += p0 * v[w, j] + p1 * v[w + 1, j] + p2 * v[w + 2, j] + p3 * v[w + 3, j]
-    for w in range(n - n % 4, n):
-        for j in range(out.shape[0]):
-            out[j] += weights[w] * v[w, j]
-
-
-@_inner
 def _scales(exponents, out):
     """out = 2^(exponent - 6), NaN for what is not finite."""
     bits = out.view(np.int32)
@@ -261,7 +289,7 @@ def _round(x, codes, exponents, scale):
     """x in eight bits: codes and the exponents of its blocks; scale is room for one number."""
     bits = scale.view(np.int32)
     for n in range(exponents.shape[0]):
-        first, end = n * _BLOCK, min(x.shape[0], (n + 1) * _BLOCK)
+        first, end = n * BLOCK, min(x.shape[0], (n + 1) * BLOCK)
         most, finite = float32(0.0), True
         for i in range(first, end):
             most = max(most, abs(x[i]))
@@ -281,10 +309,10 @@ def _times_codes(q, k, exponents, scale, part, scales, out):
     for w in range(out.shape[0]):
         out[w] = float32(0.0)
     for n in range(exponents.shape[0]):
-        end = min(q.shape[0], (n + 1) * _BLOCK)
+        end = min(q.shape[0], (n + 1) * BLOCK)
         for w in range(out.shape[0]):
             part[w] = float32(0.0)
-        for i in range(n * _BLOCK, end - 3, 4):
+        for i in range(n * BLOCK, end - 3, 4):
             q0, q1, q2, q3 = q[i] * scale, q[i + 1] * scale, q[i + 2] * scale, q[i + 3] * scale
             for w in range(out.shape[0]):
                 near = q0 * float32(k[i, w]) + q1 * float32(k[i + 1, w])
@@ -303,7 +331,7 @@ def _add_weighted_codes(v, exponents, weights, scaled, out):
     many, wide = weights.shape[0], v.shape[1]
     codes, result = codes_at(v.ctypes.data), pointer(out.ctypes.data)
     for n in range(exponents.shape[0]):
-        first, end = n * _BLOCK, min(wide, (n + 1) * _BLOCK)
+        first, end = n * BLOCK, min(wide, (n + 1) * BLOCK)
         _scales(exponents[n], scaled)
         for w in range(many):
             scaled[w] *= weights[w]
@@ -344,8 +372,56 @@ def _numbers(codes, exponents, place, scale, out):
     """out = what the codes of one token stand for; scale is room for one number."""
     for n in range(exponents.shape[0]):
         _scales(exponents[n, place:], scale)
-        for i in range(n * _BLOCK, min(out.shape[0], (n + 1) * _BLOCK)):
+        for i in range(n * BLOCK, min(out.shape[0], (n + 1) * BLOCK)):
             out[i] = float32(codes[i]) * scale[0]
+
+
+@_inner
+def _load_state(codes, exponents, scale, out):
+    """out = what the codes of a state stand for; scale is room for one number."""
+    bits = scale.view(np.int32)
+    wide, result, whole = out.shape[1], pointer(out.ctypes.data), codes_at(codes.ctypes.data)
+    for i in range(out.shape[0]):
+        for n in range(exponents.shape[1]):
+            first, end = n * BLOCK, min(wide, (n + 1) * BLOCK)
+            exponent = int32(exponents[i, n])
+            bits[0] = _NAN if exponent == _NOT_FINITE else (exponent + int32(121)) << 23
+            if end - first == BLOCK:
+                load_scaled(result, whole, i * wide + first, bits[0])
+            else:
+                for j in range(first, end):
+                    out[i, j] = float32(codes[i, j]) * scale[0]
+
+
+@_inner
+def _round_state(state, token, codes, exponents, scale):
+    """The state after this token in eight bits, dithered; scale is room for one number."""
+    bits = scale.view(np.int32)
+    wide, numbers, whole = state.shape[1], pointer(state.ctypes.data), codes_at(codes.ctypes.data)
+    for i in range(state.shape[0]):
+        row = i * _OF_ROW + token * _OF_TOKEN
+        for n in range(exponents.shape[1]):
+            first, end = n * BLOCK, min(wide, (n + 1) * BLOCK)
+            most = 0
+            if end - first == BLOCK:
+                most = largest_bits(numbers, i * wide + first)
+            else:
+                for j in range(first, end):
+                    scale[0] = abs(state[i, j])
+                    most = max(most, bits[0])
+            exponent = max((most >> 23) - 127, _LEAST_EXPONENT)
+            exponents[i, n] = exponent if most < _INFINITE else _NOT_FINITE
+            # What is not finite is rounded to nobody's codes.
+            bits[0] = (127 + 6 - exponent) << 23 if most < _INFINITE else 0
+            place = row + first * _OF_COLUMN
+            if end - first == BLOCK:
+                store_dithered(whole, numbers, i * wide + first, bits[0], place, _OF_COLUMN)
+            else:
+                for j in range(first, end):
+                    pattern = float32((place & 0xFFFFFFFF) >> 8) * float32(2.0**-24)
+                    code = math.floor(state[i, j] * scale[0] + pattern) if most < _INFINITE else float32(0.0)
+                    codes[i, j] = min(max(code, -_MOST), _MOST)
+                    place += _OF_COLUMN
 
 
 @_kernel("void(f4[:,::1], f4[:,::1], f4[::1], f4[::1], f4, f4, f4[:,::1])")
@@ -489,8 +565,10 @@ ARRAYS = [
     "v_codes",
     "k_exponents",
     "v_exponents",
+    "fast_codes",
+    "fast_exponents",
 ]
-"""That `attend` reads and writes, in the order of its record; the last four are of int8, all others of float32."""
+"""That `attend` reads and writes, in the order of its record; the last six are of int8, all others of float32."""
 FLAGS = "rotated_fast", "leaving", "averages", "normed", "delta"
 _AT = 2 + len(FLAGS)
 """Place in the record of the first array's address and shape."""
@@ -573,6 +651,7 @@ def _compile(version: int) -> Any:
         mix_share: (H,) of this gate, by which a window counts less.
         k_codes, v_codes, k_exponents, v_exponents: (B, G, D, W), (B, G, W, V), and (B, G, _, W) both, a window in eight
             bits, in the place of ring_k and ring_v; else of width 0.
+        fast_codes, fast_exponents: (B, G, _, _) both, a state in eight bits, in the place of fast; else of width 0.
         window_bias: (H, W + S) added to the logits of each distance, then of each sink; of width 0 for none.
         numbers: the norms' epsilon, what they add to their weights, and the factor of q·k.
         rotated_fast: whether the fast weights' queries and keys have the rotary embedding.
@@ -612,7 +691,8 @@ def _attend(record):
     mix_weight, mix_bias, mix_share = _plane(record, 40), _line(record, 41), _line(record, 42)
     k_codes, v_codes = _blocks_of_codes(record, 43), _blocks_of_codes(record, 44)
     k_exponents, v_exponents = _blocks_of_codes(record, 45), _blocks_of_codes(record, 46)
-    has_mean, in_bits = share.shape[0] > 0, k_codes.shape[3] > 0
+    fast_codes, fast_exponents = _blocks_of_codes(record, 47), _blocks_of_codes(record, 48)
+    has_mean, in_bits, state_in_bits = share.shape[0] > 0, k_codes.shape[3] > 0, fast_codes.shape[3] > 0
     epsilon, offset, scale = numbers[0], numbers[1], numbers[2]
     B, H, D = q.shape
     G, V = v.shape[1], v.shape[2]
@@ -632,7 +712,8 @@ def _attend(record):
     f_rest = np.zeros(f.shape[0], dtype=np.float32)
     z = np.ones(max(1, value_bias.shape[0] // G), dtype=np.float32)
     z_rest = np.empty(z.shape[0], dtype=np.float32)
-    features = fast.shape[2] - D if has_mean else 0
+    features = max(fast.shape[2], fast_codes.shape[2]) - D if has_mean else 0
+    numbers_of_state = np.empty((fast_codes.shape[2], fast_codes.shape[3]), dtype=np.float32)
     mean_f, mean_rest = np.empty(1, dtype=np.float32), np.empty(1, dtype=np.float32)
     mean_q, mean_k = np.empty((R, features), dtype=np.float32), np.empty(features, dtype=np.float32)
     mean_v, mean = np.ones(V + 1, dtype=np.float32), np.empty(V + 1, dtype=np.float32)
@@ -735,7 +816,12 @@ def _attend(record):
                     _add_weighted_codes(v_codes[b, g], v_exponents[b, g], weights[r, far:], part, out[b, h])
                 else:
                     _add_weighted(ring_v[b, g], weights[r, far:], out[b, h])
-        state, averaged = fast[b, g, :D], fast[b, g, D:]
+        if state_in_bits:
+            held = numbers_of_state
+            _load_state(fast_codes[b, g], fast_exponents[b, g], number, held)
+        else:
+            held = fast[b, g]
+        state, averaged = held[:D], held[D:]
         left = (place + 1) % W if leaving else 0
         if leaving:
             _read(state, fast_q, g * R, of_fast, fast_unit, scale, read, out[b])
@@ -778,6 +864,8 @@ def _attend(record):
                 _write_by_delta(state, f[0], z[0], written, mapped, read)
             else:
                 _write(state, f, z, written, mapped)
+            if state_in_bits:
+                _round_state(held, count, fast_codes[b, g], fast_exponents[b, g], number)
         if not leaving:
             _read(state, fast_q, g * R, of_fast, fast_unit, scale, read, out[b])
             if has_mean:

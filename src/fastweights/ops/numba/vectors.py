@@ -30,6 +30,8 @@ _features: str | None = getattr(config, "CPU_FEATURES", None)
 FEATURES = (codegen.get_host_cpu_features() if _features is None else _features).split(",")
 """As LLVM names them: "+avx512f"."""
 LANES = 16 if "+avx512f" in FEATURES else 8
+BLOCK = 32
+"""Numbers in eight bits that share an exponent."""
 
 _extending: Any = extending  # its decorators have no types
 
@@ -179,6 +181,75 @@ def load_codes(typingctx, x, i):
         return builder.sitofp(builder.sext(codes, _ints), _floats)
 
     return vector(types.CPointer(types.int8), types.intp), codegen
+
+
+@intrinsic
+def largest_bits(typingctx, x, i):
+    """Bits of the largest magnitude of the BLOCK numbers from x[i] on; infinity has 0x7F800000, and NaN more."""
+
+    def codegen(context, builder, sig, args):
+        sizes = [
+            builder.and_(builder.bitcast(part, _ints), ir.Constant(_ints, [0x7FFFFFFF] * LANES))
+            for part in _parts(builder, args, _floats)
+        ]
+        most = sizes[0]
+        for other in sizes[1:]:
+            most = builder.select(builder.icmp_signed(">", most, other), most, other)
+        kind = ir.FunctionType(_int, [_ints])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
+        return builder.sext(builder.call(function, [most]), ir.IntType(64))
+
+    return types.int64(_pointer_type, types.intp), codegen
+
+
+@intrinsic
+def store_dithered(typingctx, codes, x, i, scale_bits, first, step):
+    """The BLOCK int8 numbers from codes[i] on = those of x times a scale, given by its bits, up or down by a pattern.
+
+    That is what first + n * step, in 2^32nds, is beyond a whole number for the n-th of them, in 24 bits.
+    """
+
+    def codegen(context, builder, sig, args):
+        codes, x, i, *numbers = args
+        scale_bits, first, step = (builder.trunc(number, _int) for number in numbers)
+        scale = broadcast(builder, builder.bitcast(scale_bits, _float))
+        kind = ir.VectorType(ir.IntType(8), LANES)
+        most, least = (ir.Constant(_floats, [number] * LANES) for number in (127.0, -127.0))
+        eight, unit = ir.Constant(_ints, [8] * LANES), ir.Constant(_floats, [2.0**-24] * LANES)
+        places = builder.add(
+            broadcast(builder, first), builder.mul(broadcast(builder, step), ir.Constant(_ints, [*range(LANES)]))
+        )
+        far = broadcast(builder, builder.mul(step, _int(LANES)))
+        for n, part in enumerate(_parts(builder, [x, i], _floats)):
+            pattern = builder.fmul(builder.sitofp(builder.lshr(places, eight), _floats), unit)
+            near = call_on_lanes(builder, "llvm.floor", call_on_lanes(builder, "llvm.fma", part, scale, pattern))
+            near = builder.select(builder.fcmp_ordered("<", near, most), near, most)
+            near = builder.select(builder.fcmp_ordered(">", near, least), near, least)
+            whole = builder.trunc(builder.fptosi(near, _ints), kind)
+            place = builder.add(i, ir.Constant(i.type, n * LANES))
+            builder.store(whole, _at(builder, [codes, place], kind), align=1)
+            places = builder.add(places, far)
+        return context.get_dummy_value()
+
+    numbers = types.int64, types.int64, types.int64
+    return types.void(types.CPointer(types.int8), _pointer_type, types.intp, *numbers), codegen
+
+
+@intrinsic
+def load_scaled(typingctx, x, codes, i, scale_bits):
+    """The BLOCK numbers from x[i] on = those of codes times a scale, given by its bits."""
+
+    def codegen(context, builder, sig, args):
+        x, codes, i, scale_bits = args
+        scale = broadcast(builder, builder.bitcast(builder.trunc(scale_bits, _int), _float))
+        kind = ir.VectorType(ir.IntType(8), LANES)
+        for n, part in enumerate(_parts(builder, [codes, i], kind, align=1)):
+            numbers = builder.fmul(builder.sitofp(builder.sext(part, _ints), _floats), scale)
+            place = builder.add(i, ir.Constant(i.type, n * LANES))
+            builder.store(numbers, _at(builder, [x, place], _floats), align=4)
+        return context.get_dummy_value()
+
+    return types.void(_pointer_type, types.CPointer(types.int8), types.intp, types.int64), codegen
 
 
 @intrinsic
@@ -387,6 +458,13 @@ def exp(x):
 
 def _at(builder, args, pointee):
     return builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(pointee))
+
+
+def _parts(builder, args, kind, align: int = 4):
+    """The vectors of a block."""
+    x, i = args
+    places = (builder.add(i, ir.Constant(i.type, first)) for first in range(0, BLOCK, LANES))
+    return [builder.load(_at(builder, [x, place], kind), align=align) for place in places]
 
 
 def _mask(builder, n):
