@@ -8,10 +8,19 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
 from fastweights.models import convert
-from fastweights.models.cache import FastWeightsCache, HybridCacheLayer, PureCacheLayer, detach, state_bytes
+from fastweights.models.cache import (
+    FastWeightsCache,
+    HybridCacheLayer,
+    PureCacheLayer,
+    detach,
+    layer_tensors,
+    state_bytes,
+)
+from fastweights.models.decoding import set_fast_decoding
+from fastweights.models.rings import GrowingCacheLayer
 from fastweights.settings.conversion import ConversionConfig
 from tests import tolerances
-from tests.conftest import make_gemma3, make_gpt2, random_ids
+from tests.conftest import make_gemma3, make_gpt2, make_llama, random_ids
 from tests.models.checks import check_pieces_equal_one_pass
 from tests.ops.problems import error
 
@@ -193,6 +202,63 @@ def test_a_wider_window_in_the_config_is_for_the_next_time(tmp_path):
     loaded.config.conversion["window_dtype"] = "int8"
     with pytest.raises(FastWeightsError, match="window_dtype is another than the model was made with"):
         loaded(random_ids(1, 4))
+
+
+@pytest.fixture(params=["none", "1"])
+def softmax(request):
+    """A model that keeps the keys and values of its softmax layers in eight bits."""
+    return convert(make_llama(), ConversionConfig(softmax_dtype="int8", layers=request.param)).eval()
+
+
+@torch.no_grad()
+def test_softmax_layers_in_eight_bits(softmax):
+    ids, other, cache = random_ids(3, 20), random_ids(3, 4, seed=5), DynamicCache()
+    softmax(ids, cache=cache)
+    growing = [layer for layer in cache.layers if isinstance(layer, GrowingCacheLayer)]
+    assert len(growing) == softmax.config.layer_types.count("full_attention")
+    assert cache.get_seq_length() == growing[0].get_seq_length() == 20
+    token = 2 * softmax.config.num_key_value_heads * (softmax.config.head_dim + 1)
+    assert {sum(x.nbytes for x in layer_tensors(layer).values()) for layer in growing} == {3 * 20 * token}
+    expected = softmax(torch.cat((ids, other), 1)).logits[:, -4:]
+    assert error(softmax(other, cache=deepcopy(cache)).logits, expected) <= tolerances.FLOAT32
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1, 4]))
+    assert error(softmax(other[[2, 0]], cache=cache).logits, expected[[2, 0]]) <= tolerances.FLOAT32
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(softmax(ids, cache=cache).logits, softmax(ids).logits, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_softmax_layers_in_eight_bits_generate_the_same_with_and_without_steps_of_their_own(softmax):
+    ids, found = random_ids(2, 12), []
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    for fast in (True, False):
+        set_fast_decoding(fast)
+        found.append([softmax.generate(ids, num_beams=beams, **arguments).tolist() for beams in (1, 2)])
+    set_fast_decoding(True)
+    assert found[0] == found[1]
+    with pytest.raises(FastWeightsError, match="a static cache was given"):
+        softmax.generate(ids, cache_implementation="static", **arguments)
+
+
+def test_softmax_layers_in_eight_bits_let_gradients_through(softmax):
+    x = torch.randn(1, 12, softmax.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    model = softmax.double()
+    cache = model(inputs_embeds=x[:, :6], use_cache=True).cache
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=x[:, 6:], cache=cache).logits[:, -1].sum(), x)
+    assert gradient[:, :6].abs().max() > 1e-6
+    cache = model(inputs_embeds=x[:, :6], use_cache=True).cache
+    detach(cache)
+    with torch.no_grad():
+        model(inputs_embeds=x[:, 6:], cache=cache)
+
+
+@torch.no_grad()
+def test_what_softmax_layers_keep_is_of_layers_that_there_are():
+    with pytest.raises(FastWeightsError, match="softmax_dtype is int8 and no layer keeps its softmax attention"):
+        convert(make_llama(), ConversionConfig(softmax_dtype="int8"))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from fastweights.layers.eight_bits import BLOCK
 from fastweights.layers.feature_maps import SoftmaxOfProjection
 from fastweights.layers.mix_gate import MixGate
 from fastweights.layers.quantised import Int4Linear, Int8Linear
-from fastweights.models import add_fast_weight_layer, convert, decoding
+from fastweights.models import add_fast_weight_layer, convert, decoding, rings
 from fastweights.models.cache import (
     FastWeightsCache,
     HybridCacheLayer,
@@ -33,6 +33,7 @@ from fastweights.models.cache import (
 from fastweights.models.decoding import Decoder, set_fast_decoding, why_plain
 from fastweights.models.lora import add_lora
 from fastweights.models.quantisation import WeightsConfig, quantise
+from fastweights.models.rings import GrowingCacheLayer
 from fastweights.ops import few_bits
 from fastweights.ops.numba.runtime import load_kernels
 from fastweights.reading.memory import load_memory, new_memory
@@ -197,6 +198,45 @@ def test_states_in_eight_bits(rule, form, family, rows):
         same = same.repeat_interleave(BLOCK, -1)[..., : off.shape[-1]]
         assert (off[same] > 0).float().mean() <= 0.02
         assert off[same].max() <= 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"layers": "none"}),
+        ("llama", {"layers": "1", "window": 8, "window_dtype": "int8"}),
+        ("gpt2", {"layers": "0,2"}),
+        ("gemma3_text", {"layers": "none"}),
+        ("mistral", {"layers": "none"}),
+    ],
+)
+def test_softmax_layers_in_eight_bits(family, settings, rows, monkeypatch):
+    """Also where their room is copied to a larger one."""
+    monkeypatch.setattr(rings, "_MORE_TOKENS", 4)
+    changes = {"n_embd": 66} if family == "gpt2" else {"head_dim": 40}
+    model = convert(FAMILIES[family](**changes), ConversionConfig(softmax_dtype="int8", **settings)).eval()
+    assert why_plain(model) is None
+    for start in (1, 20):
+        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
+        set_fast_decoding(False)
+        plain = FastWeightsCache(model.config)
+        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
+            model(part, cache=plain)
+        assert state_bytes(cache) == state_bytes(plain)
+        for layer, other in zip(cache.layers, plain.layers, strict=True):
+            held, expected = layer_tensors(layer), layer_tensors(other)
+            assert held.keys() == expected.keys()
+            if isinstance(layer, GrowingCacheLayer | SlidingCacheLayer):
+                assert held["keys_codes"].shape == expected["keys_codes"].shape
+                off = (held["keys_codes"].int() - expected["keys_codes"].int()).abs()
+                assert (off > 0).float().mean() <= 0.02
+                assert off.max() <= 1
+        twice = copy.deepcopy(cache)
+        found = [model(ids[:, :1], cache=each).logits for each in (cache, twice, plain)]
+        assert torch.equal(found[0], found[1])
+        assert error(found[0], found[2]) <= NEAR_HALVES
 
 
 @torch.no_grad()

@@ -160,6 +160,7 @@ def test_a_setting_that_came_later_leaves_memories_from_before_to_their_model():
         ("mix_gate", True),
         ("window_dtype", "int8"),
         ("state_dtype", "int8"),
+        ("softmax_dtype", "int8"),
     ):
         assert model.config.conversion.pop(name) == ADDED[name]
         assert fingerprint(model) == now

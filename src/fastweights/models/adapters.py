@@ -110,6 +110,7 @@ def load_adapter(
     wide_window: int | None = None,
     window_dtype: KeptDtype | None = None,
     state_dtype: KeptDtype | None = None,
+    softmax_dtype: KeptDtype | None = None,
     share: bool = False,
 ) -> FastWeightsForCausalLM:
     """The base model of an adapter, converted, and with the adapter in its weights; peft is not needed.
@@ -129,6 +130,7 @@ def load_adapter(
         window_dtype: of the windows' keys and values, where it is to be another than the adapter's: "int8" takes a
             quarter of float32's memory, "auto" is the model's.
         state_dtype: of the fast weights that caches keep, in the same way; "auto" is float32.
+        softmax_dtype: of keys and values in layers that keep their softmax attention.
         share: whether what is returned is to have the very weights of `base`, a model, beside LoRA that is not merged;
             they are not to be trained then, nor written into.
 
@@ -157,7 +159,7 @@ def load_adapter(
         if getattr(found.config, name, None) != value:
             raise FastWeightsError(f"{what}: it has {name} {getattr(found.config, name, None)}, and that had {value}")
     settings = _with_windows(adapter.settings, window, wide_window, what=str(folder))
-    dtypes = {"window_dtype": window_dtype, "state_dtype": state_dtype}
+    dtypes = {"window_dtype": window_dtype, "state_dtype": state_dtype, "softmax_dtype": softmax_dtype}
     settings = replace(settings, **{name: given for name, given in dtypes.items() if given is not None})
     model = with_config(found, settings)
     _check_sample(adapter.sample, model, what)

@@ -8,11 +8,9 @@ works as well, as ours take the place of its still empty ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -25,10 +23,19 @@ from transformers.cache_utils import (
 )
 
 from fastweights.errors import FastWeightsError
-from fastweights.layers.eight_bits import EightBits
+from fastweights.layers.eight_bits import EightBits, rounded
 from fastweights.layers.fast_weight_layer import FastWeightLayerState, FastWeights
 from fastweights.layers.window import KeysAndValues
 from fastweights.models.architectures import local_windows
+from fastweights.models.rings import (
+    CODES,
+    EXPONENTS,
+    GrowingCacheLayer,
+    KeepsKeysAndValues,
+    Windowed,
+    numbers_of,
+    wants_derivatives,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,37 +45,6 @@ if TYPE_CHECKING:
 
     from fastweights.models.configuration import FastWeightsConfig
     from fastweights.models.decoding import DecodingState
-
-
-@dataclass
-class Ring:
-    """What a window keeps, in places that stay while single tokens come: token t of W in place t mod W."""
-
-    k: Float[Tensor, "B G D W"] | Int8[Tensor, "B G D W"]
-    """Keys, or in a window of eight bits their codes."""
-    v: Float[Tensor, "B G W V"] | Int8[Tensor, "B G W V"]
-    k_exponents: Int8[Tensor, "B G _ W"]
-    """Of the codes; of none where there are no codes."""
-    v_exponents: Int8[Tensor, "B G _ W"]
-    sink_k: Float[Tensor, "B G S D"]
-    sink_v: Float[Tensor, "B G S V"]
-    tokens: int
-    """Read so far."""
-
-    def sinks(self) -> KeysAndValues:
-        """The document's first tokens, in the order of caches."""
-        return KeysAndValues(self.sink_k.transpose(1, 2), self.sink_v.transpose(1, 2))
-
-    def last(self) -> tuple[Float[Tensor, "B G L D"] | EightBits, Float[Tensor, "B G L V"] | EightBits]:
-        """Keys and values of the last W - 1 tokens, or of all, in their order."""
-        window = self.v.shape[2]
-        order = torch.arange(max(0, self.tokens - window + 1), self.tokens, device=self.v.device) % window
-        k, v = self.k[..., order].transpose(2, 3), self.v[:, :, order]
-        if k.dtype != torch.int8:
-            return k, v
-        exponents = (x[..., order].transpose(2, 3).contiguous() for x in (self.k_exponents, self.v_exponents))
-        k, v = (EightBits(x.contiguous(), own, self.sink_k.dtype) for x, own in zip((k, v), exponents, strict=True))
-        return k, v
 
 
 class Counting:
@@ -123,7 +99,7 @@ class _Recurrent(Counting, LinearAttentionLayer):
         """A state; None before the first token."""
         if not self.has_previous_state[state_idx]:
             return None
-        return self.recurrent_states[state_idx] if self.exponents is None else _numbers(self._held_state())
+        return self.recurrent_states[state_idx] if self.exponents is None else numbers_of(self._held_state())
 
     @property
     def state_shape(self) -> tuple[int, ...] | None:
@@ -134,7 +110,7 @@ class _Recurrent(Counting, LinearAttentionLayer):
     def keep_state(self, state: Tensor) -> None:
         """Take the place of the state before, in eight bits where it is kept so, once its tokens are counted."""
         self.exponents = None
-        if self.state_in_eight_bits and not (state.requires_grad or forward_ad._current_level >= 0):
+        if self.state_in_eight_bits and not wants_derivatives(state):
             state, self.exponents, self._state_dtype = EightBits.of(state, self.next_position - 1)
         self.put(state)
 
@@ -249,130 +225,23 @@ class PureCacheLayer(_Recurrent, CacheLayerMixin):
     prefetch = LinearAttentionLayer.prefetch
 
 
-class Windowed:
-    """A layer's keys and values of a window, which are a ring while single tokens come."""
-
-    sliding_window: int
-    number_of_sinks = 0
-    eight_bits = False
-    """Whether keys and values are kept so, where nobody wants a derivative through them; sinks are not."""
-    ring: Ring | None = None
-    """In the place of keys, values and sinks, while single tokens come."""
-    _kept: tuple[Tensor | EightBits | None, Tensor | EightBits | None] = (None, None)
-    _sinks: KeysAndValues | None = None
-
-    @property
-    def sinks(self) -> KeysAndValues | None:
-        """The first tokens of each row's document; what stands for those it has not read yet is seen by none."""
-        if self.ring is None:
-            return self._sinks
-        return self.ring.sinks() if self.number_of_sinks else None
-
-    @sinks.setter
-    def sinks(self, sinks: KeysAndValues | None) -> None:
-        self.leave_ring()
-        self._sinks = sinks
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Of the window, a copy of one in eight bits; whoever asks for them ends the ring, if there is one."""
-        self.leave_ring()
-        return _numbers(self._kept[0])
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        self.leave_ring()
-        self._kept = (self._as_kept(keys), self._kept[1])
-
-    @property
-    def values(self) -> Tensor | None:
-        """As `keys`."""
-        self.leave_ring()
-        return _numbers(self._kept[1])
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        self.leave_ring()
-        self._kept = (self._kept[0], self._as_kept(values))
-
-    def _as_kept(self, x: Tensor | None) -> Tensor | EightBits | None:
-        if x is None or not self.eight_bits or not x.numel() or x.requires_grad or forward_ad._current_level >= 0:
-            return x
-        return EightBits.of(x)
-
-    def kept(self) -> dict[str, Tensor]:
-        """Keys and values as they are in memory, by name."""
-        self.leave_ring()
-        found = {}
-        for name, x in zip(("keys", "values"), self._kept, strict=True):
-            if isinstance(x, EightBits):
-                found |= {f"{name}{CODES}": x.codes, f"{name}{EXPONENTS}": x.exponents}
-            elif x is not None:
-                found[name] = x
-        return found
-
-    def change_kept(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Keys and values by what `change` makes of their rows."""
-        self.leave_ring()
-        keys, values = (
-            x.change(change) if isinstance(x, EightBits) else None if x is None else change(x) for x in self._kept
-        )
-        self._kept = keys, values
-
-    def leave_ring(self) -> None:
-        """Keep keys, values and sinks by themselves again."""
-        if self.ring is not None:
-            self._kept, self._sinks, self.ring = self.ring.last(), self.sinks, None
-
-    def as_ring(self) -> Ring | None:
-        """The window as a ring from now on; None where rows are at different places, or some of it is not there."""
-        (keys, values), window, sinks = self._kept, self.sliding_window, self.number_of_sinks
-        tokens = self.document_length()
-        if self.ring is not None or keys is None or values is None or not isinstance(tokens, int):
-            return self.ring
-        if keys.dtype != torch.float32 or bool(sinks) != (self.sinks is not None):
-            return None
-        if isinstance(keys, EightBits) and isinstance(values, EightBits):
-            parts = keys.codes, values.codes, keys.exponents, values.exponents
-        elif isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and not self.eight_bits:
-            parts = keys, values
-        else:
-            return None
-        B, G, L, _ = parts[0].shape
-        if min(tokens, window - 1) != L:
-            return None
-        order = torch.arange(tokens - L, tokens, device=parts[0].device) % window
-        k, v, *exponents = (x.new_zeros(B, G, window, x.shape[3]) for x in parts)
-        for place, x in zip((k, v, *exponents), parts, strict=True):
-            place[:, :, order] = x
-        exponents = exponents or [x.new_zeros(B, G, window, 0, dtype=torch.int8) for x in (k, v)]
-        first = [torch.zeros(B, G, 0, x.shape[3], dtype=keys.dtype, device=x.device) for x in (k, v)]
-        if self.sinks is not None:
-            first = [x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in self.sinks]
-        k, *exponents = (x.transpose(2, 3).contiguous() for x in (k, *exponents))
-        ring = Ring(k, v, *exponents, *first, tokens=tokens)
-        self._kept, self._sinks, self.ring = (None, None), None, ring
-        return self.ring
-
-    def document_length(self) -> int | Int[Tensor, "B 1"]:
-        """Tokens of its document that each row has read."""
-        raise NotImplementedError
-
-
-def _numbers(kept: Tensor | EightBits | None) -> Tensor | None:
-    return kept.numbers() if isinstance(kept, EightBits) else kept
-
-
 class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
     """Keys and values of a softmax layer that has a window of its own, as most of Gemma 3's have."""
 
     documents: Int[Tensor, "B L"] | None = None
     """By number the document of each token that is kept, -1 for padding; None while there was only one."""
 
+    def __init__(self, sliding_window: int, *, eight_bits: bool = False) -> None:
+        super().__init__(sliding_window)
+        self.eight_bits = eight_bits
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """All that the new tokens see; what the window keeps of it is kept by itself, not as a view of it all."""
+        if self.eight_bits:
+            key_states, value_states = rounded(key_states), rounded(value_states)
         seen = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past and (key_states.shape[2] > 1 or self.sliding_window == 1):
+        views = not self.eight_bits or wants_derivatives(key_states)
+        if views and not self.record_past and (key_states.shape[2] > 1 or self.sliding_window == 1):
             room = self.sliding_window - 1
             self.keys, self.values = (x[:, :, max(0, x.shape[2] - room) :].clone() for x in seen)
         return seen
@@ -384,7 +253,7 @@ class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of what new tokens may see, and the position of its first, among all that were read."""
-        kept = 0 if self.keys is None else min(self.keys.shape[2], self.sliding_window - 1)
+        kept = 0 if self.kept_shape is None else min(self.kept_shape[2], self.sliding_window - 1)
         return kept + query_length, self.next_position - kept
 
     def document_length(self) -> int:
@@ -556,6 +425,12 @@ class FastWeightsCache(DynamicCache):
         if config.fast_weight_layer is not None and self.block is None:
             self.layers.append(BlockCacheLayer())
         self._give_softmax_layers_their_windows(config)
+        static = any(isinstance(layer, StaticLayer) for layer in self.layers)
+        if config.softmax_in_eight_bits and static:
+            raise FastWeightsError(
+                "a static cache was given, and this model keeps the keys and values of its softmax attention in eight "
+                "bits: leave cache_implementation out, or use a DynamicCache"
+            )
         for i, kind in enumerate(types):
             layer = self.layers[i]
             if _fits(layer, i, config, sizes):
@@ -566,7 +441,7 @@ class FastWeightsCache(DynamicCache):
                     f"{kind}: the cache is another model's; begin with a new one"
                 )
             self.layers[i] = _new_layer(i, config)
-        if self.recurrent and any(isinstance(layer, StaticLayer) for layer in self.layers):
+        if self.recurrent and static:
             # transformers would leave out the mask that hides the empty places of its static layers.
             raise FastWeightsError(
                 "a static cache was given, and this model has layers with softmax attention beside its fast weights: "
@@ -581,7 +456,8 @@ class FastWeightsCache(DynamicCache):
             layer = self.layers[i]
             if kind == "full_attention" and type(layer) in _GROWING and not layer.is_initialized:
                 window = getattr(theirs[i], "sliding_window", None)
-                self.layers[i] = theirs[i] if window is None else SlidingCacheLayer(window)
+                few = config.softmax_in_eight_bits
+                self.layers[i] = theirs[i] if window is None else SlidingCacheLayer(window, eight_bits=few)
 
     @property
     def device(self) -> torch.device:
@@ -783,8 +659,6 @@ class FastWeightsCache(DynamicCache):
 
 _GROWING = DynamicLayer, DynamicSlidingWindowLayer
 """transformers' layers of a cache that nothing was said of."""
-CODES, EXPONENTS = "_codes", "_exponents"
-"""What the two tensors of numbers in eight bits have behind their name."""
 _KEPT = 2
 """States that are left after each `crop`, so that memory stays as it is however long the text."""
 
@@ -799,7 +673,7 @@ class _Saved(NamedTuple):
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
-    if isinstance(layer, Windowed):
+    if isinstance(layer, KeepsKeysAndValues):
         layer.leave_ring()  # which single tokens are written into
     return _copied(vars(layer))
 
@@ -844,7 +718,8 @@ def _fits(layer: Any, i: int, config: FastWeightsConfig, sizes: _Sizes) -> bool:
             return False
         has = layer.sliding_window, layer.number_of_sinks, layer.eight_bits
         return has == (config.windows[i], config.sinks, config.windows_in_eight_bits)
-    return not isinstance(layer, LinearAttentionCacheLayerMixin)
+    few = getattr(layer, "eight_bits", False)
+    return not isinstance(layer, LinearAttentionCacheLayerMixin) and few == config.softmax_in_eight_bits
 
 
 def _new_layer(i: int, config: FastWeightsConfig) -> Any:
@@ -852,7 +727,7 @@ def _new_layer(i: int, config: FastWeightsConfig) -> Any:
     if kind == "linear_attention":
         return PureCacheLayer(state_in_eight_bits=few)
     if kind != "hybrid_sliding":
-        return DynamicLayer()
+        return GrowingCacheLayer() if config.softmax_in_eight_bits else DynamicLayer()
     of_window = config.windows[i], config.sinks
     return HybridCacheLayer(*of_window, eight_bits=config.windows_in_eight_bits, state_in_eight_bits=few)
 
@@ -882,7 +757,7 @@ def layer_tensors(layer) -> dict[str, Tensor]:
     if getattr(layer, "exponents", None) is not None:
         found |= {f"state0{CODES}": found.pop("state0"), f"state0{EXPONENTS}": layer.exponents}
     found["tail"] = getattr(layer, "conv_states", {}).get(0)
-    if isinstance(layer, Windowed):
+    if isinstance(layer, KeepsKeysAndValues):
         found |= layer.kept()
     else:
         found |= {name: getattr(layer, name, None) for name in ("keys", "values")}

@@ -164,6 +164,11 @@ class FastWeightsConfig(PreTrainedConfig):
         return (self.conversion or {}).get("state_dtype") == EIGHT_BITS
 
     @property
+    def softmax_in_eight_bits(self) -> bool:
+        """Whether caches keep the keys and values of layers with softmax attention so."""
+        return (self.conversion or {}).get("softmax_dtype") == EIGHT_BITS
+
+    @property
     def sinks(self) -> int:
         """First tokens that stay visible to the softmax of hybrid layers."""
         return (self.conversion or {}).get("sinks") or 0

@@ -62,11 +62,10 @@ from fastweights.models.cache import (
     FastWeightsCache,
     HybridCacheLayer,
     PureCacheLayer,
-    Ring,
     SlidingCacheLayer,
-    Windowed,
 )
 from fastweights.models.replacement import inverse_rotation
+from fastweights.models.rings import GrowingCacheLayer, GrowingWindow, Ring, Windowed
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
@@ -197,8 +196,6 @@ _SOFTMAX = (None, "sdpa", "eager")
 """Implementations of attention that are softmax and nothing else."""
 _DROPOUTS = "attention_dropout", "dropout", "layerdrop"
 """Numbers that modules have in the place of one that drops out."""
-_MORE_TOKENS = 256
-"""Room for more in a softmax layer, or a quarter of what it has, before all is copied to a larger place."""
 _WORTH_A_TEAM = 20_000
 """Numbers that a layer's kernel reads for a token; one thread has done with fewer before others have woken up."""
 _enabled = True
@@ -571,43 +568,6 @@ def _rotaries(model: FastWeightsForCausalLM) -> dict[tuple[str, ...], list[int]]
 def _rotary_arguments(model: FastWeightsForCausalLM, layer: int) -> tuple[str, ...]:
     """Of a family that has more than one rotary embedding, the kind of a layer."""
     return (model.config.base.layer_types[layer],) if model.model.architecture.rotary_arguments else ()
-
-
-class GrowingWindow:
-    """A softmax layer's keys and values with room behind them; the layer's own are a view of those that there are.
-
-    Whoever gives the layer others, as transformers' modules do with each token, ends it.
-
-    Args:
-        layer: transformers', with keys and values of the same tokens.
-    """
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        B, G, tokens, D = keys.shape
-        room = tokens + max(_MORE_TOKENS, tokens // 4)
-        self.k = torch.empty(B, G, D, room, dtype=torch.float32)
-        self.v = torch.empty(B, G, room, values.shape[3], dtype=torch.float32)
-        self.k[..., :tokens], self.v[:, :, :tokens] = keys.transpose(2, 3), values
-        self.layer, self.room = layer, room
-        self.show(tokens)
-
-    def show(self, tokens: int) -> None:
-        """Let the layer have so many."""
-        self._shown = self.k[..., :tokens].transpose(2, 3), self.v[:, :, :tokens]
-        self.layer.keys, self.layer.values = self._shown
-
-    def is_current(self) -> bool:
-        """Whether the layer has what it was last shown."""
-        return self.layer.keys is self._shown[0] and self.layer.values is self._shown[1]
-
-    def ring(self) -> Ring:
-        """As the kernel takes windows: one that no token leaves."""
-        sinks = self.v.new_zeros(*self.v.shape[:2], 0, self.v.shape[3])
-        no_exponents = self.k[:, :, :0].to(torch.int8)
-        return Ring(self.k, self.v, no_exponents, no_exponents, sinks, sinks, tokens=0)
 
 
 class DecodingState:
@@ -1042,7 +1002,7 @@ def _holds(layer: DynamicLayer, window: int | None, rows: int, tokens: int) -> b
     if keys is None or keys.dtype != torch.float32 or len(keys) != rows:
         return False
     if window is None:
-        return type(layer) is DynamicLayer and keys.shape[2] == tokens
+        return type(layer) in (DynamicLayer, GrowingCacheLayer) and keys.shape[2] == tokens
     if not isinstance(layer, SlidingCacheLayer) or layer.record_past:
         return False
     return (layer.sliding_window, layer.next_position) == (window, tokens)

@@ -26,7 +26,7 @@ _HALF = (0.0, 0.0)
 OF_GATES = ("value_gate", "gate_bias", "gate_rank", "write_bias")
 BEFORE = {"sinks": 0, "write": "all", "normaliser": False}
 """What was so in conversions that were saved without a word of it, by earlier versions."""
-_DTYPES = {"window_dtype": AUTO, "state_dtype": AUTO}
+_DTYPES = {"window_dtype": AUTO, "state_dtype": AUTO, "softmax_dtype": AUTO}
 ADDED = {"value_map": False, "conv_size": 0, "feature_dim": None, "mix_gate": False, **_DTYPES}
 """Settings that came later, with what was so before: runs and memories from then do not know of them, and go on."""
 _SINKS = 4
@@ -61,6 +61,9 @@ class SharedConversion:
     state_dtype: KeptDtype = "auto"
     """Of the fast weights between two calls, as between two tokens of an answer: auto, float32, or int8, a quarter of
     that: MXINT8, rounded up or down by a pattern that goes with the position, so that small changes add up."""
+    softmax_dtype: KeptDtype = "auto"
+    """Of the keys and values in the caches of layers that keep their softmax attention: auto, the model's, or int8, as
+    windows have them."""
     value_gate: bool = True
     """Decay per value channel too, as in the paper."""
     value_map: bool = False
@@ -275,6 +278,11 @@ class ConversionConfig(SharedConversion):
         windows = self.windows or [self.window if kind == "hybrid_sliding" else 0 for kind in layer_types]
         if [bool(window) for window in windows] != [kind == "hybrid_sliding" for kind in layer_types]:
             raise FastWeightsError(f"windows is {windows}; there must be one for each of {', '.join(layer_types)}")
+        if self.softmax_dtype != AUTO and "full_attention" not in layer_types:
+            raise FastWeightsError(
+                f"softmax_dtype is {self.softmax_dtype} and no layer keeps its softmax attention; leave it out, or say"
+                " by layers which do"
+            )
         if self.window and self.window not in windows:
             raise FastWeightsError(f"window is {self.window} and windows {windows}: give one that some layer has")
         sinks = (_SINKS if self.window else 0) if self.sinks is None else self.sinks

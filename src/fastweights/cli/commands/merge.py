@@ -16,6 +16,7 @@ def merge(
     wide_window: int | None = None,
     window_dtype: KeptDtype | None = None,
     state_dtype: KeptDtype | None = None,
+    softmax_dtype: KeptDtype | None = None,
     weights: Weights | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -37,6 +38,8 @@ def merge(
         Keep the windows' keys and values in another form: "int8", a quarter of the memory, or "auto", as the model's.
     state_dtype
         The same of the fast weights that are kept from token to token; "auto" is float32.
+    softmax_dtype
+        The same of keys and values in layers that keep their softmax attention.
     weights
         Save matrices as "bf16", "int8" or "int4", for inference: the model is then loaded so.
     overwrite
@@ -51,8 +54,15 @@ def merge(
     for source in (adapter, *([] if base is None else [base])):
         check_apart(source, output)
     check_output_folder(output, overwrite=overwrite)
-    windows = {"window": window, "wide_window": wide_window, "window_dtype": window_dtype}
-    model = load_adapter(adapter, base, **windows, state_dtype=state_dtype)
+    model = load_adapter(
+        adapter,
+        base,
+        window=window,
+        wide_window=wide_window,
+        window_dtype=window_dtype,
+        state_dtype=state_dtype,
+        softmax_dtype=softmax_dtype,
+    )
     tokenizer = load_tokenizer(base or adapter)
     model = quantise(model, weights or "fp32")
     with only_run(output):
