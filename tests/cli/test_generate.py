@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from fastweights.embedded import byte_tokenizer
 from fastweights.files import save_model
-from fastweights.models import load_model
+from fastweights.models import convert, load_model
 from fastweights.models.decoding import Decoder
+from fastweights.models.quantisation import quantise
+from fastweights.models.rings import GrowingCacheLayer
+from fastweights.settings.conversion import ConversionConfig
 from tests.cli.test_cli import run
 from tests.conftest import FAMILIES, make_llama
 
@@ -114,6 +117,36 @@ def test_softmax_models_take_our_steps(monkeypatch, capsys, tmp_path, family, we
     assert code == 0
     assert answers(out)[0]["text"] == byte_tokenizer().decode(whole[0, 5:], skip_special_tokens=True)
     assert len(made) == (0 if family == "opt" else 6)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_softmax_in_eight_bits(monkeypatch, capsys, tmp_path, weights):
+    save_model(make_llama(), byte_tokenizer(), tmp_path / "model")
+    given = "generate", tmp_path / "model", "--prompt", "def f", "--json", "--weights", weights, *FEW
+    kept, growing = [], GrowingCacheLayer.__init__
+    monkeypatch.setattr(GrowingCacheLayer, "__init__", lambda layer: kept.append(layer) or growing(layer))
+    assert run(monkeypatch, capsys, *given)[0] == 0
+    assert not kept
+    code, out, _ = run(monkeypatch, capsys, *given, "--softmax-dtype", "int8")
+    assert (code, len(kept)) == (0, 3)
+    assert {layer.get_seq_length() for layer in kept} == {4 + 6}
+    model = quantise(convert(make_llama(), ConversionConfig(layers="none", softmax_dtype="int8")).eval(), weights)
+    ids = byte_tokenizer()("def f", return_tensors="pt")["input_ids"]
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert answers(out)[0]["text"] == byte_tokenizer().decode(whole[0, 5:], skip_special_tokens=True)
+
+
+def test_softmax_in_eight_bits_is_for_models_that_have_some_in_a_cache_of_ours(
+    monkeypatch, capsys, endless_folder, tmp_path
+):
+    save_model(FAMILIES["opt"](do_layer_norm_before=False), byte_tokenizer(), tmp_path / "model")
+    for folder, expected in (
+        (endless_folder, "no layer keeps its softmax attention"),
+        (tmp_path / "model", "goes through transformers' modules"),
+    ):
+        code, out, err = run(monkeypatch, capsys, "generate", folder, "--softmax-dtype", "int8", *FEW)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert expected in err
 
 
 def test_bare_generate_says_something(monkeypatch, capsys):

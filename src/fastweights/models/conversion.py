@@ -23,7 +23,7 @@ from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.models.quantisation import check_not_quantised, quantise, weights_of
 from fastweights.models.recording import record_calls
-from fastweights.settings.conversion import ConversionConfig
+from fastweights.settings.conversion import ConversionConfig, KeptDtype
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.weights import WEIGHTS
 
@@ -214,20 +214,37 @@ def with_config(
     return model
 
 
-def load_for_decoding(source: str | Path, weights: str | None = None) -> PreTrainedModel:
+def load_for_decoding(
+    source: str | Path, weights: str | None = None, softmax_dtype: KeptDtype | None = None
+) -> PreTrainedModel:
     """As `load_model`, and a softmax model as `layers="none"` has it if it then decodes by this library's steps.
 
     Args:
         source: as there.
         weights: as there.
+        softmax_dtype: of keys and values in layers with softmax attention, where it is to be another than the model's.
 
     Raises:
-        FastWeightsError: as there.
+        FastWeightsError: as there, or no layer of the model has such an attention with a cache of ours.
     """
     check_name("weights", weights or "fp32", WEIGHTS)
     model = load_model(source)
     whole = weights_of(model) == "fp32"
-    return quantise(_by_our_steps(model) if whole else model, weights or "fp32")
+    model = quantise(_by_our_steps(model) if whole else model, weights or "fp32")
+    if softmax_dtype is not None:
+        _keep_softmax_in(softmax_dtype, model, source)
+    return model
+
+
+def _keep_softmax_in(dtype: KeptDtype, model: PreTrainedModel, source: str | Path) -> None:
+    if not isinstance(model, FastWeightsForCausalLM):
+        raise FastWeightsError(
+            f"softmax_dtype is {dtype} and {source} goes through transformers' modules, whose caches are its own: "
+            "leave it out, or convert the model with layers none"
+        )
+    conversion = replace(model.config.settings, softmax_dtype=dtype).for_layers(len(model.config.layer_types))
+    assert model.config.conversion is not None
+    model.config.conversion["softmax_dtype"] = conversion.softmax_dtype
 
 
 def _by_our_steps(model: PreTrainedModel) -> PreTrainedModel:

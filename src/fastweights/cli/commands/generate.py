@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from fastweights.cli.console import Line, note
 from fastweights.cli.sampling import check_sampling, sampling_settings
 from fastweights.errors import FastWeightsError, check_seed
+from fastweights.settings.conversion import KeptDtype
 from fastweights.settings.weights import Weights
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def generate(
     seed: int = 0,
     memory: Path | None = None,
     weights: Weights | None = None,
+    softmax_dtype: KeptDtype | None = None,
     device: str = "cpu",
     json: bool = False,
 ) -> None:
@@ -77,6 +79,8 @@ def generate(
         File that `fastweights read` made, with the same weights: go on from the text that was read.
     weights
         Keep matrices as "bf16", "int8" or "int4": less memory, more tokens a second, a little less exact.
+    softmax_dtype
+        "int8" keeps keys and values of softmax attention in eight bits: a quarter of the memory, and faster steps.
     device
         Where to compute: "cpu", whose steps have kernels of their own, or a GPU, such as "cuda".
     json
@@ -96,7 +100,7 @@ def generate(
     from fastweights.models.loading import load_tokenizer, on_device
     from fastweights.reading.memory import load_memory
 
-    tokenizer, loaded = load_tokenizer(model), on_device(load_for_decoding(model, weights), device)
+    tokenizer, loaded = load_tokenizer(model), on_device(load_for_decoding(model, weights, softmax_dtype), device)
     remembered = None if memory is None else load_memory(loaded, memory)
     settings = sampling_settings(loaded.generation_config, asked, max_new_tokens=max_new_tokens, beams=beams)
     line = Line()
