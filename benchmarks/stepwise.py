@@ -71,7 +71,9 @@ def by_steps(model: FastWeightsForCausalLM, blocks: Int[Tensor, "B T"]) -> tuple
 @torch.no_grad()
 def at_once(model: FastWeightsForCausalLM, blocks: Int[Tensor, "B T"]) -> float:
     """Loss of the same tokens."""
-    losses = [cross_entropy(model(block[None, :-1]).logits[0].double(), block[1:]).item() for block in blocks]
+    losses = [
+        cross_entropy(model(block[None, :-1], use_cache=False).logits[0].double(), block[1:]).item() for block in blocks
+    ]
     return sum(losses) / len(losses)
 
 
