@@ -321,7 +321,7 @@ def test_families(family, form):
 )
 def test_layers_that_keep_their_attention(family, converted, window, monkeypatch):
     """One of Gemma's has a window of its own, shorter than the texts."""
-    monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)  # so that it is too small twice
+    monkeypatch.setattr(rings, "_MORE_TOKENS", 5)  # so that it is too small twice
     model = make(family, window=window, layers=converted)
     assert why_plain(model) is None
     for rows, start in ((1, 1), (1, 20), (3, 20)):
@@ -398,7 +398,7 @@ def test_attention_that_is_more_than_a_softmax_goes_plainly(family):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_layer_that_keeps_its_attention_goes_on_anywhere(family, monkeypatch):
     """Rows in another order, a copy, other tokens read plainly, an emptied cache: steps go on from what is there."""
-    monkeypatch.setattr(decoding, "_MORE_TOKENS", 5)
+    monkeypatch.setattr(rings, "_MORE_TOKENS", 5)
     model, ids = make(family, window=8, layers="0,2"), random_ids(2, 40)
 
     def read(*, fast: bool) -> list[torch.Tensor]:

@@ -189,7 +189,9 @@ _LINEAR = {nn.Linear, Conv1D, Float32Linear, *LINEAR.values()}
 _DECODER = "_decoder"
 """Where a model keeps it."""
 _ROOMS = 4
-"""Numbers of rows for which room is kept."""
+"""Numbers of rows for which room is kept, and places of texts for which angles are."""
+_ANGLES = 32
+"""Tokens whose rotary embeddings are computed at once, as one takes as long."""
 _AT_ONCE = 4
 """Tokens that an assistant reads one by one: more are read faster by transformers' modules."""
 _SOFTMAX = (None, "sdpa", "eager")
@@ -497,6 +499,8 @@ class Decoder:
         """What is added to the embedding at each position, or at all."""
         self.kernels: Any = load_kernels("decoding")
         self.rotaries = _rotaries(model)
+        self._angles: dict[int, list[Tensor]] = {}
+        """Of the tokens from some places on."""
         self.rooms: dict[int, Room] = {}
         self._watched = _Watch(model)
 
@@ -545,16 +549,31 @@ class Decoder:
 
     def _rotate(self, room: Room, tokens: int) -> None:
         """Cosines and sines of this position; for each window, where sinks are seen from, and back from what leaves."""
+        if any(rotary.shape[2] for rotary in room.rotaries):
+            first = tokens - tokens % _ANGLES
+            if first not in self._angles:
+                while len(self._angles) >= _ROOMS:
+                    self._angles.pop(next(iter(self._angles)))
+                self._angles[first] = self._angles_from(first, room)
+            for rotary, angles in zip(room.rotaries, self._angles[first], strict=True):
+                rotary.copy_(angles[tokens - first])
+
+    def _angles_from(self, first: int, room: Room) -> list[Float[Tensor, "N _ 2 width"]]:
+        """Of each kind, for so many tokens from this one on."""
+        tokens, found = torch.arange(first, first + _ANGLES), []
         for rotary, (arguments, windows) in zip(room.rotaries, self.rotaries.items(), strict=True):
+            reach = (tokens.clamp(max=window + self.model.config.sinks - 1) for window in windows)
+            left = (tokens - window + 1 for window in windows)
+            positions = torch.stack([tokens, *reach, *left], 1)
+            angles = rotary.new_zeros(*positions.shape, *rotary.shape[1:])
             if rotary.shape[2]:
-                reach = (window + self.model.config.sinks - 1 for window in windows)
-                left = (tokens - window + 1 for window in windows)
-                positions = torch.tensor([[tokens, *(min(tokens, most) for most in reach), *left]])
-                cos, sin = self.base.rotary_emb(room.x, positions, *arguments)  # type: ignore[operator]
-                rotary[:, 0], rotary[:, 1] = cos[0], sin[0]
+                turns = self.base.rotary_emb(room.x, positions.view(1, -1), *arguments)  # type: ignore[operator]
+                angles[:, :, 0], angles[:, :, 1] = (x.view(*positions.shape, -1) for x in turns)
                 if self.model.model._takes_rotary_off:
-                    last = rotary[1 + len(windows) :]
-                    last[:, 0], last[:, 1] = inverse_rotation(last[:, 0], last[:, 1])
+                    last = angles[:, 1 + len(windows) :]
+                    last[:, :, 0], last[:, :, 1] = inverse_rotation(last[:, :, 0], last[:, :, 1])
+            found.append(angles)
+        return found
 
 
 def _rotaries(model: FastWeightsForCausalLM) -> dict[tuple[str, ...], list[int]]:
