@@ -7,11 +7,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastweights.errors import FastWeightsError
+from fastweights.layers.eight_bits import rounded
 from fastweights.models import convert
 from fastweights.models.cache import (
     FastWeightsCache,
     HybridCacheLayer,
     PureCacheLayer,
+    SlidingCacheLayer,
     detach,
     layer_tensors,
     state_bytes,
@@ -253,6 +255,17 @@ def test_softmax_layers_in_eight_bits_let_gradients_through(softmax):
     detach(cache)
     with torch.no_grad():
         model(inputs_embeds=x[:, 6:], cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_windows_of_softmax_layers_in_eight_bits(window):
+    layer, keys = SlidingCacheLayer(window, eight_bits=True), torch.randn(2, 3, 12, 40)
+    seen = torch.cat([layer.update(part, part)[0][:, :, -part.shape[2] :] for part in keys.split((7, 1, 4), 2)], 2)
+    assert torch.equal(seen, rounded(keys))
+    room = min(12, window - 1)
+    assert torch.equal(layer.keys, rounded(keys)[:, :, 12 - room :])
+    assert sum(x.untyped_storage().nbytes() for x in layer_tensors(layer).values()) <= 2 * 2 * 3 * room * (40 + 2)
 
 
 @torch.no_grad()
