@@ -147,6 +147,16 @@ NEAR_HALVES = 2e-2
 """What it may make where numbers that differ in their last digit are rounded to different codes."""
 
 
+def in_both_ways(model, rows: int, start: int) -> tuple[FastWeightsCache, FastWeightsCache]:
+    """What is kept after the same tokens, one by one by the kernel and without it, which say nearly the same."""
+    cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
+    set_fast_decoding(False)
+    plain = FastWeightsCache(model.config)
+    for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
+        model(part, cache=plain)
+    return cache, plain
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -159,11 +169,7 @@ def test_windows_in_eight_bits(rule, form, family, rows):
     model = make(family, rule=rule, window_dtype="int8", changes=changes, **FORMS[form])
     assert why_plain(model) is None
     for start in (1, 20):
-        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
-        set_fast_decoding(False)
-        plain = FastWeightsCache(model.config)
-        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
-            model(part, cache=plain)
+        cache, plain = in_both_ways(model, rows, start)
         held, expected = cache.layers[0].kept(), plain.layers[0].kept()
         codes, exponents = ([f"{name}_{part}" for name in ("keys", "values")] for part in ("codes", "exponents"))
         assert held.keys() == expected.keys() == {*codes, *exponents}
@@ -184,11 +190,7 @@ def test_states_in_eight_bits(rule, form, family, rows):
     model = make(family, rule=rule, state_dtype="int8", changes=changes, **FORMS[form])
     assert why_plain(model) is None
     for start in (1, 20):
-        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
-        set_fast_decoding(False)
-        plain = FastWeightsCache(model.config)
-        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
-            model(part, cache=plain)
+        cache, plain = in_both_ways(model, rows, start)
         held, expected = layer_tensors(cache.layers[0]), layer_tensors(plain.layers[0])
         assert held.keys() == expected.keys()
         assert {"state0_codes", "state0_exponents"} <= held.keys()
@@ -219,11 +221,7 @@ def test_softmax_layers_in_eight_bits(family, settings, rows, monkeypatch):
     model = convert(FAMILIES[family](**changes), ConversionConfig(softmax_dtype="int8", **settings)).eval()
     assert why_plain(model) is None
     for start in (1, 20):
-        cache, ids = check(model, rows=rows, start=start, tolerance=NEAR_HALVES, plain_step=1), random_ids(rows, 40)
-        set_fast_decoding(False)
-        plain = FastWeightsCache(model.config)
-        for part in (ids[:, :start], *ids[:, start : start + 12].split(1, 1), ids[:, -5:]):
-            model(part, cache=plain)
+        cache, plain = in_both_ways(model, rows, start)
         assert state_bytes(cache) == state_bytes(plain)
         for layer, other in zip(cache.layers, plain.layers, strict=True):
             held, expected = layer_tensors(layer), layer_tensors(other)
@@ -234,7 +232,7 @@ def test_softmax_layers_in_eight_bits(family, settings, rows, monkeypatch):
                 assert (off > 0).float().mean() <= 0.02
                 assert off.max() <= 1
         twice = copy.deepcopy(cache)
-        found = [model(ids[:, :1], cache=each).logits for each in (cache, twice, plain)]
+        found = [model(random_ids(rows, 1), cache=each).logits for each in (cache, twice, plain)]
         assert torch.equal(found[0], found[1])
         assert error(found[0], found[2]) <= NEAR_HALVES
 

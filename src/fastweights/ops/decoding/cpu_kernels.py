@@ -174,33 +174,49 @@ def _softmaxes(weight, head, x, out):
             part[i] /= total
 
 
-@_inner
-def _add_weighted(v, weights, out):
-    """out += weights^T v, of as many rows and columns of v as there are weights and outputs."""
-    many, wide, columns = weights.shape[0], v.shape[1], out.shape[0]
-    numbers, result = pointer(v.ctypes.data), pointer(out.ctypes.data)
-    # LLVM would look at each four rows whether arrays overlap.
-    for j in range(0, columns - 2 * LANES + 1, 2 * LANES):
+def _rows_added(load_numbers):
+    """out[j : j + 2 LANES] += weights^T x of these columns of rows of so many numbers, which a function loads.
+
+    In vectors, as LLVM would look at each four rows whether arrays overlap.
+    """
+
+    @_inner
+    def add(x, wide, weights, j, out):
+        many = weights.shape[0]
         a = b = c = d = e = f = g = h = fill(float32(0.0))
         for w in range(0, many - 3, 4):
             at, p, q = w * wide + j, fill(weights[w]), fill(weights[w + 1])
-            a = fma(p, load(numbers, at), a)
-            b = fma(p, load(numbers, at + LANES), b)
-            c = fma(q, load(numbers, at + wide), c)
-            d = fma(q, load(numbers, at + wide + LANES), d)
+            a = fma(p, load_numbers(x, at), a)
+            b = fma(p, load_numbers(x, at + LANES), b)
+            c = fma(q, load_numbers(x, at + wide), c)
+            d = fma(q, load_numbers(x, at + wide + LANES), d)
             at, p, q = at + 2 * wide, fill(weights[w + 2]), fill(weights[w + 3])
-            e = fma(p, load(numbers, at), e)
-            f = fma(p, load(numbers, at + LANES), f)
-            g = fma(q, load(numbers, at + wide), g)
-            h = fma(q, load(numbers, at + wide + LANES), h)
+            e = fma(p, load_numbers(x, at), e)
+            f = fma(p, load_numbers(x, at + LANES), f)
+            g = fma(q, load_numbers(x, at + wide), g)
+            h = fma(q, load_numbers(x, at + wide + LANES), h)
         for w in range(many - many % 4, many):
             p = fill(weights[w])
-            a = fma(p, load(numbers, w * wide + j), a)
-            b = fma(p, load(numbers, w * wide + j + LANES), b)
-        store(result, j, load(result, j) + ((a + c) + (e + g)))
-        store(result, j + LANES, load(result, j + LANES) + ((b + d) + (f + h)))
+            a = fma(p, load_numbers(x, w * wide + j), a)
+            b = fma(p, load_numbers(x, w * wide + j + LANES), b)
+        store(out, j, load(out, j) + ((a + c) + (e + g)))
+        store(out, j + LANES, load(out, j + LANES) + ((b + d) + (f + h)))
+
+    return add
+
+
+_add_rows, _add_rows_of_codes = _rows_added(load), _rows_added(load_codes)
+
+
+@_inner
+def _add_weighted(v, weights, out):
+    """out += weights^T v, of as many rows and columns of v as there are weights and outputs."""
+    wide, columns = v.shape[1], out.shape[0]
+    numbers, result = pointer(v.ctypes.data), pointer(out.ctypes.data)
+    for j in range(0, columns - 2 * LANES + 1, 2 * LANES):
+        _add_rows(numbers, wide, weights, j, result)
     for j in range(columns - columns % (2 * LANES), columns):
-        for w in range(many):
+        for w in range(weights.shape[0]):
             out[j] += weights[w] * v[w, j]
 
 
@@ -328,35 +344,17 @@ def _times_codes(q, k, exponents, scale, part, scales, out):
 @_inner
 def _add_weighted_codes(v, exponents, weights, scaled, out):
     """As `_add_weighted`, of values in eight bits; scaled is room for as many numbers as there are weights."""
-    many, wide = weights.shape[0], v.shape[1]
+    wide = v.shape[1]
     codes, result = codes_at(v.ctypes.data), pointer(out.ctypes.data)
     for n in range(exponents.shape[0]):
         first, end = n * BLOCK, min(wide, (n + 1) * BLOCK)
         _scales(exponents[n], scaled)
-        for w in range(many):
+        for w in range(weights.shape[0]):
             scaled[w] *= weights[w]
-        # LLVM would look at each four tokens whether arrays overlap.
         for j in range(first, end - 2 * LANES + 1, 2 * LANES):
-            a = b = c = d = e = f = g = h = fill(float32(0.0))
-            for w in range(0, many - 3, 4):
-                at, p, q = w * wide + j, fill(scaled[w]), fill(scaled[w + 1])
-                a = fma(p, load_codes(codes, at), a)
-                b = fma(p, load_codes(codes, at + LANES), b)
-                c = fma(q, load_codes(codes, at + wide), c)
-                d = fma(q, load_codes(codes, at + wide + LANES), d)
-                at, p, q = at + 2 * wide, fill(scaled[w + 2]), fill(scaled[w + 3])
-                e = fma(p, load_codes(codes, at), e)
-                f = fma(p, load_codes(codes, at + LANES), f)
-                g = fma(q, load_codes(codes, at + wide), g)
-                h = fma(q, load_codes(codes, at + wide + LANES), h)
-            for w in range(many - many % 4, many):
-                p = fill(scaled[w])
-                a = fma(p, load_codes(codes, w * wide + j), a)
-                b = fma(p, load_codes(codes, w * wide + j + LANES), b)
-            store(result, j, load(result, j) + ((a + c) + (e + g)))
-            store(result, j + LANES, load(result, j + LANES) + ((b + d) + (f + h)))
+            _add_rows_of_codes(codes, wide, scaled, j, result)
         for j in range(end - (end - first) % (2 * LANES), end):
-            for w in range(many):
+            for w in range(weights.shape[0]):
                 out[j] += scaled[w] * float32(v[w, j])
 
 
