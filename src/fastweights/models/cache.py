@@ -32,6 +32,7 @@ from fastweights.models.rings import (
     EXPONENTS,
     GrowingCacheLayer,
     KeepsKeysAndValues,
+    Rows,
     Windowed,
     numbers_of,
     wants_derivatives,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from fastweights.models.decoding import DecodingState
 
 
-class Counting:
+class Counting(Rows):
     """How many tokens made a layer's state, whose own size does not tell."""
 
     cumulative_length: int
@@ -59,22 +60,6 @@ class Counting:
     def next_position(self) -> int:
         """Of the token that comes next, padding counted."""
         return self.position_offset + self.cumulative_length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows in this order."""
-        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
-        self.change_states(lambda state: state[indices, ...])
-
-    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
-        """All that is held by what `change` makes of it."""
-        raise NotImplementedError
 
 
 class _Recurrent(Counting, LinearAttentionLayer):

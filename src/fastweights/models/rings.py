@@ -68,6 +68,26 @@ class Ring:
         return k, v
 
 
+class Rows:
+    """A layer of a cache whose rows change places."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows in this order."""
+        self.change_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self.change_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        self.change_states(lambda state: state[indices, ...])
+
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """All that is held by what `change` makes of it."""
+        raise NotImplementedError
+
+
 class KeepsKeysAndValues:
     """A layer's keys and values, in eight bits where that is asked for and nobody wants a derivative through them."""
 
@@ -194,7 +214,7 @@ class Windowed(KeepsKeysAndValues):
         raise NotImplementedError
 
 
-class GrowingCacheLayer(KeepsKeysAndValues, DynamicLayer):
+class GrowingCacheLayer(Rows, KeepsKeysAndValues, DynamicLayer):
     """Keys and values, in eight bits, of a layer that keeps its softmax attention over all tokens."""
 
     eight_bits = True
@@ -222,17 +242,9 @@ class GrowingCacheLayer(KeepsKeysAndValues, DynamicLayer):
             window, self.window = self.window, None
             self._kept = window.kept()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows in this order."""
-        self.change_kept(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self.change_kept(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
-        self.change_kept(lambda x: x[indices, ...])
+    def change_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """All that is held by what `change` makes of it."""
+        self.change_kept(change)
 
 
 def _and_more(kept: Tensor | EightBits | None, new: Tensor) -> Tensor | EightBits:
