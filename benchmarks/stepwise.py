@@ -50,6 +50,8 @@ def main() -> None:
             parser.error(f"{name} has no fast weights: give a model that was converted")
         documents = load_documents(DataConfig(text=str(arguments.text), join_rows=True))[:1]
         ids = tokenize(documents, load_tokenizer(name)).tokens[: arguments.block_size * arguments.blocks]
+        if len(ids) < arguments.block_size * arguments.blocks:
+            parser.error(f"{arguments.text} has {len(ids):,} tokens, fewer than the blocks: give fewer or shorter ones")
         blocks = ids.view(arguments.blocks, -1)
         (steps, size), whole = by_steps(model, blocks), at_once(model, blocks)
         row = {"model": name, "weights": arguments.weights, "tokens": blocks.numel(), "state MB": size / 1e6}

@@ -81,6 +81,20 @@ def test_a_slow_decay_adds_up():
     assert (nearest - expected).norm() >= 0.5 * expected.norm()
 
 
+@torch.no_grad()
+def test_slow_growth_adds_up():
+    """Also that of a block's largest number, over powers of two."""
+    torch.manual_seed(0)
+    aim, tokens = torch.randn(16, 64), 2000
+    found = 0.1 * aim
+    for token in range(tokens):
+        found = EightBits.of(found + (aim - found) / 400, token).numbers()
+    expected = aim + 0.9 * (1 - 1 / 400) ** tokens * -aim
+    assert (found - expected).norm() <= 0.06 * expected.norm()
+    largest = expected.unflatten(1, (-1, BLOCK)).abs().amax(-1)
+    assert ((found.unflatten(1, (-1, BLOCK)).abs().amax(-1) - largest).abs() <= 0.12 * largest).all()
+
+
 def test_gradients_pass():
     x = torch.randn(4, 40, requires_grad=True)
     y = rounded(x)

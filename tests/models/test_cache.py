@@ -245,6 +245,41 @@ def test_softmax_layers_in_eight_bits_generate_the_same_with_and_without_steps_o
         softmax.generate(ids, cache_implementation="static", **arguments)
 
 
+def test_softmax_layers_in_eight_bits_go_on_from_a_call_with_gradients(softmax):
+    ids = random_ids(1, 16)
+    cache = softmax(ids[:, :12], use_cache=True).cache
+    with torch.no_grad():
+        expected = softmax(ids).logits[:, 12:]
+        found = torch.cat([softmax(ids[:, i : i + 1], cache=cache).logits for i in range(12, 16)], 1)
+    assert cache.decoding is not None
+    assert error(found, expected) <= tolerances.FLOAT32
+    plain = softmax(ids[:, :12], use_cache=True).cache
+    with torch.no_grad():
+        assert error(softmax(ids[:, 12:], cache=plain).logits, expected) <= tolerances.FLOAT32
+    layers = [layer for each in (cache, plain) for layer in each.layers if isinstance(layer, GrowingCacheLayer)]
+    assert all("keys_codes" in layer_tensors(layer) for layer in layers)
+
+
+@torch.no_grad()
+def test_softmax_layers_in_eight_bits_may_be_put_away(softmax):
+    ids = random_ids(1, 16)
+    cache, other = FastWeightsCache(softmax.config), FastWeightsCache(softmax.config)
+    for each in (cache, other):
+        softmax(ids[:, :12], cache=each)
+    for layer in other.layers:
+        layer.offload()
+        layer.prefetch()
+    assert torch.equal(*(softmax(ids[:, 12:], cache=each).logits for each in (cache, other)))
+
+
+@torch.no_grad()
+def test_an_unused_cache_of_another_dtype_is_taken(softmax):
+    plain = convert(make_llama(), replace(softmax.config.settings, softmax_dtype="auto")).eval()
+    cache = FastWeightsCache(softmax.config)
+    plain(random_ids(1, 4), cache=cache)
+    assert not any(isinstance(layer, GrowingCacheLayer) for layer in cache.layers)
+
+
 def test_softmax_layers_in_eight_bits_let_gradients_through(softmax):
     x = torch.randn(1, 12, softmax.config.hidden_size, dtype=torch.float64, requires_grad=True)
     model = softmax.double()

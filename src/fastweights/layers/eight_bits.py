@@ -25,6 +25,7 @@ BLOCK = 32
 _MOST = 127
 _LEAST_EXPONENT = -100
 """Blocks of smaller numbers are 0, which lets their scales be normal numbers in float32."""
+_GREATEST_EXPONENT = 127
 _NOT_FINITE = -128
 _NAN = 0x7FC00000
 """Its bits in float32."""
@@ -59,6 +60,9 @@ class EightBits(NamedTuple):
         most = blocks.abs().amax(-1).float()
         exponents = torch.frexp(most).exponent - 1
         exponents = exponents.masked_fill(most == 0, _LEAST_EXPONENT).clamp(min=_LEAST_EXPONENT)
+        if token is not None:
+            # One beyond 127 would be cut off each time, and could not grow by little.
+            exponents = (exponents + (most > _MOST * _scales(exponents)).int()).clamp(max=_GREATEST_EXPONENT)
         # The largest would be rounded to 128, which eight bits do not have; what a NaN is rounded to is nobody's.
         codes = blocks / _scales(exponents)[..., None]
         codes = codes.round_() if token is None else codes.add_(_in_blocks(dither(x, token))).floor_()
@@ -82,11 +86,14 @@ class EightBits(NamedTuple):
 
 
 def dither(x: Float[Tensor, "*_ m n"], token: int) -> Float[Tensor, "m n"]:
-    """From 0 up to 1, for each place of a matrix: over the tokens as evenly as can be."""
+    """From 0 up to 1, for each place of a matrix: over the tokens as evenly as can be.
+
+    In sixteen bits, so that a whole number of up to 127 is exact with it, and its floor is that number.
+    """
     of_row, of_column, of_token = _SEQUENCE
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
     places = (rows * of_row)[:, None] + columns * of_column + token * of_token % 2**32
-    return (places % 2**32 >> 8).float() * 2.0**-24
+    return (places % 2**32 >> 16).float() * 2.0**-16
 
 
 def _in_blocks(x: Tensor) -> Tensor:

@@ -126,6 +126,11 @@ class _Recurrent(Counting, LinearAttentionLayer):
         self.put_tail(tail.clone(memory_format=torch.contiguous_format))
         return self.conv_states[0]  # type: ignore[return-value]
 
+    def restore_state(self, state: EightBits) -> None:
+        """One that was kept so, as it is."""
+        codes, self.exponents, self._state_dtype = state
+        self.put(codes)
+
     def own_state(self) -> Tensor | EightBits:
         """The state in memory that nobody else holds, so that it may be written over, as single tokens then do."""
         state = self.recurrent_states[0]
@@ -312,6 +317,16 @@ class HybridCacheLayer(Windowed, _Recurrent, LinearAttentionAndSlidingWindowAtte
         self.change_kept(change)
         self.count = None if self.count is None else change(self.count)
         self.sinks = None if self.sinks is None else KeysAndValues(*map(change, self.sinks))
+
+    def offload(self) -> None:
+        """To the CPU, window and state."""
+        Windowed.offload(self)
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Back to where the layer is."""
+        Windowed.prefetch(self)
+        LinearAttentionLayer.prefetch(self)
 
 
 class PendingPosition(NamedTuple):
@@ -723,7 +738,7 @@ def _is_unused(layer: Any) -> bool:
         return not any(layer.has_previous_state.values())
     if isinstance(layer, StaticLayer):
         return not layer.is_initialized
-    return type(layer) is DynamicLayer and not layer.is_initialized
+    return type(layer) in (DynamicLayer, GrowingCacheLayer) and not layer.is_initialized
 
 
 def detach(cache: Cache) -> None:

@@ -23,7 +23,7 @@ from fastweights.models.loading import load_model, name_of
 from fastweights.models.modeling import FastWeightsForCausalLM
 from fastweights.models.quantisation import check_not_quantised, quantise, weights_of
 from fastweights.models.recording import record_calls
-from fastweights.settings.conversion import ConversionConfig, KeptDtype
+from fastweights.settings.conversion import AUTO, ConversionConfig, KeptDtype
 from fastweights.settings.fast_weight_layer import FastWeightLayerSettings
 from fastweights.settings.weights import WEIGHTS
 
@@ -238,6 +238,8 @@ def load_for_decoding(
 
 def _keep_softmax_in(dtype: KeptDtype, model: PreTrainedModel, source: str | Path) -> None:
     if not isinstance(model, FastWeightsForCausalLM):
+        if dtype == AUTO:
+            return
         raise FastWeightsError(
             f"softmax_dtype is {dtype} and {source} goes through transformers' modules, whose caches are its own: "
             "leave it out, or convert the model with layers none"

@@ -65,7 +65,7 @@ from fastweights.models.cache import (
     SlidingCacheLayer,
 )
 from fastweights.models.replacement import inverse_rotation
-from fastweights.models.rings import GrowingCacheLayer, GrowingWindow, Ring, Windowed
+from fastweights.models.rings import GrowingCacheLayer, GrowingWindow, KeepsKeysAndValues, Ring, Windowed
 from fastweights.ops.numba.runtime import load_kernels, run_on_team, task_of
 
 if TYPE_CHECKING:
@@ -501,6 +501,10 @@ class Decoder:
         self.rotaries = _rotaries(model)
         self._angles: dict[int, list[Tensor]] = {}
         """Of the tokens from some places on."""
+        # Frequencies that change with a text's length, as those of unconverted layers may, are of one token each.
+        kinds = getattr(getattr(self.base, row.rotary or "", None), "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        self._at_once = 1 if {"dynamic", "longrope"} & {*kinds} else _ANGLES
         self.rooms: dict[int, Room] = {}
         self._watched = _Watch(model)
 
@@ -550,7 +554,7 @@ class Decoder:
     def _rotate(self, room: Room, tokens: int) -> None:
         """Cosines and sines of this position; for each window, where sinks are seen from, and back from what leaves."""
         if any(rotary.shape[2] for rotary in room.rotaries):
-            first = tokens - tokens % _ANGLES
+            first = tokens - tokens % self._at_once
             if first not in self._angles:
                 while len(self._angles) >= _ROOMS:
                     self._angles.pop(next(iter(self._angles)))
@@ -560,7 +564,7 @@ class Decoder:
 
     def _angles_from(self, first: int, room: Room) -> list[Float[Tensor, "N _ 2 width"]]:
         """Of each kind, for so many tokens from this one on."""
-        tokens, found = torch.arange(first, first + _ANGLES), []
+        tokens, found = torch.arange(first, first + self._at_once), []
         for rotary, (arguments, windows) in zip(room.rotaries, self.rotaries.items(), strict=True):
             reach = (tokens.clamp(max=window + self.model.config.sinks - 1) for window in windows)
             left = (tokens - window + 1 for window in windows)
@@ -1017,11 +1021,14 @@ def _window(layer: Any) -> Ring | GrowingWindow | None:
 
 def _holds(layer: DynamicLayer, window: int | None, rows: int, tokens: int) -> bool:
     """Whether a softmax layer has keys and values of just these, or of the last of them if it has a window."""
-    keys = layer.keys
-    if keys is None or keys.dtype != torch.float32 or len(keys) != rows:
+    if isinstance(layer, KeepsKeysAndValues):
+        shape, dtype = layer.kept_shape, layer.kept_dtype
+    else:
+        shape, dtype = (None, None) if layer.keys is None else (layer.keys.shape, layer.keys.dtype)
+    if shape is None or dtype != torch.float32 or shape[0] != rows:
         return False
     if window is None:
-        return type(layer) in (DynamicLayer, GrowingCacheLayer) and keys.shape[2] == tokens
+        return type(layer) in (DynamicLayer, GrowingCacheLayer) and shape[2] == tokens
     if not isinstance(layer, SlidingCacheLayer) or layer.record_past:
         return False
     return (layer.sliding_window, layer.next_position) == (window, tokens)

@@ -92,6 +92,8 @@ class KeepsKeysAndValues:
     """A layer's keys and values, in eight bits where that is asked for and nobody wants a derivative through them."""
 
     eight_bits = False
+    is_initialized: bool
+    device: torch.device
     _kept: tuple[Tensor | EightBits | None, Tensor | EightBits | None] = (None, None)
 
     @property
@@ -147,6 +149,20 @@ class KeepsKeysAndValues:
         keys = self._kept[0]
         keys = keys.codes if isinstance(keys, EightBits) else keys
         return None if keys is None or keys.ndim < 4 else tuple(keys.shape)
+
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """Of the keys as numbers."""
+        return None if self._kept[0] is None else self._kept[0].dtype
+
+    def offload(self) -> None:
+        """To the CPU, as it is."""
+        self.change_kept(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Back to where the layer is."""
+        if self.is_initialized:
+            self.change_kept(lambda x: x.to(self.device, non_blocking=True))
 
     def leave_ring(self) -> None:
         """Keep keys and values by themselves again, and not in places for single tokens."""
@@ -250,13 +266,11 @@ class GrowingCacheLayer(Rows, KeepsKeysAndValues, DynamicLayer):
 def _and_more(kept: Tensor | EightBits | None, new: Tensor) -> Tensor | EightBits:
     """What is kept, and new numbers behind it: in eight bits, or as such numbers where derivatives are wanted."""
     assert kept is not None
-    if not wants_derivatives(new) and not (isinstance(kept, torch.Tensor) and kept.numel()):
-        more = EightBits.of(new)
-        if not isinstance(kept, EightBits):
-            return more
-        codes, exponents = (torch.cat(pair, 2) for pair in zip(kept[:2], more[:2], strict=True))
+    if isinstance(kept, EightBits) and not wants_derivatives(new):
+        codes, exponents = (torch.cat(pair, 2) for pair in zip(kept[:2], EightBits.of(new)[:2], strict=True))
         return EightBits(codes, exponents, kept.dtype)
-    return torch.cat((numbers_of(kept), rounded(new)), -2)  # type: ignore[arg-type]
+    joined = torch.cat((numbers_of(kept), rounded(new)), -2)  # type: ignore[arg-type]
+    return joined if wants_derivatives(joined) else EightBits.of(joined)
 
 
 class GrowingWindow:
@@ -272,9 +286,8 @@ class GrowingWindow:
     def __init__(self, layer: DynamicLayer | GrowingCacheLayer) -> None:
         if isinstance(layer, GrowingCacheLayer):
             layer.leave_ring()
-            keys, values = layer._kept
-            assert isinstance(keys, EightBits)
-            assert isinstance(values, EightBits)
+            # What a call with gradients left is rounded, and only not in eight bits.
+            keys, values = (x if isinstance(x, EightBits) else EightBits.of(x) for x in layer._kept)  # type: ignore[arg-type]
             parts = keys.codes, values.codes, keys.exponents, values.exponents
             self._dtype = keys.dtype
         else:
@@ -309,9 +322,10 @@ class GrowingWindow:
     def kept(self) -> tuple[EightBits, EightBits]:
         """Keys and values by themselves, in eight bits."""
         k, k_exponents, v_exponents = (
-            x[..., : self.tokens].transpose(2, 3).contiguous() for x in (self.k, self.k_exponents, self.v_exponents)
+            x[..., : self.tokens].transpose(2, 3).clone(memory_format=torch.contiguous_format)
+            for x in (self.k, self.k_exponents, self.v_exponents)
         )
-        v = self.v[:, :, : self.tokens].contiguous()
+        v = self.v[:, :, : self.tokens].clone(memory_format=torch.contiguous_format)
         return EightBits(k, k_exponents, self._dtype), EightBits(v, v_exponents, self._dtype)
 
     def ring(self) -> Ring:

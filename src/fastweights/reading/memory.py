@@ -333,7 +333,7 @@ def _restore(layer, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     in_bits = _in_eight_bits(tensors, dtype)
     if "state0" in in_bits:
         state = in_bits.pop("state0")._replace(dtype=torch.promote_types(dtype, torch.float32))
-        layer.keep_state(state.numbers())
+        layer.restore_state(state)
         tensors = {name: x for name, x in tensors.items() if not name.startswith("state0")}
     tensors |= {name: x.numbers() for name, x in in_bits.items()}
     for name, tensor in tensors.items():

@@ -50,6 +50,8 @@ _MOST = np.float32(127.0)
 """As numbers in eight bits have these."""
 _NAN = int32(0x7FC00000)
 _INFINITE = 0x7F800000
+_MOST_MANTISSA = 0x7E0000
+"""Of 127 steps of a block."""
 _OF_ROW, _OF_COLUMN, _OF_TOKEN = 0xD1B54A33, 0xABC98389, 0x8CB92BA7
 _INFINITY = np.float32(np.inf)
 _GELU = np.float32(2 * math.sqrt(2 / math.pi))
@@ -407,7 +409,8 @@ def _round_state(state, token, codes, exponents, scale):
                 for j in range(first, end):
                     scale[0] = abs(state[i, j])
                     most = max(most, bits[0])
-            exponent = max((most >> 23) - 127, _LEAST_EXPONENT)
+            exponent = (most >> 23) - 127 + (1 if (most & 0x7FFFFF) > _MOST_MANTISSA else 0)
+            exponent = min(max(exponent, _LEAST_EXPONENT), 127)
             exponents[i, n] = exponent if most < _INFINITE else _NOT_FINITE
             # What is not finite is rounded to nobody's codes.
             bits[0] = (127 + 6 - exponent) << 23 if most < _INFINITE else 0
@@ -416,7 +419,7 @@ def _round_state(state, token, codes, exponents, scale):
                 store_dithered(whole, numbers, i * wide + first, bits[0], place, _OF_COLUMN)
             else:
                 for j in range(first, end):
-                    pattern = float32((place & 0xFFFFFFFF) >> 8) * float32(2.0**-24)
+                    pattern = float32((place & 0xFFFFFFFF) >> 16) * float32(2.0**-16)
                     code = math.floor(state[i, j] * scale[0] + pattern) if most < _INFINITE else float32(0.0)
                     codes[i, j] = min(max(code, -_MOST), _MOST)
                     place += _OF_COLUMN

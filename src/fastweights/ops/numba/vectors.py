@@ -206,7 +206,7 @@ def largest_bits(typingctx, x, i):
 def store_dithered(typingctx, codes, x, i, scale_bits, first, step):
     """The BLOCK int8 numbers from codes[i] on = those of x times a scale, given by its bits, up or down by a pattern.
 
-    That is what first + n * step, in 2^32nds, is beyond a whole number for the n-th of them, in 24 bits.
+    That is what first + n * step, in 2^32nds, is beyond a whole number for the n-th of them, in 16 bits.
     """
 
     def codegen(context, builder, sig, args):
@@ -215,14 +215,14 @@ def store_dithered(typingctx, codes, x, i, scale_bits, first, step):
         scale = broadcast(builder, builder.bitcast(scale_bits, _float))
         kind = ir.VectorType(ir.IntType(8), LANES)
         most, least = (ir.Constant(_floats, [number] * LANES) for number in (127.0, -127.0))
-        eight, unit = ir.Constant(_ints, [8] * LANES), ir.Constant(_floats, [2.0**-24] * LANES)
+        half, unit = ir.Constant(_ints, [16] * LANES), ir.Constant(_floats, [2.0**-16] * LANES)
         places = builder.add(
             broadcast(builder, first), builder.mul(broadcast(builder, step), ir.Constant(_ints, [*range(LANES)]))
         )
         far = broadcast(builder, builder.mul(step, _int(LANES)))
         for n, part in enumerate(_parts(builder, [x, i], _floats)):
-            pattern = builder.fmul(builder.sitofp(builder.lshr(places, eight), _floats), unit)
-            near = call_on_lanes(builder, "llvm.floor", call_on_lanes(builder, "llvm.fma", part, scale, pattern))
+            pattern = builder.fmul(builder.sitofp(builder.lshr(places, half), _floats), unit)
+            near = call_on_lanes(builder, "llvm.floor", call_on_lanes(builder, "llvm.fmuladd", part, scale, pattern))
             near = builder.select(builder.fcmp_ordered("<", near, most), near, most)
             near = builder.select(builder.fcmp_ordered(">", near, least), near, least)
             whole = builder.trunc(builder.fptosi(near, _ints), kind)
