@@ -199,7 +199,7 @@ def test_states_in_eight_bits(rule, form, family, rows):
         assert same.float().mean() >= 0.98
         same = same.repeat_interleave(BLOCK, -1)[..., : off.shape[-1]]
         assert (off[same] > 0).float().mean() <= 0.02
-        assert off[same].max() <= 2
+        assert (off[same] > 2).float().mean() <= 0.002
 
 
 @torch.no_grad()

@@ -65,7 +65,10 @@ class EightBits(NamedTuple):
             exponents = (exponents + (most > _MOST * _scales(exponents)).int()).clamp(max=_GREATEST_EXPONENT)
         # The largest would be rounded to 128, which eight bits do not have; what a NaN is rounded to is nobody's.
         codes = blocks / _scales(exponents)[..., None]
-        codes = codes.round_() if token is None else codes.add_(_in_blocks(dither(x, token))).floor_()
+        if token is None:
+            codes = codes.round_()
+        else:  # of both signs alike, as next to a power of two one is not right after the other
+            codes = torch.copysign(codes.abs().add_(_in_blocks(dither(x, token))).floor_(), codes)
         codes = codes.clamp_(-_MOST, _MOST).to(torch.int8)
         exponents = exponents.masked_fill(~most.isfinite(), _NOT_FINITE).to(torch.int8)
         # A view of codes with zeros behind them would keep these in memory.

@@ -420,8 +420,9 @@ def _round_state(state, token, codes, exponents, scale):
             else:
                 for j in range(first, end):
                     pattern = float32((place & 0xFFFFFFFF) >> 16) * float32(2.0**-16)
-                    code = math.floor(state[i, j] * scale[0] + pattern) if most < _INFINITE else float32(0.0)
-                    codes[i, j] = min(max(code, -_MOST), _MOST)
+                    code = math.floor(abs(state[i, j]) * scale[0] + pattern) if most < _INFINITE else float32(0.0)
+                    code = min(code, _MOST)
+                    codes[i, j] = -code if state[i, j] < float32(0.0) else code
                     place += _OF_COLUMN
 
 

@@ -214,7 +214,7 @@ def store_dithered(typingctx, codes, x, i, scale_bits, first, step):
         scale_bits, first, step = (builder.trunc(number, _int) for number in numbers)
         scale = broadcast(builder, builder.bitcast(scale_bits, _float))
         kind = ir.VectorType(ir.IntType(8), LANES)
-        most, least = (ir.Constant(_floats, [number] * LANES) for number in (127.0, -127.0))
+        most = ir.Constant(_floats, [127.0] * LANES)
         half, unit = ir.Constant(_ints, [16] * LANES), ir.Constant(_floats, [2.0**-16] * LANES)
         places = builder.add(
             broadcast(builder, first), builder.mul(broadcast(builder, step), ir.Constant(_ints, [*range(LANES)]))
@@ -222,9 +222,10 @@ def store_dithered(typingctx, codes, x, i, scale_bits, first, step):
         far = broadcast(builder, builder.mul(step, _int(LANES)))
         for n, part in enumerate(_parts(builder, [x, i], _floats)):
             pattern = builder.fmul(builder.sitofp(builder.lshr(places, half), _floats), unit)
-            near = call_on_lanes(builder, "llvm.floor", call_on_lanes(builder, "llvm.fmuladd", part, scale, pattern))
+            size = call_on_lanes(builder, "llvm.fabs", part)
+            near = call_on_lanes(builder, "llvm.floor", call_on_lanes(builder, "llvm.fmuladd", size, scale, pattern))
             near = builder.select(builder.fcmp_ordered("<", near, most), near, most)
-            near = builder.select(builder.fcmp_ordered(">", near, least), near, least)
+            near = call_on_lanes(builder, "llvm.copysign", near, part)
             whole = builder.trunc(builder.fptosi(near, _ints), kind)
             place = builder.add(i, ir.Constant(i.type, n * LANES))
             builder.store(whole, _at(builder, [codes, place], kind), align=1)
