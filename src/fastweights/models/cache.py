@@ -230,8 +230,8 @@ class SlidingCacheLayer(Counting, Windowed, DynamicSlidingWindowLayer):
         if self.eight_bits:
             key_states, value_states = rounded(key_states), rounded(value_states)
         seen = super().update(key_states, value_states, *args, **kwargs)
-        view_of_more = key_states.shape[2] > 1 and not (self.eight_bits and not wants_derivatives(key_states))
-        if not self.record_past and (view_of_more or self.sliding_window == 1):
+        as_it_is = not self.eight_bits or wants_derivatives(key_states)
+        if not self.record_past and ((as_it_is and key_states.shape[2] > 1) or self.sliding_window == 1):
             room = self.sliding_window - 1
             self.keys, self.values = (x[:, :, max(0, x.shape[2] - room) :].clone() for x in seen)
         return seen

@@ -152,7 +152,8 @@ class KeepsKeysAndValues:
 
     @property
     def kept_dtype(self) -> torch.dtype | None:
-        """Of the keys as numbers."""
+        """Of the keys as numbers, once they are by themselves."""
+        self.leave_ring()
         return None if self._kept[0] is None else self._kept[0].dtype
 
     def offload(self) -> None:
@@ -289,19 +290,19 @@ class GrowingWindow:
             # What a call with gradients left is rounded, and only not in eight bits.
             keys, values = (x if isinstance(x, EightBits) else EightBits.of(x) for x in layer._kept)  # type: ignore[arg-type]
             parts = keys.codes, values.codes, keys.exponents, values.exponents
-            self._dtype = keys.dtype
         else:
             keys, values = layer.keys, layer.values
             assert keys is not None
             assert values is not None
             none = keys[..., :0].to(torch.int8)
             parts = keys, values, none, none
-            self._dtype = keys.dtype
-        tokens = parts[0].shape[2]
+        self._dtype, self.layer, tokens = keys.dtype, layer, parts[0].shape[2]
         self.room = tokens + max(_MORE_TOKENS, tokens // 4)
-        self.k, self.v, *exponents = (_with_room(x, self.room, last=i != 1) for i, x in enumerate(parts))
-        self.k_exponents, self.v_exponents = exponents
-        self.layer = layer
+        k, v, *exponents = parts
+        self.k, self.k_exponents, self.v_exponents = (
+            _with_room(x.transpose(2, 3), self.room, dim=3) for x in (k, *exponents)
+        )
+        self.v = _with_room(v, self.room, dim=2)
         if isinstance(layer, GrowingCacheLayer):
             layer._kept, layer.window = (None, None), self
         self.show(tokens)
@@ -334,13 +335,8 @@ class GrowingWindow:
         return Ring(self.k, self.v, self.k_exponents, self.v_exponents, sinks, sinks, tokens=0)
 
 
-def _with_room(x: Shaped[Tensor, "B G T n"], room: int, *, last: bool) -> Shaped[Tensor, "B G _ _"]:
-    """With places for more tokens, whose dimension comes last or stays where it is."""
-    B, G, tokens, width = x.shape
-    if not last:
-        longer = x.new_empty(B, G, room, width)
-        longer[:, :, :tokens] = x
-        return longer
-    longer = x.new_empty(B, G, width, room)
-    longer[..., :tokens] = x.transpose(2, 3)
+def _with_room(x: Shaped[Tensor, "B G _ _"], room: int, *, dim: int) -> Shaped[Tensor, "B G _ _"]:
+    """With places for so many tokens, which are numbered by that dimension."""
+    longer = x.new_empty(*x.shape[:dim], room, *x.shape[dim + 1 :])
+    longer.narrow(dim, 0, x.shape[dim]).copy_(x)
     return longer

@@ -294,12 +294,17 @@ def _times(q, k, scale, out):
 
 
 @_inner
+def _scale_bits(exponent):
+    """Those of 2^(exponent - 6), or of NaN for what is not finite."""
+    return _NAN if exponent == _NOT_FINITE else (int32(exponent) + int32(121)) << 23
+
+
+@_inner
 def _scales(exponents, out):
     """out = 2^(exponent - 6), NaN for what is not finite."""
     bits = out.view(np.int32)
     for i in range(out.shape[0]):
-        exponent = int32(exponents[i])
-        bits[i] = _NAN if exponent == _NOT_FINITE else (exponent + int32(121)) << 23
+        bits[i] = _scale_bits(exponents[i])
 
 
 @_inner
@@ -384,8 +389,7 @@ def _load_state(codes, exponents, scale, out):
     for i in range(out.shape[0]):
         for n in range(exponents.shape[1]):
             first, end = n * BLOCK, min(wide, (n + 1) * BLOCK)
-            exponent = int32(exponents[i, n])
-            bits[0] = _NAN if exponent == _NOT_FINITE else (exponent + int32(121)) << 23
+            bits[0] = _scale_bits(exponents[i, n])
             if end - first == BLOCK:
                 load_scaled(result, whole, i * wide + first, bits[0])
             else:
