@@ -269,13 +269,34 @@ def window_attention(
     """
     if torch.compiler.is_exporting():
         return _exported(q, k, v, window, scale, bias, index, *(sinks or (None, None, None)))
+    if q.shape[1] > 1:
+        if index is None:
+            index = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None]
+        if bias is None and is_for_flash(q, k, v, sinks):
+            return flash_window(q, k, v, window=window, scale=scale, index=index, sinks=sinks, plainly=_plainly)
+    return _written_out(q, k, v, window, scale, bias, index, sinks)
+
+
+def _plainly(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, index: Tensor, *sinks: Tensor) -> Tensor:
+    """`window_attention` by operations of torch that can be differentiated any number of times."""
+    return _written_out(q, k, v, window, scale, None, index, Sinks(*sinks) if sinks else None)
+
+
+def _written_out(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B L G D"],
+    v: Float[Tensor, "B L G V"],
+    window: int,
+    scale: float,
+    bias: Float[Tensor, "H bias"] | None,
+    index: Int[Tensor, "_ T"] | None,
+    sinks: Sinks | None,
+) -> Float[Tensor, "B T H V"]:
+    """With logits, of which each block has a matrix; `index` is given for more than one query."""
     B, T = q.shape[:2]
     blocks, distance, mask, near_bias = 1, None, None, None
     if T > 1:
-        if index is None:
-            index = torch.arange(k.shape[1] - T, k.shape[1], device=q.device)[None]
-        if bias is None and is_for_flash(q, k, v, sinks):
-            return flash_window(q, k, v, window=window, scale=scale, index=index, sinks=sinks)
+        assert index is not None
         # Queries in blocks of W; a block sees its own W keys and the W before them, zeros in front of the first.
         blocks = -(-T // window)
         back, front = blocks * window - T, window - (k.shape[1] - T)
