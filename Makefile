@@ -64,7 +64,7 @@ test: setup
 	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.tests-installed $(VENV)/.suite $(_RULES:%=kernels-%)
 	$(MAKE) --no-print-directory --jobs=2 --keep-going $(_PARTS)
 
-_RULES := decay_rule delta_rule decoding few_bits window
+_RULES := decay_rule delta_rule decoding few_bits window next_token
 _PARTS := test-models test-others test-cli test-training test-gpu test-layers test-ops test-bitsandbytes
 .PHONY: $(_RULES:%=kernels-%) $(_PARTS)
 _APART := tests/models tests/cli tests/training tests/ops tests/layers

@@ -510,7 +510,7 @@ def test_a_fast_weight_layer_goes_on_learning(family, rows, kept, settings):
     """On fast weights, with a window or without, and on a model that keeps its softmax attention."""
     window = {"window": 8} if rows == 1 else {}
     model = with_layer(FAMILIES[family]() if kept else make(family, positions="drop", **window), **settings)
-    cache = check(model, rows)
+    cache = check(model, rows, tolerance=3 * tolerances.FLOAT32)  # each update goes on from rounded ones
     assert cache.block is not None
     learned = settings.get("updates", True)
     assert (cache.block.kept() is not None) == learned

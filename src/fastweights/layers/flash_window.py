@@ -321,7 +321,8 @@ def _near_backward(
     places = blocks.index(index, -1).contiguous()
     N, C, reach = queries.shape[1], blocks.size, keys.shape[3]
     dq = torch.empty(queries.shape, dtype=q.dtype)
-    dk, dv = (torch.zeros(B, G, blocks.front + L + blocks.back, D, dtype=torch.float32) for _ in range(2))
+    # Behind the last block's keys there is room for a whole block, as they are added C at a time.
+    dk, dv = (torch.zeros(B, G, blocks.front + L + blocks.back + C, D, dtype=torch.float32) for _ in range(2))
     together = max(1, _AT_ONCE // (H * C * reach))
     for b in range(B):
         for first in range(0, N, together):
@@ -336,10 +337,20 @@ def _near_backward(
             dq[b, some] = (derivatives @ part_k).view(-1, G, H // G, C, D)
             parts = (derivatives.mT @ part_q, weights.mT @ part_do)
             for whole, part in zip((dk, dv), parts, strict=True):
-                for n, of_block in enumerate(part.view(-1, G, reach, D), first):
-                    whole[b, :, n * C : n * C + reach] += of_block
+                _add_overlapping(whole[b], part.view(-1, G, reach, D), first, C)
     dk, dv = (x[:, :, blocks.front : blocks.front + L].transpose(1, 2).to(k.dtype) for x in (dk, dv))
     return blocks.tokens(dq, T), dk, dv, blocks.tokens(of_blocks.product, T)
+
+
+def _add_overlapping(
+    whole: Float[Tensor, "G rows D"], of_blocks: Float[Tensor, "n G keys D"], first: int, size: int
+) -> None:
+    """Add what each block has of its keys, those of the next block beginning C later, from the `first` block on."""
+    n, _, keys, _ = of_blocks.shape
+    for start in range(0, keys, size):
+        part = of_blocks[:, :, start : start + size].transpose(0, 1)
+        rows = whole[:, first * size + start :][:, : n * size].unflatten(1, (n, size))
+        rows[:, :, : part.shape[2]] += part
 
 
 class _FarPart(NamedTuple):

@@ -274,15 +274,15 @@ def window_attention(
             index = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[None]
         if bias is None and is_for_flash(q, k, v, sinks):
             return flash_window(q, k, v, window=window, scale=scale, index=index, sinks=sinks, plainly=_plainly)
-    return _written_out(q, k, v, window, scale, bias, index, sinks)
+    return written_out(q, k, v, window, scale, bias, index, sinks)
 
 
 def _plainly(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, index: Tensor, *sinks: Tensor) -> Tensor:
     """`window_attention` by operations of torch that can be differentiated any number of times."""
-    return _written_out(q, k, v, window, scale, None, index, Sinks(*sinks) if sinks else None)
+    return written_out(q, k, v, window, scale, None, index, Sinks(*sinks) if sinks else None)
 
 
-def _written_out(
+def written_out(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B L G D"],
     v: Float[Tensor, "B L G V"],

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from fastweights.layers.distributions import at_once, pieces, token_divergences
 from fastweights.layers.linear import linear
 from fastweights.layers.next_token_gradient import NO_LABEL
+from fastweights.ops import next_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,8 +196,11 @@ def _differentiate(
         weights: of each row's cross-entropy.
         kl_weight: of the divergence, in each row.
     """
+    labels = labels.masked_fill(labels == NO_LABEL, 0)
+    if next_token.takes(logits, truth):
+        return next_token.losses_and_derivatives(logits, truth, labels, weights, kl_weight)
     total, derivatives = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
-    labels = labels.masked_fill(labels == NO_LABEL, 0)[:, None]
+    labels = labels[:, None]
     for rows in pieces(len(logits), at_once(logits).elements // logits.shape[1]):
         log_q, label, weight = log_softmax(logits[rows].float(), -1), labels[rows], weights[rows, None]
         # Not a product alone: of a token that cannot be, 0 times infinity.

@@ -101,7 +101,9 @@ def test_kernels_with_eight_lanes_compute_the_same():
         for rule in ("decay_rule", "delta_rule")
         for name in (f"test_{rule}.py", "test_cpu_buffers.py")
     ]
-    files += [tests / "few_bits" / "test_few_bits.py", tests / "window" / "test_softmax_backward.py"]
+    files.append(tests / "few_bits" / "test_few_bits.py")
+    files.append(tests / "window" / "test_softmax_backward.py")
+    files.append(tests / "next_token" / "test_losses_and_derivatives.py")
     # Without what the other tests share, which compiles kernels of no concern here.
     options = ["-q", "--noconftest", "-k", "not chunked and not compile"]
     command = [sys.executable, "-m", "pytest", __file__, *map(str, files), *options]

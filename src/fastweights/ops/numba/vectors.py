@@ -40,6 +40,7 @@ _float = ir.FloatType()
 _int = ir.IntType(32)
 _floats = ir.VectorType(_float, LANES)
 _ints = ir.VectorType(_int, LANES)
+_shorts = ir.VectorType(ir.IntType(16), LANES)
 _masks = ir.VectorType(ir.IntType(1), LANES)
 
 
@@ -317,6 +318,34 @@ def store_fours(typingctx, x, i, j, value):
 
 
 @intrinsic
+def load_short(typingctx, address, i):
+    """The vector of the bf16 numbers from the i-th on at an address."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.zext(builder.load(_short_at(builder, args), align=2), _ints)
+        return builder.bitcast(builder.shl(bits, ir.Constant(_ints, [16] * LANES)), _floats)
+
+    return vector(types.int64, types.intp), codegen
+
+
+@intrinsic
+def store_short(typingctx, address, i, value):
+    """The bf16 numbers from the i-th on at an address = a vector, to nearest, ties to even; NaN stays NaN."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(args[2], _ints)
+        half = ir.Constant(_ints, [16] * LANES)
+        odd = builder.and_(builder.lshr(bits, half), ir.Constant(_ints, [1] * LANES))
+        near = builder.lshr(builder.add(builder.add(bits, ir.Constant(_ints, [0x7FFF] * LANES)), odd), half)
+        is_number = builder.fcmp_ordered("ord", args[2], args[2])
+        near = builder.select(is_number, near, ir.Constant(_ints, [0x7FC0] * LANES))
+        builder.store(builder.trunc(near, _shorts), _short_at(builder, args), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.intp, vector), codegen
+
+
+@intrinsic
 def splat(typingctx, x, i):
     """x[i] in every lane."""
 
@@ -459,6 +488,11 @@ def exp(x):
 
 def _at(builder, args, pointee):
     return builder.bitcast(builder.gep(args[0], [args[1]]), ir.PointerType(pointee))
+
+
+def _short_at(builder, args):
+    address = builder.add(args[0], builder.mul(args[1], ir.Constant(ir.IntType(64), 2)))
+    return builder.inttoptr(address, ir.PointerType(_shorts))
 
 
 def _parts(builder, args, kind, align: int = 4):

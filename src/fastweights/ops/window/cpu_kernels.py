@@ -29,16 +29,18 @@ from ..numba.vectors import (
     integer_at,
     intrinsic,
     load,
+    load_short,
     place,
     pointer,
     record_at,
     store,
+    store_short,
     total,
     vector,
 )
 
-_INT, _LONG, _SHORT = ir.IntType(32), ir.IntType(64), ir.IntType(16)
-_INTS, _LONGS, _SHORTS = (ir.VectorType(kind, LANES) for kind in (_INT, _LONG, _SHORT))
+_INT, _LONG = ir.IntType(32), ir.IntType(64)
+_INTS, _LONGS = ir.VectorType(_INT, LANES), ir.VectorType(_LONG, LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -84,39 +86,6 @@ def buffer_sizes(keys):
 
 
 @intrinsic
-def _load_short(typingctx, address, i):
-    """The vector of the bf16 numbers from the i-th on at an address."""
-
-    def codegen(context, builder, sig, args):
-        bits = builder.zext(builder.load(_short_at(builder, args), align=2), _INTS)
-        return builder.bitcast(builder.shl(bits, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
-
-    return vector(types.int64, types.intp), codegen
-
-
-@intrinsic
-def _store_short(typingctx, address, i, value):
-    """Numbers as bf16, to nearest, ties to even; NaN stays NaN."""
-
-    def codegen(context, builder, sig, args):
-        bits = builder.bitcast(args[2], _INTS)
-        half = ir.Constant(_INTS, [16] * LANES)
-        odd = builder.and_(builder.lshr(bits, half), ir.Constant(_INTS, [1] * LANES))
-        near = builder.lshr(builder.add(builder.add(bits, ir.Constant(_INTS, [0x7FFF] * LANES)), odd), half)
-        is_number = builder.fcmp_ordered("ord", args[2], args[2])
-        near = builder.select(is_number, near, ir.Constant(_INTS, [0x7FC0] * LANES))
-        builder.store(builder.trunc(near, _SHORTS), _short_at(builder, args), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.intp, vector), codegen
-
-
-def _short_at(builder, args):
-    address = builder.add(args[0], builder.mul(args[1], _LONG(2)))
-    return builder.inttoptr(address, ir.PointerType(_SHORTS))
-
-
-@intrinsic
 def _within(typingctx, value, i, first, end):
     """Of a vector at place i of a row, the numbers from `first` to `end`, and 0 elsewhere."""
 
@@ -140,13 +109,13 @@ def _everywhere(builder, number):
 
 @inner
 def _load(p, address, i):
-    return _load_short(address, i) if p.short else load(pointer(address), i)
+    return load_short(address, i) if p.short else load(pointer(address), i)
 
 
 @inner
 def _store(p, address, i, value):
     if p.short:
-        _store_short(address, i, value)
+        store_short(address, i, value)
     else:
         store(pointer(address), i, value)
 
